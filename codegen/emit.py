@@ -1,0 +1,175 @@
+"""Emit: turn nodes and regions into the lines of a Program.
+
+Every value is dropped at its last use. A region's dying inputs are dropped from the caller before the call, so that the region
+holds the only reference and can free or overwrite them while it runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dscompile.codegen.regions import Region
+from dscompile.errors import UnsupportedError
+from dscompile.graph import StepGraph
+from dscompile.program import Program, RegionCode, Step, function_source
+from dscompile.torch_compat import OpOverload, tensor_bytes
+
+_MODULES = {"operator": operator, "_operator": operator, "math": None, "torch": torch, "builtins": None}
+
+
+def emit_program(graph: StepGraph, regions: Sequence[Region], codes: dict[str, RegionCode]) -> Program:
+    """Lay out a program: one line for a compiled region, one line a node for inline ones."""
+    outputs = [_expression(value) for value in graph.output_values()]
+    kept = {value.name for value in graph.output_values() if isinstance(value, fx.Node)}
+    constants = [n for n in graph.nodes if n.op == "get_attr"]
+    if any(n.name in kept for n in constants):
+        raise UnsupportedError("the graph returns a constant of its own; nothing can be compiled here")
+    last_use: dict[str, int] = {}
+    units: list[tuple[Region, fx.Node | None]] = []
+    for region in regions:
+        units += [(region, node) for node in region.nodes] if region.inline else [(region, None)]
+    for index, (region, node) in enumerate(units):
+        for read in node.all_input_nodes if node is not None else region.inputs:
+            last_use[read.name] = index
+    names: dict[str, str] = {}
+    calls: dict[str, str] = {}
+    steps = []
+    for index, (region, node) in enumerate(units):
+        if node is not None:
+            dead = _dead([node.name], last_use, kept) + _dying(node.all_input_nodes, last_use, index, kept)
+            steps.append(_node_step(node, dead))
+            continue
+        name = names.setdefault(region.key, f"region_{len(names)}")
+        calls[name] = region.key
+        dying = _dying(region.inputs, last_use, index, kept)
+        steps.append(_region_step(name, region, dying))
+    program = Program(
+        name=str(graph.kind),
+        inputs=tuple(p.name for p in graph.placeholders()),
+        steps=steps,
+        outputs=tuple(outputs),
+        calls=calls,
+        codes={key: codes[key] for key in calls.values()},
+    )
+    program.facts = _facts(graph, regions, program)
+    return program
+
+
+def emit_aten(module: fx.GraphModule) -> str:
+    """Source of ``run(args)`` that calls PyTorch's own kernel for each node of a region's module.
+
+    Raises:
+        UnsupportedError: a node that Python source cannot name (a sub-module of a higher-order operator).
+    """
+    body = [n for n in module.graph.nodes if n.op == "call_function"]
+    if any(n.op == "get_attr" for n in module.graph.nodes):
+        raise UnsupportedError("a region with constants of its own cannot be printed as source")
+    values: Any = module.graph.output_node().args[0]
+    kept = {v.name for v in values if isinstance(v, fx.Node)}
+    last_use = {read.name: index for index, node in enumerate(body) for read in node.all_input_nodes}
+    steps = [
+        _node_step(n, _dead([n.name], last_use, kept) + _dying(n.all_input_nodes, last_use, i, kept))
+        for i, n in enumerate(body)
+    ]
+    inputs = [p.name for p in module.graph.find_nodes(op="placeholder")]
+    return function_source("run", inputs, steps, [_expression(v) for v in values])
+
+
+def _dying(nodes: Iterable[fx.Node], last_use: dict[str, int], index: int, kept: set[str]) -> list[str]:
+    names = dict.fromkeys(n.name for n in nodes if n.op != "get_attr")
+    return [name for name in names if last_use[name] == index and name not in kept]
+
+
+def _dead(names: list[str], last_use: dict[str, int], kept: set[str]) -> list[str]:
+    return [name for name in names if name not in last_use and name not in kept]
+
+
+def _region_step(name: str, region: Region, dying: list[str]) -> Step:
+    reads = [n.name for n in region.inputs]
+    writes = [n.name for n in region.outputs]
+    result = f"{', '.join(writes)}, = " if writes else ""
+    if not dying:
+        return Step(f"{result}{name}([{', '.join(reads)}])", name, tuple(reads), tuple(writes), ())
+    text = f"args = [{', '.join(reads)}]\ndel {', '.join(dying)}\n{result}{name}(args)"
+    return Step(text, name, tuple(reads), tuple(writes), tuple(dying))
+
+
+def _node_step(node: fx.Node, dying: list[str]) -> Step:
+    text = f"{node.name} = {call_text(node)}"
+    if dying:
+        text += f"\ndel {', '.join(dying)}"
+    reads = tuple(dict.fromkeys(n.name for n in node.all_input_nodes))
+    return Step(text, str(node.target), reads, (node.name,), tuple(dying))
+
+
+def call_text(node: fx.Node) -> str:
+    """A node as a Python call, with names that the runtime's namespace defines (``torch``, ``operator``, ``math``)."""
+    arguments = [_expression(a) for a in node.args] + [f"{k}={_expression(v)}" for k, v in node.kwargs.items()]
+    return f"{_target(node.target)}({', '.join(arguments)})"
+
+
+def _target(target: object) -> str:
+    if isinstance(target, OpOverload):
+        namespace, name = target._schema.name.split("::")
+        return f"torch.ops.{namespace}.{name}.{target._overloadname}"
+    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
+    if module in _MODULES and name:
+        return f"{module.removeprefix('_')}.{name}" if module != "builtins" else name
+    raise UnsupportedError(f"operator {target!r} cannot be printed as a call")
+
+
+def _expression(value: object) -> str:
+    """A constant or node as Python source."""
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, float):
+        return f"float({str(value)!r})" if value != value or value in (float("inf"), float("-inf")) else repr(value)
+    if isinstance(value, torch.device):
+        return f"torch.device({str(value)!r})"
+    if isinstance(value, (list, tuple)):
+        items = ", ".join(map(_expression, value))
+        return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
+    if isinstance(value, slice):
+        return f"slice({_expression(value.start)}, {_expression(value.stop)}, {_expression(value.step)})"
+    if value is None or isinstance(value, (bool, int, str, complex, torch.dtype, torch.layout, torch.memory_format)):
+        return repr(value)
+    raise UnsupportedError(f"constant {value!r} of type {type(value).__name__} cannot be printed as source")
+
+
+def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dict[str, Any]:
+    """Figures of a program: nodes, regions, and how many non-GEMM bytes run inside compiled regions."""
+    compiled = {key for key, code in program.codes.items() if code.kind == "inductor"}
+    inside = total = 0
+    for region in regions:
+        moved = sum(_bytes(n) for n in region.nodes if not _is_gemm(n))
+        total += moved
+        inside += moved if region.key in compiled or region.inline else 0
+    return {
+        "nodes": len(graph.graph.nodes),
+        "regions": sum(not r.inline for r in regions),
+        "unique_regions": len(set(program.calls.values())),
+        "aten_regions": sum(r.key not in compiled and not r.inline for r in regions),
+        "inline_nodes": sum(len(r.nodes) for r in regions if r.inline),
+        "donated_inputs": sum(len(r.donated) for r in regions),
+        "bytes": total,
+        "bytes_compiled": inside,
+    }
+
+
+_GEMMS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"})
+
+
+def _is_gemm(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.name in _GEMMS
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else tensor_bytes(value)
+
+

@@ -1,0 +1,52 @@
+"""Lower: compile each structurally different region once, through TorchInductor, or say why not.
+
+A region that Inductor cannot compile runs with PyTorch's own kernels. That is counted, named and reported: nothing falls back
+silently.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import fx
+
+from dscompile.codegen.emit import emit_aten
+from dscompile.codegen.regions import Region, region_module
+from dscompile.config import Config
+from dscompile.program import RegionCode
+from dscompile.torch_compat import InductorFailure, inductor_compile
+
+log = logging.getLogger(__name__)
+
+
+def lower_regions(regions: Sequence[Region], config: Config) -> dict[str, RegionCode]:
+    """Compile the unique regions; returns code by structural key."""
+    codes: dict[str, RegionCode] = {}
+    for region in regions:
+        if not region.inline and region.key not in codes:
+            codes[region.key] = lower_region(region, config)
+    return codes
+
+
+def lower_region(region: Region, config: Config) -> RegionCode:
+    """Compile one region."""
+    module = region_module(region)
+    if config.regions == "aten":
+        return RegionCode(region.key, "aten", emit_aten(module), "regions='aten' was asked for")
+    try:
+        artifact = inductor_compile(module, donated=region.donated, fused_rng=config.rng == "fused")
+    except InductorFailure as failure:
+        reason = f"{_where(region)}: {failure}"
+        log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
+        return RegionCode(region.key, "aten", emit_aten(module), reason)
+    return RegionCode(region.key, "inductor", artifact.source_code, artifact=artifact)
+
+
+def _where(region: Region) -> str:
+    first, last = region.nodes[0], region.nodes[-1]
+    return f"{len(region.nodes)} nodes from {_label(first)} to {_label(last)}"
+
+
+def _label(node: fx.Node) -> str:
+    return f"%{node.name} ({node.target})"

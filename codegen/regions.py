@@ -1,0 +1,242 @@
+"""Cut a forward, backward or inference graph into regions: runs of nodes that are compiled as one.
+
+Boundaries fall between repeated blocks, so a deep model gives many equal regions and few compilations. A region's key is a hash
+of its structure (operators, constants, shapes, strides, what is read, returned and donated): equal keys share code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dscompile.codegen.repeats import segments
+from dscompile.config import Config
+from dscompile.graph import Role, StepGraph, info
+from dscompile.torch_compat import free_symbol_names, storage_key, tensor_bytes
+
+
+@dataclass
+class Region:
+    """Nodes compiled together, what they read from outside and what outside reads from them.
+
+    Attributes:
+        nodes: in program order.
+        inputs: outside nodes that the region reads (values or symbols), in order of first use.
+        outputs: nodes of the region that something outside reads.
+        donated: positions in ``inputs`` whose memory the region may overwrite.
+        key: structural hash; regions with equal keys run the same code.
+        inline: nothing but views and symbols: run where it stands, without a compilation.
+    """
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    donated: tuple[int, ...] = ()
+    key: str = ""
+    inline: bool = False
+
+
+def cut(graph: StepGraph, config: Config, *, donatable: frozenset[str] = frozenset()) -> list[Region]:
+    """Cut a graph into regions in program order.
+
+    Args:
+        graph: forward, backward or inference graph.
+        config: ``regions`` chooses the cut, ``donate`` whether dead inputs may be overwritten.
+        donatable: names of graph inputs that nothing outside the graph reads once it runs.
+    """
+    body = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    if not body:
+        return []
+    if config.regions == "auto":
+        pieces = segments([_colour(n) for n in body], _crossing_bytes(body))
+    else:
+        pieces = [(0, len(body))]
+    regions = [_region(graph, body[start:stop]) for start, stop in pieces]
+    if config.donate:
+        _donate(graph, regions, donatable)
+    for region in regions:
+        region.inline = all(_is_free(n) for n in region.nodes)
+        region.key = _key(region)
+    return regions
+
+
+def _is_free(node: fx.Node) -> bool:
+    return info(node).role in (Role.VIEW, Role.SYMBOL)
+
+
+def _describe(value: object) -> str:
+    """Shape, dtype, strides and device of a fake value, as text."""
+    if isinstance(value, torch.Tensor):
+        layout = value.stride() if value.layout is torch.strided else value.layout
+        return f"{value.dtype}{tuple(value.shape)}{layout}@{value.device}+{_offset(value)}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ",".join(map(_describe, value)) + ")"
+    return f"{type(value).__name__}:{value}"
+
+
+def _offset(value: torch.Tensor) -> object:
+    return value.storage_offset() if value.layout is torch.strided else 0
+
+
+def _constant(value: object) -> str:
+    return f"{type(value).__name__}:{value!r}"
+
+
+def _arguments(node: fx.Node, name: Callable[[fx.Node], str]) -> str:
+    def show(argument: object) -> str:
+        if isinstance(argument, fx.Node):
+            return name(argument)
+        if isinstance(argument, (list, tuple)):
+            return "[" + ",".join(map(show, argument)) + "]"
+        if isinstance(argument, dict):
+            return "{" + ",".join(f"{k}={show(v)}" for k, v in argument.items()) + "}"
+        return _constant(argument)
+
+    return show(node.args) + show(node.kwargs)
+
+
+def _colour(node: fx.Node) -> int:
+    return hash((str(node.target), _arguments(node, lambda _: "%"), _describe(node.meta.get("val"))))
+
+
+def _crossing_bytes(body: list[fx.Node]) -> Callable[[int], float]:
+    """Bytes of body values alive across each boundary; infinite where a tuple would be cut from its getitems."""
+    position = {node: index for index, node in enumerate(body)}
+    change = [0.0] * (len(body) + 2)
+    forbidden = [0] * (len(body) + 2)
+    for index, node in enumerate(body):
+        last = max((position[u] for u in node.users if u in position), default=index)
+        value = node.meta.get("val")
+        target = forbidden if isinstance(value, (list, tuple)) else change
+        size = 1 if target is forbidden else float(tensor_bytes(value)) + 1.0
+        target[index + 1] += size  # type: ignore[operator]
+        target[last + 1] -= size  # type: ignore[operator]
+    total, blocked, crossing = 0.0, 0, []
+    for step, bar in zip(change, forbidden, strict=True):
+        total, blocked = total + step, blocked + bar
+        crossing.append(float("inf") if blocked else total)
+    return crossing.__getitem__
+
+
+def _region(graph: StepGraph, nodes: list[fx.Node]) -> Region:
+    inside = set(nodes)
+    inputs: dict[fx.Node, None] = {}
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            if operand not in inside and operand.op != "get_attr":
+                inputs.setdefault(operand)
+    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    _bind_symbols(graph, nodes, inputs)
+    return Region(nodes, list(inputs), outputs)
+
+
+def _bind_symbols(graph: StepGraph, nodes: list[fx.Node], inputs: dict[fx.Node, None]) -> None:
+    """Add the graph inputs that define size symbols which the region mentions but does not receive."""
+    needed: set[str] = set()
+    for node in [*nodes, *inputs]:
+        needed |= free_symbol_names(node.meta.get("val"))
+    if not needed:
+        return
+    for node in graph.placeholders():
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and str(value) in needed:
+            inputs.setdefault(node)
+
+
+def _donate(graph: StepGraph, regions: list[Region], donatable: frozenset[str]) -> None:
+    """Mark the inputs that a region may overwrite: their storage is ours and nothing reads it afterwards."""
+    kept = {storage_key(v.meta.get("val")) for v in graph.output_values() if isinstance(v, fx.Node)}
+    kept |= {storage_key(p.meta.get("val")) for p in graph.placeholders() if p.name not in donatable}
+    last_use: dict[int | None, int] = {}
+    for index, region in enumerate(regions):
+        for node in region.inputs:
+            last_use[storage_key(node.meta.get("val"))] = index
+    for index, region in enumerate(regions):
+        keys = [storage_key(node.meta.get("val")) for node in region.inputs]
+        returned = {storage_key(node.meta.get("val")) for node in region.outputs}
+        region.donated = tuple(
+            position
+            for position, key in enumerate(keys)
+            if key is not None
+            and key not in kept
+            and key not in returned
+            and keys.count(key) == 1
+            and last_use[key] == index
+            and _owns_storage(region.inputs[position])
+        )
+
+
+def _owns_storage(node: fx.Node) -> bool:
+    """Whether the value covers its whole storage without overlap, so that the storage can be reused as one buffer."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or free_symbol_names(value):
+        return False
+    covers = value.storage_offset() == 0 and tensor_bytes(value) == value.untyped_storage().nbytes()
+    return covers and all(stride > 0 or size <= 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+def _key(region: Region) -> str:
+    """SHA-256 of the region's structure."""
+    names: dict[fx.Node, str] = {node: f"i{index}" for index, node in enumerate(region.inputs)}
+    storages: dict[int | None, int] = {}
+    lines = []
+    for node in region.inputs:
+        storage = storages.setdefault(storage_key(node.meta.get("val")), len(storages))
+        lines.append(f"{names[node]}:{_describe(node.meta.get('val'))}#{storage}")
+    for index, node in enumerate(region.nodes):
+        names[node] = f"n{index}"
+        arguments = _arguments(node, lambda n: names.get(n) or f"attr:{attribute_digest(n)}")
+        target = "getitem" if node.target is operator.getitem else str(node.target)
+        lines.append(f"{names[node]}={target}{arguments}:{_describe(node.meta.get('val'))}")
+    lines.append("out " + ",".join(names[n] for n in region.outputs))
+    lines.append(f"donated {region.donated}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def attribute_digest(node: fx.Node) -> str:
+    """Identify a ``get_attr`` constant by content (tensors) or by object (sub-modules, which are never shared)."""
+    value = attribute(node)
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout is torch.strided:
+        data = value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(data).hexdigest()}"
+    return f"{type(value).__name__}:{id(value)}"
+
+
+def attribute(node: fx.Node) -> object:
+    """The object that a ``get_attr`` node names."""
+    value: object = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def region_module(region: Region) -> fx.GraphModule:
+    """The region as a graph of its own: inputs ``i0, i1, ...`` (donated ones ``d3``), outputs as one tuple."""
+    graph = fx.Graph()
+    root = torch.nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(region.inputs):
+        prefix = "d" if index in region.donated else "i"
+        copies[node] = copy = graph.placeholder(f"{prefix}{index}")
+        copy.meta = {"val": node.meta.get("val")}
+    for node in region.nodes:
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr" and operand not in copies:
+                name = f"constant{len(copies)}"
+                setattr(root, name, attribute(operand))
+                copies[operand] = graph.get_attr(name)
+                copies[operand].meta = {"val": operand.meta.get("val")}
+        copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+        copy.meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace", "tensor_meta", "original_aten")}
+    result = graph.output(tuple(copies[node] for node in region.outputs))
+    result.meta["original_output_strides"] = [_strides(node.meta.get("val")) for node in region.outputs]
+    return fx.GraphModule(root, graph)
+
+
+def _strides(value: object) -> tuple[object, ...] | None:
+    return tuple(value.stride()) if isinstance(value, torch.Tensor) and value.layout is torch.strided else None

@@ -1,0 +1,208 @@
+"""The ``torch.compile`` backend: one Dynamo frame in, a callable out.
+
+``torch.compile(model, backend="dscompile")`` reaches :func:`dscompile` through the entry point group
+``torch_dynamo_backends``. AOTAutograd traces the joint graph and calls back three times: to partition it (passes and the
+explicit split happen there), and to compile the forward and the backward graph into programs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dscompile import cache
+from dscompile.artifact import Artifact, GraphWriter
+from dscompile.codegen.emit import emit_program
+from dscompile.codegen.lower import lower_regions
+from dscompile.codegen.regions import cut
+from dscompile.config import Config
+from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
+from dscompile.errors import UnsupportedError, VerifyError
+from dscompile.graph import GraphKind, StepGraph
+from dscompile.manager import PassContext, PassRecord, parse_pipeline, run_pipeline
+from dscompile.params import FrameInputs, frame_inputs, from_aot
+from dscompile.program import check_lifetimes
+from dscompile.report import GraphReport, announce
+from dscompile.runtime.code import ProgramCode
+from dscompile.runtime.gemm import GemmChoice
+from dscompile.split import split
+from dscompile.torch_compat import (
+    OutputCode,
+    SerializableAOTDispatchCompiler,
+    aot_autograd,
+    default_partition,
+    donated_saved_values,
+    our_cache_key,
+)
+
+_COUNTER = itertools.count()
+
+
+def dscompile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo frame. Called by PyTorch; ``options`` are the fields of :class:`~dscompile.config.Config`.
+
+    Raises:
+        ConfigError: an unknown option or a wrong type.
+        UnsupportedError: a device or ``mode`` that this version does not handle.
+        VerifyError: a pass broke a rule.
+    """
+    config = Config.load(options)
+    if mode not in (None, "default"):
+        raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
+    _check_devices(example_inputs)
+    frame = Frame(config, frame_inputs(gm, example_inputs), f"graph{next(_COUNTER)}")
+    with our_cache_key(cache.key(config), enabled=config.cache):
+        compiled: Callable[..., Any] = aot_autograd(
+            fw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_forward),
+            bw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_backward),
+            inference_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_inference),
+            partition_fn=frame.partition,
+        )(gm, example_inputs)
+    return compiled
+
+
+def _check_devices(example_inputs: Sequence[Any]) -> None:
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "cuda", "meta"):
+            raise UnsupportedError(
+                f"backend 'dscompile' does not support device {value.device}; move the model to 'cpu' (or 'cuda')."
+            )
+
+
+class Frame:
+    """One compilation of one Dynamo frame, from its joint graph to its programs."""
+
+    def __init__(self, config: Config, inputs: FrameInputs, name: str) -> None:
+        self.config = config
+        self.inputs = inputs
+        self.name = name
+        self.halves: dict[GraphKind, StepGraph] = {}
+        self.records: list[PassRecord] = []
+        self.verdict = ""
+        self.reference: Snapshot | None = None
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.writer: GraphWriter | None = Artifact(config.dump, config).graph(name) if config.dump else None
+
+    # -- AOTAutograd calls these -----------------------------------------------------------------------------------------
+
+    def partition(
+        self,
+        joint: fx.GraphModule,
+        joint_inputs: Sequence[Any],
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Run the pipeline on the joint graph and split it."""
+        static = static_lifetime_input_indices or ()
+        if not joint_inputs:  # a sub-graph of a higher-order operator: PyTorch's rules, not ours
+            return default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs)
+        graph = from_aot(joint, GraphKind.JOINT, self.inputs, forward_outputs=num_fwd_outputs)
+        self._run_passes(graph)
+        start = time.perf_counter()
+        halves = split(graph, static_inputs=static)
+        self.seconds["split"] = time.perf_counter() - start
+        if halves.chosen_by != "save all":
+            self.notes.append(f"saved values chosen by {halves.chosen_by}")
+        elif self.reference is not None:
+            start = time.perf_counter()
+            proof = prove_split(self.reference, halves.forward, halves.backward, halves.saved)
+            self.seconds["check"] += time.perf_counter() - start
+            if proof.verdict is Verdict.DIFFERENT:
+                raise VerifyError(proof.explain("split"))
+            self._merge(proof.verdict.value)
+        self.halves = {GraphKind.FORWARD: halves.forward, GraphKind.BACKWARD: halves.backward}
+        return halves.forward.module, halves.backward.module
+
+    def compile_forward(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
+        """Compile the forward half."""
+        return self._compile(self._half(GraphKind.FORWARD, module), frozenset())
+
+    def compile_backward(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
+        """Compile the backward half; saved values that nothing else holds may be overwritten."""
+        graph = self._half(GraphKind.BACKWARD, module)
+        names = [p.name for p in graph.placeholders()]
+        return self._compile(graph, frozenset(names[i] for i in donated_saved_values()))
+
+    def compile_inference(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
+        """Run the same pipeline on a graph without backward, and compile it."""
+        graph = from_aot(module, GraphKind.INFERENCE, self.inputs)
+        self._run_passes(graph)
+        return self._compile(graph, frozenset())
+
+    # -- steps -------------------------------------------------------------------------------------------------------------
+
+    def _run_passes(self, graph: StepGraph) -> None:
+        calls = parse_pipeline(self.config.pipeline)
+        if self.writer is not None:
+            self.writer.traced(graph)
+        on_pass = self.writer.after_pass if self.writer is not None else None
+        start = time.perf_counter()
+        self.reference = snapshot(graph) if self.config.verify != "off" else None
+        self.seconds["check"] = time.perf_counter() - start
+        context = PassContext(self.config)
+        self.records = run_pipeline(graph, calls, context, reference=self.reference, on_pass=on_pass)
+        self.seconds["passes"] = sum(r.seconds for r in self.records)
+        self.seconds["check"] += sum(r.check_seconds for r in self.records)
+        for record in self.records:
+            self._merge(record.verdict)
+        graph.module.recompile()
+
+    def _merge(self, verdict: str) -> None:
+        """The weakest verdict of a compilation is its verdict."""
+        order = [Verdict.DIFFERENT.value, Verdict.UNKNOWN.value, Verdict.UNCHECKED.value, Verdict.PROVED.value]
+        self.verdict = min((v for v in (self.verdict, verdict) if v), key=order.index)
+
+    def _half(self, kind: GraphKind, module: fx.GraphModule) -> StepGraph:
+        """AOTAutograd may hand back a copy of a half with adjusted fake values: keep what we know of it."""
+        known = self.halves[kind]
+        return StepGraph(module, kind, known.inputs, known.outputs, known.forward_outputs, known.unused)
+
+    def _compile(self, graph: StepGraph, donatable: frozenset[str]) -> ProgramCode:
+        start = time.perf_counter()
+        regions = cut(graph, self.config, donatable=donatable)
+        codes = lower_regions(regions, self.config)
+        program = emit_program(graph, regions, codes)
+        check_lifetimes(program)
+        self.seconds[f"compile {graph.kind}"] = time.perf_counter() - start
+        report = GraphReport(
+            graph=self.name,
+            kind=str(graph.kind),
+            passes=[_record(r) for r in self.records] if graph.kind is not GraphKind.BACKWARD else [],
+            facts=program.facts,
+            seconds={k: v for k, v in self.seconds.items() if "compile" not in k or str(graph.kind) in k},
+            gemm=GemmChoice.of(self.config.gemm).reason,
+            verdict=self.verdict,
+            fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
+            summary=self.config.summary,
+        )
+        code = ProgramCode(program, report, self.config.gemm).load()
+        announce(report)
+        if self.writer is not None:
+            self.writer.program(str(graph.kind), program.source())
+        return code
+
+
+def _record(record: PassRecord) -> dict[str, Any]:
+    return {
+        "call": record.call,
+        "seconds": record.seconds,
+        "check_seconds": record.check_seconds,
+        "nodes": [record.nodes_before, record.nodes_after],
+        "edits": record.edits,
+        "verdict": record.verdict,
+        "decisions": len(record.decisions),
+    }

@@ -1,0 +1,39 @@
+"""The key under which compiled programs are cached: the whole configuration, every version, and our own source.
+
+The programs themselves are stored by AOTAutograd's cache (one file an entry, written to a temporary name and renamed, so that
+two processes may write at once). It hashes the traced graph and PyTorch's state; this module adds what is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+from pathlib import Path
+
+import torch
+
+import dscompile
+from dscompile.config import Config
+
+
+def key(config: Config) -> str:
+    """SHA-256 over the configuration, versions of dscompile, PyTorch and Python, and dscompile's source files."""
+    parts = [config.digest(), dscompile.__version__, torch.__version__, platform.python_version(), source_digest()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def source_digest() -> str:
+    """SHA-256 of every source file of the package: an edited pass never meets programs of its older self."""
+    digest = hashlib.sha256()
+    for folder in sorted({Path(p) for p in _folders()}):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _folders() -> list[Path]:
+    here = Path(dscompile.__file__).resolve().parent
+    names = ("passes", "codegen", "runtime")
+    return [here, *(base / name for base in (here, here.parent) for name in names if (base / name).is_dir())]

@@ -1,0 +1,211 @@
+"""StepGraph: one training step as an FX graph, with what every input, node and output *means*.
+
+The graph itself is a plain :class:`torch.fx.Graph` of functional aten operators. We write one key of ``node.meta``
+(:data:`INFO`), and every change goes through :meth:`StepGraph.edit`, which numbers it: the number is what ``--limit`` and a
+bisection count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+INFO = "dscompile"
+"""The only key of ``node.meta`` that dscompile writes; its value is a :class:`NodeInfo`."""
+
+
+class Phase(StrEnum):
+    """When a node runs. ``FORWARD`` runs before the loss is known, ``BACKWARD`` after."""
+
+    FORWARD = "f"
+    BACKWARD = "b"
+
+
+class Role(StrEnum):
+    """What a node is for. Later passes add roles for communication and memory movement."""
+
+    INPUT = "input"
+    COMPUTE = "compute"
+    VIEW = "view"
+    RANDOM = "random"
+    EFFECT = "effect"
+    SYMBOL = "symbol"
+    OUTPUT = "output"
+
+
+class InputKind(StrEnum):
+    """What a graph input is to the user."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+    TANGENT = "tangent"
+    SYMBOL = "symbol"
+    SAVED = "saved"
+    OPAQUE = "opaque"
+
+
+class GraphKind(StrEnum):
+    """Which program a graph is."""
+
+    JOINT = "joint"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    INFERENCE = "inference"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """What one node means. ``fqn`` is the module that the user's code ran in, or the parameter an input is."""
+
+    role: Role = Role.COMPUTE
+    phase: Phase = Phase.FORWARD
+    fqn: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """One placeholder: its node name, kind, fully qualified name, the other names of a tied tensor, and trainability."""
+
+    name: str
+    kind: InputKind
+    fqn: str = ""
+    aliases: tuple[str, ...] = ()
+    trainable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GraphOutput:
+    """One output: ``kind`` is ``output``, ``mutation``, ``gradient``, ``saved`` or ``none``; ``of`` names the input of the
+    last two when there is one (a gradient's parameter, a mutation's buffer)."""
+
+    kind: str
+    of: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One numbered change: ``index`` counts from 1 over the life of the graph."""
+
+    index: int
+    pass_name: str
+    kind: str
+    node: str
+    why: str
+
+
+@dataclass
+class StepGraph:
+    """A joint, forward, backward or inference graph, its inputs and outputs, and the log of its edits.
+
+    Attributes:
+        graph: the FX graph; ``placeholder`` order is ``inputs`` order, flattened output order is ``outputs`` order.
+        module: owner of the graph's ``get_attr`` constants.
+        kind: which program this is.
+        forward_outputs: how many leading outputs belong to forward (joint graphs; else all of them).
+        unused: parameters and buffers of the model that the graph never reads, by FQN (step entry only).
+    """
+
+    module: fx.GraphModule
+    kind: GraphKind
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[GraphOutput, ...]
+    forward_outputs: int
+    unused: tuple[str, ...] = ()
+    edits: list[Edit] = field(default_factory=list)
+    limit: int | None = None
+    touched: set[fx.Node] = field(default_factory=set)
+    current_pass: str = ""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph itself."""
+        return self.module.graph
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        """Every node, in program order."""
+        return iter(self.module.graph.nodes)
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The single ``output`` node."""
+        return self.graph.output_node()
+
+    def output_values(self) -> list[Any]:
+        """The flattened outputs: nodes, constants or None, in order."""
+        values = self.output_node.args[0]
+        return list(values) if isinstance(values, (list, tuple)) else [values]
+
+    def placeholders(self) -> list[fx.Node]:
+        """The input nodes, in order."""
+        return self.graph.find_nodes(op="placeholder")
+
+    def input_of(self, node: fx.Node) -> GraphInput | None:
+        """What a placeholder is, or None for any other node."""
+        return next((i for i in self.inputs if i.name == node.name), None) if node.op == "placeholder" else None
+
+    # -- numbered edits -----------------------------------------------------------------------------------------------
+
+    def edit(self, kind: str, node: fx.Node, why: str) -> bool:
+        """Number one edit and say whether to make it: False once ``limit`` edits were made.
+
+        A pass writes ``if graph.edit("cse", node, why="same as %x"): graph.replace(node, x)``.
+        """
+        if self.limit is not None and len(self.edits) >= self.limit:
+            return False
+        self.edits.append(Edit(len(self.edits) + 1, self.current_pass, kind, node.name, why))
+        return True
+
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """Redirect every use of ``node`` to ``new`` and erase ``node``."""
+        for user in node.users:
+            self.touched.add(user)
+        node.replace_all_uses_with(new, propagate_meta=False)
+        self.erase(node)
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nothing uses."""
+        self.touched.discard(node)
+        self.graph.erase_node(node)
+
+    def insert_call(
+        self, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node
+    ) -> fx.Node:
+        """Insert a call before ``before``; meaning and user source come from ``like``, ``meta["val"]`` is computed."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs or {})
+        node.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", INFO)}
+        node.meta["val"] = fake_value(node)
+        self.touched.add(node)
+        return node
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """The meaning of a node (a default one if no pass annotated it)."""
+    found = node.meta.get(INFO)
+    return found if isinstance(found, NodeInfo) else NodeInfo()
+
+
+def annotate(node: fx.Node, **changes: Any) -> NodeInfo:
+    """Change fields of a node's meaning; returns the new :class:`NodeInfo`."""
+    node.meta[INFO] = new = replace(info(node), **changes)
+    return new
+
+
+def fake_value(node: fx.Node) -> Any:
+    """Recompute ``meta["val"]`` from the operands' fake values, without touching data.
+
+    Raises whatever the operator's fake kernel raises for operands it does not accept.
+    """
+    from dscompile.torch_compat import fake_mode_of
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with fake_mode_of(node.graph), torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,117 @@
+"""Program: what a graph becomes, a linear list of steps that prints as the Python that runs.
+
+The printed function *is* the executed one: it takes one list, empties it, calls regions, and drops every value right after its
+last use, so memory is freed exactly where the text says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dscompile.errors import VerifyError
+
+
+@dataclass
+class RegionCode:
+    """The code behind one structural key.
+
+    Attributes:
+        key: structural hash of the region.
+        kind: ``"inductor"`` (compiled) or ``"aten"`` (PyTorch's own kernels, one call a node).
+        source: Python source; for ``aten`` it defines ``run(args)``.
+        reason: why the region was not compiled ("" if it was).
+        artifact: the compiled object, bound again after loading from disk.
+    """
+
+    key: str
+    kind: str
+    source: str
+    reason: str = ""
+    artifact: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of a program: ``writes = call(reads)``; ``frees`` are dropped before the call if it reads them."""
+
+    text: str
+    call: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    frees: tuple[str, ...]
+
+
+@dataclass
+class Program:
+    """A runnable graph.
+
+    Attributes:
+        name: what it is, e.g. ``forward``.
+        inputs: names bound to the argument list, in order.
+        steps: in execution order.
+        outputs: Python expressions returned as one tuple.
+        calls: which :class:`RegionCode` key each ``region_k`` of the source runs.
+        codes: region code by key.
+        facts: figures for reports (nodes, regions, bytes), JSON-able.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    steps: list[Step]
+    outputs: tuple[str, ...]
+    calls: dict[str, str]
+    codes: dict[str, RegionCode]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def source(self) -> str:
+        """The Python source that the runtime executes."""
+        return function_source(self.name, self.inputs, self.steps, self.outputs)
+
+
+def function_source(name: str, inputs: Sequence[str], steps: Sequence[Step], outputs: Sequence[str]) -> str:
+    """Print a boxed function: it takes one list, empties it, runs the steps and returns a tuple."""
+    lines = [f"def {name}(args):"]
+    if inputs:
+        lines.append(f"    {', '.join(inputs)}, = args")
+    lines.append("    args.clear()")
+    used = {read for step in steps for read in step.reads} | set(outputs)
+    unused = [i for i in inputs if i not in used]
+    if unused:
+        lines.append(f"    del {', '.join(unused)}")
+    for step in steps:
+        lines += [f"    {line}" for line in step.text.splitlines()]
+    lines.append(f"    return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
+    return "\n".join(lines) + "\n"
+
+
+def check_lifetimes(program: Program) -> None:
+    """Raise :class:`VerifyError` unless each value is written once, read only while alive, and freed after its last use.
+
+    This is the lifetime rule of the last stage: it reads the finished steps, not the planner's own tables.
+    """
+    alive = set(program.inputs)
+    used = {read for step in program.steps for read in step.reads} | set(program.outputs)
+    alive &= used
+    freed: set[str] = set()
+    for number, step in enumerate(program.steps):
+        where = f"program {program.name!r}, step {number} ({step.call})"
+        for read in step.reads:
+            if read not in alive:
+                what = "after it was freed" if read in freed else "before it is written"
+                raise VerifyError(f"rule lifetime: {where} reads {read!r} {what}")
+        for free in step.frees:
+            if free not in alive and free not in step.writes:
+                raise VerifyError(f"rule lifetime: {where} frees {free!r}, which is not alive")
+        for write in step.writes:
+            if write in alive:
+                raise VerifyError(f"rule lifetime: {where} writes {write!r} a second time")
+        alive |= set(step.writes)
+        alive -= set(step.frees)
+        freed |= set(step.frees)
+    names = {output for output in program.outputs if output.isidentifier() and output not in ("None", "True", "False")}
+    for name in sorted(names - alive):
+        raise VerifyError(f"rule lifetime: program {program.name!r} returns {name!r}, which is not alive")
+    for name in sorted(alive - names):
+        raise VerifyError(f"rule lifetime: program {program.name!r} never frees {name!r}")

@@ -1,0 +1,382 @@
+"""The only file that names private parts of PyTorch. Everything else imports them from here.
+
+Each helper says which private name it stands on, so that a new PyTorch release is checked in one sitting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd as aot_autograd
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
+from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
+from torch._functorch.partitioners import default_partition as default_partition
+from torch._guards import TracingContext as TracingContext
+from torch._guards import detect_fake_mode as detect_fake_mode
+from torch._guards import tracing as tracing
+from torch._inductor import config as inductor_config
+from torch._inductor.codecache import FxGraphCache
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.replace_random import replace_random_passes
+from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
+from torch._inductor.output_code import OutputCode as OutputCode
+from torch._library.fake_class_registry import FakeScriptObject
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._ops import OpOverloadPacket as OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import _disable_current_modes
+
+# -- fake tensors ---------------------------------------------------------------------------------------------------------
+
+
+def fake_mode_of(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
+    """The fake tensor mode that a traced graph's ``meta["val"]`` tensors belong to, ready to be entered."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for leaf in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(leaf, FakeTensor):
+                mode: contextlib.AbstractContextManager[Any] = leaf.fake_mode
+                return mode
+    return contextlib.nullcontext()
+
+
+def storage_key(value: Any) -> int | None:
+    """Identity of the storage behind a (fake) tensor, or None: two values with equal keys share memory.
+
+    Stands on ``UntypedStorage._cdata``. Sparse and opaque tensors have no storage.
+    """
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+# -- Dynamo ---------------------------------------------------------------------------------------------------------------
+
+
+def source_names(gm: fx.GraphModule) -> list[str]:
+    """Dynamo's source expression of each placeholder (``L['self']._modules['a']._parameters['w']``), "" if unknown."""
+    names = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        names.append(str(source.name) if source is not None else "")
+    return names
+
+
+def duplicate_sources() -> list[tuple[str, str]]:
+    """Pairs (other name, graph input's name) of sources that Dynamo found to be one object: tied parameters.
+
+    Stands on the ``DUPLICATE_INPUT`` guards of the active tracing context.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return []
+    pairs = []
+    for guard in context.guards_context.dynamo_guards:
+        create = guard.create_fn
+        if isinstance(create, functools.partial) and create.func.__name__ == "DUPLICATE_INPUT":
+            pairs.append((str(guard.name), str(create.keywords["source_b"].name)))
+    return pairs
+
+
+def donated_saved_values() -> tuple[int, ...]:
+    """Indices of the backward's inputs that AOTAutograd says nothing else will read, during a backward compile."""
+    context = TracingContext.try_get()
+    indices = getattr(getattr(context, "fw_metadata", None), "bw_donated_idxs", None)
+    return tuple(indices or ())
+
+
+# -- splitting and sizes --------------------------------------------------------------------------------------------------
+
+
+def extract_forward_backward(
+    module: fx.GraphModule,
+    saved: list[fx.Node],
+    symbols: list[fx.Node],
+    forward_outputs: int,
+    static_inputs: list[fx.Node],
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a joint graph into forward and backward modules in AOTAutograd's calling convention.
+
+    Stands on ``_extract_fwd_bwd_modules``; ``saved`` and ``symbols`` must include placeholders that backward reads.
+    """
+    forward, backward = _extract_fwd_bwd_modules(
+        module,
+        list(saved),
+        list(symbols),
+        num_fwd_outputs=forward_outputs,
+        static_lifetime_input_nodes=OrderedSet(static_inputs),
+    )
+    forward.graph.eliminate_dead_code()
+    backward.graph.eliminate_dead_code()
+    return forward, backward
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether a node's value is neither tensor, number, symbol nor a collection of those (a mesh, an effect token)."""
+    value = node.meta.get("val")
+    return isinstance(value, (torch.ScriptObject, FakeScriptObject))
+
+
+def free_symbol_names(value: Any) -> set[str]:
+    """Names of the size symbols that a fake value mentions."""
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, list, tuple)):
+        return {str(symbol) for symbol in free_symbols(value)}
+    return set()
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of a (fake) tensor's elements; symbolic sizes count at their hint. Everything else is 0."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    elements = 1
+    for size in value.shape:
+        elements *= size if isinstance(size, int) else size_hint(size)
+    return elements * value.element_size()
+
+
+def size_hint(size: Any) -> int:
+    """The example value behind a symbolic size (1 if it has none)."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1
+
+
+# -- Inductor -------------------------------------------------------------------------------------------------------------
+
+
+class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)
+    """TorchInductor could not compile a region; the message is its first line."""
+
+
+def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rng: bool) -> CompiledFxGraph:
+    """Decompose a region's module and compile it with TorchInductor.
+
+    Args:
+        module: placeholders carry fake values; outputs are one tuple; ``meta["original_output_strides"]`` on the output
+            node says which strides later regions rely on.
+        donated: positions of inputs whose memory may be overwritten.
+        fused_rng: draw random numbers inside kernels instead of with PyTorch's own generator calls.
+
+    Raises:
+        InductorFailure: whatever went wrong, in one line.
+
+    Stands on ``compile_fx_inner``, ``select_decomp_table`` and ``DonatedBuffer`` (through ``fw_metadata.bw_donated_idxs``).
+    """
+    output = module.graph.output_node()
+    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    try:
+        with torch.no_grad(), _no_autocast():
+            decomposed = _decompose(module, inputs)
+            result = decomposed.graph.output_node()
+            result.meta["original_output_strides"] = output.meta["original_output_strides"]
+            result.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
+            if fused_rng:
+                replace_random_passes(decomposed)
+            context = TracingContext(detect_fake_mode(inputs))
+            context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated), static_input_indices=[])  # type: ignore[assignment]
+            options = {"fallback_random": not fused_rng, "keep_output_stride": True}
+            with tracing(context), inductor_config.patch(options):
+                return cast(CompiledFxGraph, compile_fx_inner(decomposed, inputs, is_backward=bool(donated)))
+    except Exception as error:
+        raise InductorFailure(_first_line(error)) from error
+
+
+def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+    """Trace a module again with Inductor's decompositions, keeping placeholder names (they are part of cache keys)."""
+    mode = detect_fake_mode(inputs) or contextlib.nullcontext()
+    table = select_decomp_table()
+    run = fx.Interpreter(module).run
+    with mode, fx.traceback.preserve_node_meta():
+        traced: fx.GraphModule = make_fx(run, decomposition_table=table)(*inputs)
+        if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes):
+            traced = make_fx(functionalize(run), decomposition_table=table)(*inputs)
+    for new, old in zip(traced.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True):
+        new.target = old.target
+        new.name = old.name
+    result = traced.graph.output_node()
+    if isinstance(result.args[0], fx.Node):  # a single output: keep the tuple convention
+        result.args = ((result.args[0],),)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Compile with autocast off: the graph already holds the casts that the user's autocast made."""
+    with torch._C._DisableAutocast():
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def load_artifact(artifact: CompiledFxGraph) -> Callable[[list[Any]], Any]:
+    """The boxed callable of a compiled region, reloading it from disk if it was just unpickled.
+
+    Stands on ``FxGraphCache.cache_hit_post_compile``, which writes the Python wrapper and finds or rebuilds its kernels.
+    """
+    if artifact.current_callable is None:
+        loaded, _ = FxGraphCache.cache_hit_post_compile(artifact, {}, CompiledFxGraphConstants())
+        if loaded is None or loaded.current_callable is None:
+            raise RuntimeError("a cached region could not be loaded")
+        artifact = loaded
+    call = artifact.current_callable
+    assert call is not None
+    return call
+
+
+def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:
+    """A copy of a compiled region that can be pickled."""
+    bare = copy.copy(artifact)
+    bare.prepare_for_serialization()
+    return bare
+
+
+# -- canonical text -------------------------------------------------------------------------------------------------------
+
+
+def symbol_functions() -> dict[str, type]:
+    """The sympy functions that symbolic sizes are built of (``FloorDiv``, ``Mod``, ``Max``, ...), by class name."""
+    from torch.utils._sympy import functions
+
+    return {c.__name__: c for c in vars(functions).values() if isinstance(c, type) and c.__module__ == functions.__name__}
+
+
+def restore_symbol(env: ShapeEnv, symbol: Any, hint: Any, lower: Any, upper: Any, *, size_like: bool) -> None:
+    """Make ``symbol`` known to ``env`` with its hint (None: unbacked) and range; a bound of None is infinite.
+
+    Raises ``ValueError`` for an empty range. Stands on ``ValueRanges`` and ``int_oo``.
+    """
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    infinity = int_oo if symbol.is_integer else sympy.oo
+    low, high = -infinity if lower is None else lower, infinity if upper is None else upper
+    if not low <= high:
+        raise ValueError(f"the range [{low}, {high}] is empty")
+    env.var_to_range[symbol] = ValueRanges(low, high)
+    if hint is not None:
+        env.backed_var_to_val[symbol] = sympy.sympify(hint)
+    if size_like:
+        env.size_like.add(symbol)
+
+
+def symbol_facts(env: ShapeEnv, symbol: Any) -> tuple[Any, Any, Any, bool]:
+    """(hint or None, lower or None, upper or None, size-like) of a symbol: what :func:`restore_symbol` takes back."""
+    from torch.utils._sympy.numbers import int_oo
+
+    unbounded = (int_oo, -int_oo, sympy.oo, -sympy.oo)  # int_oo.is_finite is True, so it cannot be asked
+    hint = env.backed_var_to_val.get(symbol)
+    bounds = env.var_to_range.get(symbol)
+    low, high = (None, None) if bounds is None else (bounds.lower, bounds.upper)
+    return (
+        hint,
+        None if low in unbounded else low,
+        None if high in unbounded else high,
+        symbol in env.size_like,
+    )
+
+
+def symbolic_value(env: ShapeEnv, expr: Any, kind: type) -> Any:
+    """A SymInt, SymFloat or SymBool (``kind`` is ``int``, ``float`` or ``bool``) of a sympy expression."""
+    wrapper = {int: torch.SymInt, float: torch.SymFloat, bool: torch.SymBool}[kind]
+    return wrapper(SymNode(expr, env, kind, None))
+
+
+def lazy_graph_module(root: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule whose Python code is generated when it is first called, not now (seconds at 20,000 nodes)."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
+def operator_names() -> list[str]:
+    """Every registered operator as ``namespace.name``, for "did you mean"."""
+    names = {name.partition(".")[0].replace("::", ".") for name in torch._C._dispatch_get_all_op_names()}
+    return sorted(names)
+
+
+def symbolic_expression(size: Any) -> Any:
+    """The sympy expression of a symbolic size (public objects all the way: ``SymInt.node.expr``)."""
+    return size.node.expr
+
+
+def is_backed(size: Any) -> bool:
+    """Whether a symbolic size follows from input shapes, and not from data (``nonzero``, ``item``)."""
+    return not free_unbacked_symbols(size)
+
+
+# -- AOTAutograd's cache --------------------------------------------------------------------------------------------------
+
+
+class _KeyOnly(CustomPartitionerFn):
+    """Carries our cache key into PyTorch's: the hash of every compiled graph includes its partitioner's ``uuid``."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        raise AssertionError("dscompile hands AOTAutograd its own partition function")
+
+    def uuid(self) -> str:
+        return self.key
+
+
+@contextlib.contextmanager
+def our_cache_key(key: str, *, enabled: bool) -> Iterator[None]:
+    """While AOTAutograd runs: add ``key`` to its cache key, store whole programs, and compile backward right away.
+
+    Stands on ``bundled_autograd_cache`` (an entry holds the ``OutputCode`` itself), ``custom_partitioner_fn.uuid`` and
+    ``force_non_lazy_backward_lowering`` (the entry is complete before the first backward).
+    """
+    functorch = {
+        "bundled_autograd_cache": True,
+        "force_non_lazy_backward_lowering": True,
+        "enable_autograd_cache": enabled,
+    }
+    inductor = {"custom_partitioner_fn": _KeyOnly(key), "fx_graph_cache": enabled}
+    with functorch_config.patch(functorch), inductor_config.patch(inductor):
+        yield
+
+
+@contextlib.contextmanager
+def without_guards(graph: fx.Graph) -> Iterator[None]:
+    """Recompute fake values without adding guards to the graph's symbolic shapes.
+
+    Stands on ``ShapeEnv.suppress_guards`` and ``FakeTensorMode.shape_env``.
+    """
+    shape_env = next((m.shape_env for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None))), None)
+    with shape_env.suppress_guards() if shape_env is not None else contextlib.nullcontext():
+        yield
+
+
+def no_modes() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors are real even while a trace with fake tensors is going on."""
+    context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
+    return context

@@ -1,0 +1,242 @@
+"""The rules of :mod:`dscompile.verify`, one function each. A new rule is a function and an entry in a table.
+
+:data:`STRUCTURE` says that the graph is a graph at all, and runs first; :data:`RULES` compare it with the traced graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import fx
+
+from dscompile.effects import is_effect, is_random, phase_of, traits
+from dscompile.graph import INFO, GraphKind, InputKind, NodeInfo, Phase, Role, fake_value
+from dscompile.torch_compat import HigherOrderOperator, OpOverload, without_guards
+from dscompile.verify import Check, signature
+
+Rule = Callable[[Check], None]
+
+
+# -- structure ---------------------------------------------------------------------------------------------------------
+
+
+def order(check: Check) -> None:
+    """Every operand is defined before its user; names are unique; ``output`` comes last."""
+    position = {node: i for i, node in enumerate(check.graph.nodes)}
+    names: dict[str, fx.Node] = {}
+    last: fx.Node | None = None
+    for i, (node, _) in enumerate(position.items()):
+        last = node
+        if (twin := names.setdefault(node.name, node)) is not node:
+            check.report("order", f"two nodes are called {node.name!r}.", twin, node)
+        for operand in node.all_input_nodes:
+            where = position.get(operand)
+            if where is not None and where >= i:
+                check.report("order", f"%{node.name} reads %{operand.name} before it is defined.", node, operand)
+    if last is None or last.op != "output":
+        check.report("order", "the graph does not end with its output.", *([last] if last else []))
+
+
+def dead(check: Check) -> None:
+    """Nothing reads a node that was erased (or that belongs to another graph)."""
+    alive = set(check.graph.nodes)
+    for node in alive:
+        for operand in node.all_input_nodes:
+            if operand not in alive:
+                check.report("dead", f"%{node.name} reads %{operand.name}, which was erased.", node, operand)
+    if not check.graph.touched <= alive:
+        gone = [n for n in check.graph.touched if n not in alive and n.users]
+        for node in gone:
+            check.report("dead", f"%{node.name} was erased although it has users.", node)
+
+
+STRUCTURE: tuple[Rule, ...] = (dead, order)
+
+
+# -- against the traced graph ------------------------------------------------------------------------------------------
+
+
+def phase(check: Check) -> None:
+    """A forward node reads no backward node and no tangent; forward outputs and forward writes are forward nodes."""
+    if check.graph.kind is not GraphKind.JOINT:
+        return
+    tangents = {i.name for i in check.graph.inputs if i.kind is InputKind.TANGENT}
+    late = {n for n in check.facts.order if phase_of(n) is Phase.BACKWARD or n.name in tangents}
+    for node in check.facts.order:
+        if node in late:
+            continue
+        for operand in node.all_input_nodes:
+            if operand in late:
+                check.report("phase", f"forward node %{node.name} reads backward node %{operand.name}.", node, operand)
+    for i, value in enumerate(check.facts.outputs[: check.graph.forward_outputs]):
+        if isinstance(value, fx.Node) and value in late:
+            check.report("phase", f"forward output {i} is the backward node %{value.name}.", value)
+
+
+def inputs(check: Check) -> None:
+    """Placeholders keep number, order, names, types and meaning."""
+    if check.graph.inputs != check.base.inputs:
+        check.report("inputs", "the table of inputs (kinds, FQNs, ties) changed.")
+    now = check.facts.placeholders
+    if [n.name for n in now] != [name for name, _, _ in check.base.placeholders]:
+        check.report("inputs", f"inputs were {_names(check)}, are {', '.join(n.name for n in now)}.")
+        return
+    for node, (name, before, meaning) in zip(now, check.base.placeholders, strict=True):
+        if signature(node.meta.get("val")) != before:
+            check.report("inputs", f"input {name} was {before}, is {signature(node.meta.get('val'))}.", node)
+        found = node.meta.get(INFO)
+        if meaning is not None and (not isinstance(found, NodeInfo) or found.fqn != meaning.fqn):
+            check.report("info", f"input {name} was {meaning.fqn or 'unnamed'!r}; its FQN changed.", node)
+
+
+def _names(check: Check) -> str:
+    return ", ".join(name for name, _, _ in check.base.placeholders)
+
+
+def outputs(check: Check) -> None:
+    """Outputs keep number, kinds, dtypes, shapes and strides; None stays None."""
+    node = check.graph.output_node
+    before, now = check.base.facts.signatures, check.facts.signatures
+    if len(before) != len(now):
+        check.report("outputs", f"{len(before)} outputs became {len(now)}.", node)
+        return
+    if check.graph.outputs != check.base.outputs or check.graph.forward_outputs != check.base.forward_outputs:
+        check.report("outputs", "the table of outputs (kinds, gradients' parameters, forward count) changed.", node)
+    for i, (a, b) in enumerate(zip(before, now, strict=True)):
+        if type(a) is not type(b) or a != b:
+            value = check.facts.outputs[i]
+            at = value if isinstance(value, fx.Node) else node
+            check.report("outputs", f"output {i} was {a}, is {b}.", at)
+
+
+def output_alias(check: Check) -> None:
+    """Which outputs share storage, with each other or with an input, is what the user sees: it stays as traced."""
+    base, facts = check.base.facts, check.facts
+    if len(base.outputs) != len(facts.outputs):
+        return
+    for what, before, now in (
+        ("shares storage with", base.sharing, facts.sharing),
+        ("is the same tensor as", base.sameness, facts.sameness),
+    ):
+        for i, (a, b) in enumerate(zip(before, now, strict=True)):
+            value = facts.outputs[i]
+            if a != b and isinstance(value, fx.Node):
+                check.report(
+                    "output_alias",
+                    f"output {i} {what} {_partner(check, i, b)}; before: {_partner(check, i, a)}.",
+                    value,
+                )
+                return
+
+
+def _partner(check: Check, output: int, group: int | None) -> str:
+    inputs_ = len(check.base.placeholders)
+    if group is None:
+        return "nothing"
+    if group < inputs_:
+        return f"input {check.base.placeholders[group][0]}"
+    return "nothing earlier" if group - inputs_ == output else f"output {group - inputs_}"
+
+
+def metadata(check: Check) -> None:
+    """The fake value of every changed node and of its direct users is what the operator gives for its operands."""
+    todo = dict.fromkeys(check.changed)
+    for node in check.changed:
+        todo.update(dict.fromkeys(node.users))
+    with without_guards(check.graph.graph):
+        for node in todo:
+            if node.op == "call_function" and not _not_recomputable(node):
+                _recompute(check, node)
+
+
+def _not_recomputable(node: fx.Node) -> bool:
+    """Higher-order operators need their tracing context; resizing in place would change the operand's fake value."""
+    if isinstance(node.target, HigherOrderOperator):
+        return True
+    return isinstance(node.target, OpOverload) and traits(node.target).reshapes
+
+
+def _recompute(check: Check, node: fx.Node) -> None:
+    if any(operand.op == "get_attr" and "val" not in operand.meta for operand in node.all_input_nodes):
+        return
+    missing = next((n for n in node.all_input_nodes if "val" not in n.meta), None)
+    if missing is not None or "val" not in node.meta:
+        check.report("metadata", f"%{(missing or node).name} has no fake value.", missing or node)
+        return
+    try:
+        value = fake_value(node)
+    except Exception as error:  # whatever a fake kernel raises is the finding
+        text = str(error).strip().splitlines()
+        check.report("metadata", f"%{node.name} does not accept its operands: {text[0] if text else error!r}", node)
+        return
+    expected, found = signature(value), signature(node.meta["val"])
+    if expected != found:
+        check.report("metadata", f"%{node.name} is recorded as {found}, but computes {expected}.", node)
+
+
+def effects(check: Check) -> None:
+    """Effects keep number and order, and no read of a written storage moves across a write."""
+    _same_sequence(check, "effects", "effect", check.base.facts.effects, check.facts.effects)
+    for key, before in check.base.facts.reads.items():
+        now = check.facts.reads.get(key, before)
+        if now != before:
+            reader, root = key
+            maker = root if isinstance(root, fx.Node) else root[0]
+            text = f"%{reader.name} read %{maker.name} after {before} writes to it, now after {now}."
+            check.report("effects", text, reader, maker)
+
+
+def random(check: Check) -> None:
+    """Random draws keep number and order."""
+    _same_sequence(check, "random", "random draw", check.base.facts.draws, check.facts.draws)
+
+
+def _same_sequence(check: Check, rule: str, what: str, before: list[fx.Node], now: list[fx.Node]) -> None:
+    for i in range(max(len(before), len(now))):
+        a = before[i] if i < len(before) else None
+        b = now[i] if i < len(now) else None
+        if a is b:
+            continue
+        if a is None or b is None:
+            gone = f"{what} {i} was {'added' if a is None else 'removed'}"
+            check.report(rule, f"{gone}: {len(before)} became {len(now)}.", *(n for n in (a, b) if n is not None))
+            return
+        moved = a in now or b in before
+        if moved or a.target is not b.target:
+            check.report(rule, f"{what} {i} was %{a.name}, is %{b.name}: order or operator changed.", a, b)
+            return
+
+
+def info(check: Check) -> None:
+    """Every node says what it is for, and says it right where the graph can tell."""
+    for node in check.changed:
+        found = node.meta.get(INFO)
+        if not isinstance(found, NodeInfo):
+            check.report("info", f"%{node.name} has no NodeInfo.", node)
+            continue
+        allowed = _roles(node)
+        if found.role not in allowed:
+            names = " or ".join(sorted(allowed))
+            check.report("info", f"%{node.name} has role {found.role.value!r}, must be {names}.", node)
+
+
+def _roles(node: fx.Node) -> frozenset[Role]:
+    if node.op == "placeholder":
+        return frozenset({Role.INPUT, Role.SYMBOL})
+    if node.op == "output":
+        return frozenset({Role.OUTPUT})
+    if is_effect(node):
+        return frozenset({Role.EFFECT})
+    if is_random(node):
+        return frozenset({Role.RANDOM})
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return frozenset({Role.SYMBOL})
+    return frozenset(Role) - {Role.INPUT, Role.OUTPUT, Role.EFFECT, Role.RANDOM}
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {rule.__name__: rule for rule in (phase, inputs, outputs, output_alias, effects, random, info, metadata)}
+)
+"""Every rule by name, in the order they run and report."""

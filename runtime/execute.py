@@ -1,0 +1,40 @@
+"""Execute a Program: bind its printed source to compiled regions and call it with a boxed list of arguments."""
+
+from __future__ import annotations
+
+import linecache
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dscompile.program import Program, RegionCode
+from dscompile.torch_compat import load_artifact
+
+Boxed = Callable[[list[Any]], Any]
+
+
+def bind(program: Program) -> Boxed:
+    """Make the executable function of a program: ``run(args) -> tuple``; ``args`` is emptied as it is used."""
+    loaded = {key: load_region(code) for key, code in program.codes.items()}
+    namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()}
+    return define(program.source(), program.name, namespace)
+
+
+def load_region(code: RegionCode) -> Boxed:
+    """The boxed callable of one region."""
+    if code.kind == "aten":
+        return define(code.source, "run", {})
+    return load_artifact(code.artifact)
+
+
+def define(source: str, name: str, namespace: dict[str, Any]) -> Boxed:
+    """Execute generated source and return the function it defines; tracebacks show the generated lines."""
+    path = f"<dscompile {name} {hash((source, id(namespace))) & 0xFFFFFFFF:08x}>"
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+    scope = {"torch": torch, "operator": operator, "math": math, **namespace}
+    exec(compile(source, path, "exec"), scope)
+    function: Boxed = scope[name]
+    return function

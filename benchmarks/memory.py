@@ -1,9 +1,9 @@
 """In-step memory, measured two ways that must agree.
 
-*Allocations*: the running sum of the allocator's events in a profile of forward + backward; its peak is exact, but blind to
-memory that a library takes from the system itself. *Resident*: the kernel's high-water mark, reset before the step; it sees
-every page, and also the allocator's slack. Memory that a variant keeps from step to step (pooled buffers) is in neither
-peak, so it is counted apart, from the live storages, and added to the total.
+*Allocations*: the running sum of the allocator's events in a profile of forward + backward; its peak is exact, but
+blind to memory that a library takes from the system itself. *Resident*: the kernel's high-water mark, reset before
+the step; it sees every page, and also the allocator's slack. Memory that a variant keeps from step to step (pooled
+buffers) is in neither peak, so it is counted apart, from the live storages, and added to the total.
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def live_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        kind = type(thing)
-        if issubclass(kind, torch.Tensor) and thing.layout is torch.strided and thing.device.type == "cpu":
+        kind = type(thing)  # not isinstance(): some modules keep objects whose `__class__` warns
+        if issubclass(kind, torch.Tensor) and thing.layout is torch.strided:
             try:
                 thing = thing.untyped_storage()
             except (RuntimeError, NotImplementedError):  # a fake or functional tensor of the compiler: no data
                 continue
-        if isinstance(thing, torch.UntypedStorage) and thing.device.type == "cpu" and thing.data_ptr():
+        elif not issubclass(kind, torch.UntypedStorage):
+            continue
+        if thing.device.type == "cpu" and thing.data_ptr():
             storages[thing.data_ptr()] = thing.nbytes()
     return sum(storages.values())
 

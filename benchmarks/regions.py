@@ -1,7 +1,7 @@
-"""Depth: ``python -m benchmarks.regions`` counts regions as the model gets deeper, and times compilation against Inductor's.
+"""Depth: ``python -m benchmarks.regions`` counts regions as the model gets deeper, and times compilation.
 
-Equal regions are compiled once, so the number compiled, and with it the time, should not grow with the number of layers.
-Every figure is of a fresh process with empty caches; the order of the two compilers alternates from depth to depth.
+Equal regions are compiled once, so the number compiled, and with it the time, should not grow with depth. Every
+figure is of a fresh process with empty caches; the order of the two compilers alternates from depth to depth.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One process: ``python -m benchmarks.single`` sets dscompile against eager and Inductor.
 
-Steps are interleaved in one process; memory and compilation are measured in fresh ones. Ratios are ours over theirs, so below
-1 is better; the range beside a ratio is that of single rounds.
+Steps are interleaved in one process; memory and compilation are measured in fresh ones. Ratios are ours over theirs,
+so below 1 is better; the range beside a ratio is that of single rounds.
 """
 
 from __future__ import annotations

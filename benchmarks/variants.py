@@ -24,8 +24,8 @@ class Spec:
     """What to build. It travels to fresh processes as JSON.
 
     Attributes:
-        gemm: ``user`` leaves fp32 matrix products as each side has them out of the box; ``same`` gives the peers oneDNN's
-            by ``set_float32_matmul_precision("medium")``, as any user can.
+        gemm: ``user`` leaves fp32 matrix products as each side has them out of the box; ``same`` gives the peers
+            oneDNN's by ``set_float32_matmul_precision("medium")``, as any user can.
         options: dscompile's options, passed through ``torch.compile(options=...)``.
     """
 

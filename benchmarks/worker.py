@@ -1,7 +1,8 @@
 """One measurement in a fresh process: ``python -m benchmarks.worker TASK SPEC`` prints one line of JSON.
 
-``compile`` times the first forward + backward, imports of the compiler included, as a user waits for it. ``memory`` measures
-the steady-state step, where no other variant's weights and no compiler garbage share the process's high-water mark.
+``compile`` times the first forward + backward, imports of the compiler included, as a user waits for it. ``memory``
+measures the steady-state step, where no other variant's weights and no compiler garbage share the process's
+high-water mark.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dscompile.codegen.regions import Region
+from dscompile.codegen.regions import Region, is_constant_tensor
+from dscompile.effects import constant
 from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
 from dscompile.program import Program, RegionCode, Step, function_source
@@ -26,9 +27,7 @@ def emit_program(graph: StepGraph, regions: Sequence[Region], codes: dict[str, R
     """Lay out a program: one line for a compiled region, one line a node for inline ones."""
     outputs = [_expression(value) for value in graph.output_values()]
     kept = {value.name for value in graph.output_values() if isinstance(value, fx.Node)}
-    constants = [n for n in graph.nodes if n.op == "get_attr"]
-    if any(n.name in kept for n in constants):
-        raise UnsupportedError("the graph returns a constant of its own; nothing can be compiled here")
+    constants = {n.name: constant(n) for n in graph.nodes if is_constant_tensor(n)}
     last_use: dict[str, int] = {}
     units: list[tuple[Region, fx.Node | None]] = []
     for region in regions:
@@ -55,6 +54,7 @@ def emit_program(graph: StepGraph, regions: Sequence[Region], codes: dict[str, R
         outputs=tuple(outputs),
         calls=calls,
         codes={key: codes[key] for key in calls.values()},
+        constants=constants,
     )
     program.facts = _facts(graph, regions, program)
     return program

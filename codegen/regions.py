@@ -16,8 +16,9 @@ from torch import fx
 
 from dscompile.codegen.repeats import segments
 from dscompile.config import Config
+from dscompile.effects import Root, Storages, constant
 from dscompile.graph import Role, StepGraph, info
-from dscompile.torch_compat import free_symbol_names, storage_key, tensor_bytes
+from dscompile.torch_compat import fake_like, fake_mode_of, free_symbol_names, tensor_bytes
 
 
 @dataclass
@@ -128,7 +129,7 @@ def _region(graph: StepGraph, nodes: list[fx.Node]) -> Region:
     inputs: dict[fx.Node, None] = {}
     for node in nodes:
         for operand in node.all_input_nodes:
-            if operand not in inside and operand.op != "get_attr":
+            if operand not in inside and (operand.op != "get_attr" or is_constant_tensor(operand)):
                 inputs.setdefault(operand)
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
     _bind_symbols(graph, nodes, inputs)
@@ -150,23 +151,24 @@ def _bind_symbols(graph: StepGraph, nodes: list[fx.Node], inputs: dict[fx.Node, 
 
 def _donate(graph: StepGraph, regions: list[Region], donatable: frozenset[str]) -> None:
     """Mark the inputs that a region may overwrite: their storage is ours and nothing reads it afterwards."""
-    kept = {storage_key(v.meta.get("val")) for v in graph.output_values() if isinstance(v, fx.Node)}
-    kept |= {storage_key(p.meta.get("val")) for p in graph.placeholders() if p.name not in donatable}
-    last_use: dict[int | None, int] = {}
+    root = Storages(graph).root
+    kept = {root(v) for v in graph.output_values() if isinstance(v, fx.Node)}
+    kept |= {root(p) for p in graph.placeholders() if p.name not in donatable}
+    kept |= {root(n) for n in graph.nodes if n.op == "get_attr"}
+    last_use: dict[Root, int] = {}
     for index, region in enumerate(regions):
         for node in region.inputs:
-            last_use[storage_key(node.meta.get("val"))] = index
+            last_use[root(node)] = index
     for index, region in enumerate(regions):
-        keys = [storage_key(node.meta.get("val")) for node in region.inputs]
-        returned = {storage_key(node.meta.get("val")) for node in region.outputs}
+        roots = [root(node) for node in region.inputs]
+        returned = {root(node) for node in region.outputs}
         region.donated = tuple(
             position
-            for position, key in enumerate(keys)
-            if key is not None
-            and key not in kept
-            and key not in returned
-            and keys.count(key) == 1
-            and last_use[key] == index
+            for position, storage in enumerate(roots)
+            if storage not in kept
+            and storage not in returned
+            and roots.count(storage) == 1
+            and last_use[storage] == index
             and _owns_storage(region.inputs[position])
         )
 
@@ -183,14 +185,10 @@ def _owns_storage(node: fx.Node) -> bool:
 def _key(region: Region) -> str:
     """SHA-256 of the region's structure."""
     names: dict[fx.Node, str] = {node: f"i{index}" for index, node in enumerate(region.inputs)}
-    storages: dict[int | None, int] = {}
-    lines = []
-    for node in region.inputs:
-        storage = storages.setdefault(storage_key(node.meta.get("val")), len(storages))
-        lines.append(f"{names[node]}:{_describe(node.meta.get('val'))}#{storage}")
+    lines = [f"{name}:{_describe(node.meta.get('val'))}" for node, name in names.items()]
     for index, node in enumerate(region.nodes):
         names[node] = f"n{index}"
-        arguments = _arguments(node, lambda n: names.get(n) or f"attr:{attribute_digest(n)}")
+        arguments = _arguments(node, lambda n: names.get(n) or f"module:{id(constant(n))}")
         target = "getitem" if node.target is operator.getitem else str(node.target)
         lines.append(f"{names[node]}={target}{arguments}:{_describe(node.meta.get('val'))}")
     lines.append("out " + ",".join(names[n] for n in region.outputs))
@@ -198,21 +196,9 @@ def _key(region: Region) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def attribute_digest(node: fx.Node) -> str:
-    """Identify a ``get_attr`` constant by content (tensors) or by object (sub-modules, which are never shared)."""
-    value = attribute(node)
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout is torch.strided:
-        data = value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        return f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(data).hexdigest()}"
-    return f"{type(value).__name__}:{id(value)}"
-
-
-def attribute(node: fx.Node) -> object:
-    """The object that a ``get_attr`` node names."""
-    value: object = node.graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
+def is_constant_tensor(node: fx.Node) -> bool:
+    """Whether a node is a tensor that the graph closed over: regions receive it as an input, so they still share code."""
+    return node.op == "get_attr" and isinstance(constant(node), torch.Tensor)
 
 
 def region_module(region: Region) -> fx.GraphModule:
@@ -220,17 +206,17 @@ def region_module(region: Region) -> fx.GraphModule:
     graph = fx.Graph()
     root = torch.nn.Module()
     copies: dict[fx.Node, fx.Node] = {}
+    graph_mode = fake_mode_of(region.nodes[0].graph)
     for index, node in enumerate(region.inputs):
         prefix = "d" if index in region.donated else "i"
         copies[node] = copy = graph.placeholder(f"{prefix}{index}")
-        copy.meta = {"val": node.meta.get("val")}
+        copy.meta = {"val": fake_like(graph_mode, node.meta.get("val"))}
     for node in region.nodes:
         for operand in node.all_input_nodes:
-            if operand.op == "get_attr" and operand not in copies:
-                name = f"constant{len(copies)}"
-                setattr(root, name, attribute(operand))
+            if operand.op == "get_attr" and operand not in copies:  # the body of a higher-order operator
+                name = f"module{len(copies)}"
+                setattr(root, name, constant(operand))
                 copies[operand] = graph.get_attr(name)
-                copies[operand].meta = {"val": operand.meta.get("val")}
         copies[node] = copy = graph.node_copy(node, copies.__getitem__)
         copy.meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace", "tensor_meta", "original_aten")}
     result = graph.output(tuple(copies[node] for node in region.outputs))

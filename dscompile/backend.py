@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from dscompile import cache
-from dscompile.artifact import Artifact, GraphWriter
 from dscompile.codegen.emit import emit_program
 from dscompile.codegen.lower import lower_regions
 from dscompile.codegen.regions import cut
@@ -39,6 +38,9 @@ from dscompile.torch_compat import (
     donated_saved_values,
     our_cache_key,
 )
+
+if TYPE_CHECKING:
+    from dscompile.artifact import GraphWriter
 
 _COUNTER = itertools.count()
 
@@ -93,7 +95,7 @@ class Frame:
         self.reference: Snapshot | None = None
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
-        self.writer: GraphWriter | None = Artifact(config.dump, config).graph(name) if config.dump else None
+        self.writer = _writer(config, name)
 
     # -- AOTAutograd calls these -----------------------------------------------------------------------------------------
 
@@ -194,6 +196,15 @@ class Frame:
         if self.writer is not None:
             self.writer.program(str(graph.kind), program.source())
         return code
+
+
+def _writer(config: Config, name: str) -> GraphWriter | None:
+    """Where this graph's texts go, if a dump was asked for."""
+    if config.dump is None:
+        return None
+    from dscompile.artifact import Artifact
+
+    return Artifact(config.dump, config).graph(name)
 
 
 def _record(record: PassRecord) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What running a node does beside computing its value: random draws, effects, writes, and which storage it touches.
 
 Everything is read from operator schemas and from the graph, never from the fake values of earlier nodes: once a pass
-has replaced an operand, the fake storage of its users is stale. The verifier, the equivalence proof and the passes share
-these answers, so they cannot disagree.
+has replaced an operand, the fake storage of its users is stale. The verifier, the equivalence proof and the passes
+share these answers, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dscompile.graph import GraphKind, Phase, StepGraph, fake_value, info
+from dscompile.graph import INFO, GraphKind, NodeInfo, Phase, StepGraph, fake_value
 from dscompile.torch_compat import HigherOrderOperator, OpOverload, storage_key
 
 aten = torch.ops.aten
@@ -173,14 +173,42 @@ def is_pure_builtin(target: Any) -> bool:
     return module == "torch" and str(getattr(target, "__name__", "")).startswith("sym_")
 
 
+def not_plain(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes whose operator may draw, write or have an effect: a quick sieve before the questions above."""
+    known: dict[int, bool] = {}  # by identity: hashing an operator overload is a Python call
+    result = []
+    for node in nodes:
+        if node.op != "call_function":
+            if node.op in ("call_module", "call_method"):
+                result.append(node)
+            continue
+        target = node.target
+        special = known.get(id(target))
+        if special is None:
+            special = known[id(target)] = not is_plain(target)
+        if special:
+            result.append(node)
+    return result
+
+
+def is_plain(target: Any) -> bool:
+    """Whether calling ``target`` never draws, writes or has an effect, whatever its arguments."""
+    if isinstance(target, OpOverload):
+        found = traits(target)
+        return not (found.seeded or found.impure or found.writes)
+    return is_pure_builtin(target)
+
+
 # -- order -------------------------------------------------------------------------------------------------------------
 
 
 def phase_of(node: fx.Node) -> Phase:
     """When a node really runs: a write that AOTAutograd put at the end of the joint graph still belongs to forward."""
-    if node.meta.get("partitioner_tag") == "must_be_in_forward":
+    meta = node.meta
+    if meta.get("partitioner_tag") == "must_be_in_forward":
         return Phase.FORWARD
-    return info(node).phase
+    found = meta.get(INFO)
+    return found.phase if isinstance(found, NodeInfo) else Phase.FORWARD
 
 
 def execution_order(graph: StepGraph) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -188,8 +216,11 @@ def execution_order(graph: StepGraph) -> tuple[list[fx.Node], list[fx.Node]]:
     nodes = [node for node in graph.nodes if node.op != "output"]
     if graph.kind is not GraphKind.JOINT:
         return (nodes, []) if graph.kind is not GraphKind.BACKWARD else ([], nodes)
-    late = {node for node in nodes if phase_of(node) is Phase.BACKWARD}
-    return [node for node in nodes if node not in late], [node for node in nodes if node in late]
+    forward: list[fx.Node] = []
+    backward: list[fx.Node] = []
+    for node in nodes:
+        (backward if phase_of(node) is Phase.BACKWARD else forward).append(node)
+    return forward, backward
 
 
 # -- storages ----------------------------------------------------------------------------------------------------------

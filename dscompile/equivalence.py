@@ -169,18 +169,23 @@ def _first_difference(expected: Key | None, found: Key | None) -> list[str]:
 
 
 def _differing_parts(left: tuple[object, ...], right: tuple[object, ...]) -> tuple[Key, Key] | None:
-    """The first operands at which two keys of one operator differ; None if the operators themselves do."""
+    """The one pair of operands in which two keys of one operator differ; None if they differ in more than that.
+
+    Operands of a commutative operator are sorted, so what both sides have anywhere does not count.
+    """
     if len(left) != len(right) or left[0] != right[0]:
         return None
-    for a, b in zip(left, right, strict=True):
-        if a is b or (not isinstance(a, Term) and not isinstance(b, Term) and a == b):
-            continue
-        if isinstance(a, tuple) and isinstance(b, tuple) and any(isinstance(x, Term) for x in a):
-            return _differing_parts(a, b) or (a, b)
-        if isinstance(a, (Term, tuple)) and isinstance(b, (Term, tuple)):
-            return a, b
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not b and (isinstance(a, Term) or a != b)]
+    if len(pairs) > 1:
+        only_left = [a for a, _ in pairs if all(a is not b for _, b in pairs)]
+        only_right = [b for _, b in pairs if all(b is not a for a, _ in pairs)]
+        pairs = list(zip(only_left, only_right, strict=False))
+    if len(pairs) != 1:
         return None
-    return None
+    a, b = pairs[0]
+    if isinstance(a, tuple) and isinstance(b, tuple) and any(isinstance(x, Term) for x in a):
+        return _differing_parts(a, b)
+    return (a, b) if isinstance(a, (Term, tuple)) and isinstance(b, (Term, tuple)) else None
 
 
 def _node(term: Key | None) -> str:

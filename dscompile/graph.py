@@ -19,6 +19,10 @@ INFO = "dscompile"
 """The only key of ``node.meta`` that dscompile writes; its value is a :class:`NodeInfo`."""
 
 
+_ORIGIN = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", INFO)
+"""What an inserted node takes over from the node it is made like: where it comes from and what it is for."""
+
+
 class Phase(StrEnum):
     """When a node runs. ``FORWARD`` runs before the loss is known, ``BACKWARD`` after."""
 
@@ -181,7 +185,7 @@ class StepGraph:
         """Insert a call before ``before``; meaning and user source come from ``like``, ``meta["val"]`` is computed."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs or {})
-        node.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", INFO)}
+        node.meta = {k: v for k, v in like.meta.items() if k in _ORIGIN}
         node.meta["val"] = fake_value(node)
         self.touched.add(node)
         return node
@@ -204,8 +208,9 @@ def fake_value(node: fx.Node) -> Any:
 
     Raises whatever the operator's fake kernel raises for operands it does not accept.
     """
-    from dscompile.torch_compat import fake_mode_of
+    from dscompile.torch_compat import fake_like, fake_mode_of
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake_mode_of(node.graph), torch.no_grad():
+    mode = fake_mode_of(node.graph)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: fake_like(mode, n.meta["val"]))
+    with mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]

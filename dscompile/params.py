@@ -6,7 +6,6 @@ real objects: the two together give the fully qualified name, the kind, and the 
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from dscompile.effects import is_effect, is_random, shared_operand
 from dscompile.graph import INFO, GraphInput, GraphKind, GraphOutput, InputKind, NodeInfo, Phase, Role, StepGraph
-from dscompile.torch_compat import OpOverload, duplicate_sources, source_names, storage_key
+from dscompile.torch_compat import duplicate_sources, source_names
 
 
 @dataclass(frozen=True)
@@ -189,37 +189,10 @@ def role_of(node: fx.Node) -> Role:
         return Role.INPUT
     if node.op == "output":
         return Role.OUTPUT
-    value = node.meta.get("val")
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) or node.target is torch.ops.aten.sym_size.int:
+    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return Role.SYMBOL
-    if isinstance(node.target, OpOverload):
-        if node.target._schema.is_mutable or node.is_impure():
-            return Role.RANDOM if is_random(node) and not node.target._schema.is_mutable else Role.EFFECT
-        if is_random(node):
-            return Role.RANDOM
-    return Role.VIEW if is_view(node) else Role.COMPUTE
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether a node draws from the random number generator when it runs.
-
-    An operator tagged as random that is told not to drop anything (probability 0, or not training) draws nothing.
-    """
-    target = node.target
-    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    bound = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | node.kwargs
-    for argument in target._schema.arguments:
-        bound.setdefault(argument.name, argument.default_value)
-    dropout = next((bound[k] for k in ("dropout_p", "p", "dropout") if isinstance(bound.get(k), (int, float))), None)
-    training = bound.get("train", bound.get("training"))
-    never_drops = target not in (torch.ops.aten.bernoulli.p,) and dropout == 0
-    return not (never_drops or (dropout is not None and training is False))
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's value is a new view of an operand's storage, so that it costs nothing."""
-    key = storage_key(node.meta.get("val"))
-    if node.target is operator.getitem or key is None:
-        return False
-    return any(storage_key(operand.meta.get("val")) == key for operand in node.all_input_nodes)
+    if is_effect(node):
+        return Role.EFFECT
+    if is_random(node):
+        return Role.RANDOM
+    return Role.VIEW if shared_operand(node) is not None else Role.COMPUTE

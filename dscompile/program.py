@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dscompile.errors import VerifyError
 
 
@@ -54,6 +56,7 @@ class Program:
         outputs: Python expressions returned as one tuple.
         calls: which :class:`RegionCode` key each ``region_k`` of the source runs.
         codes: region code by key.
+        constants: tensors that the traced graph closed over, by the name the source uses.
         facts: figures for reports (nodes, regions, bytes), JSON-able.
     """
 
@@ -63,6 +66,7 @@ class Program:
     outputs: tuple[str, ...]
     calls: dict[str, str]
     codes: dict[str, RegionCode]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def source(self) -> str:
@@ -94,6 +98,7 @@ def check_lifetimes(program: Program) -> None:
     alive = set(program.inputs)
     used = {read for step in program.steps for read in step.reads} | set(program.outputs)
     alive &= used
+    alive |= set(program.constants)
     freed: set[str] = set()
     for number, step in enumerate(program.steps):
         where = f"program {program.name!r}, step {number} ({step.call})"
@@ -113,5 +118,5 @@ def check_lifetimes(program: Program) -> None:
     names = {output for output in program.outputs if output.isidentifier() and output not in ("None", "True", "False")}
     for name in sorted(names - alive):
         raise VerifyError(f"rule lifetime: program {program.name!r} returns {name!r}, which is not alive")
-    for name in sorted(alive - names):
+    for name in sorted(alive - names - set(program.constants)):
         raise VerifyError(f"rule lifetime: program {program.name!r} never frees {name!r}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import fx
 
-from dscompile.graph import info
+from dscompile.graph import Phase, info
+from dscompile.params import module_path
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)\n(?:\s*(.*))?')
 _INTERNAL = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
@@ -18,16 +20,38 @@ _INTERNAL = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).paren
 def source_line(node: fx.Node) -> str:
     """``file.py:12 in forward: y = self.up(x)``, the innermost frame that is the user's, or "".
 
-    A backward node has no frame of its own: it answers with the forward node of the same autograd sequence number.
+    A backward node has no frame of its own: it answers with the forward node of the same autograd sequence number. An
+    input answers with its first reader, and a node that AOTAutograd added with what it reads.
     """
-    own = _user_frame(node)
-    if own:
+    origin, note = _origin(node)
+    return f"{_user_frame(origin)}{note}" if origin is not None else ""
+
+
+def module_of(node: fx.Node) -> str:
+    """The fully qualified name of the parameter an input is, or of the module that a node was traced in, or ""."""
+    own = info(node).fqn or module_path(node)
+    if own or node.op == "placeholder":
         return own
-    number = node.meta.get("seq_nr")
-    if number is None:
-        return ""
-    partners = (n for n in node.graph.nodes if n.meta.get("seq_nr") == number and n.meta.get("stack_trace"))
-    return next((f"{line} (backward of it)" for n in partners if (line := _user_frame(n))), "")
+    origin, _ = _origin(node)
+    return (info(origin).fqn or module_path(origin)) if origin is not None else ""
+
+
+def _origin(node: fx.Node) -> tuple[fx.Node | None, str]:
+    """The node that has a user frame and stands for ``node``, and how it is related to it."""
+    if _user_frame(node):
+        return node, ""
+    if node.op == "placeholder":
+        return _first_with_frame(node.users), " (its first reader)"
+    if info(node).phase is Phase.BACKWARD and (number := node.meta.get("seq_nr")) is not None:
+        partner = _first_with_frame(n for n in node.graph.nodes if n.meta.get("seq_nr") == number)
+        return partner, " (backward of it)"
+    operands = list(reversed(node.all_input_nodes))
+    readers = (user for operand in operands if operand.op == "placeholder" for user in operand.users)
+    return _first_with_frame(operands) or _first_with_frame(readers), ""
+
+
+def _first_with_frame(nodes: Iterable[fx.Node]) -> fx.Node | None:
+    return next((n for n in nodes if _user_frame(n)), None)
 
 
 def _user_frame(node: fx.Node) -> str:
@@ -42,7 +66,7 @@ def _user_frame(node: fx.Node) -> str:
 def describe(node: fx.Node) -> str:
     """``%name = aten.op [module.path] at file.py:12 in forward: code``: a node as messages name it."""
     parts = [f"%{node.name} = {target_name(node)}"]
-    if fqn := info(node).fqn:
+    if fqn := module_of(node):
         parts.append(f"[{fqn}]")
     if line := source_line(node):
         parts.append(f"at {line}")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from dscompile.effects import shared_operand
 from dscompile.graph import GraphInput, GraphKind, GraphOutput, InputKind, Phase, Role, StepGraph, annotate, info
-from dscompile.torch_compat import default_partition, extract_forward_backward, is_opaque, storage_key
+from dscompile.torch_compat import default_partition, extract_forward_backward, is_opaque
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,18 @@ def _is_symbol_input(graph: StepGraph, node: fx.Node) -> bool:
 def _roots(node: fx.Node) -> list[fx.Node]:
     """The base of a chain of views and the symbols the chain uses, or the node itself."""
     found: list[fx.Node] = []
-    while info(node).role is Role.VIEW:
-        key = storage_key(node.meta.get("val"))
-        bases = [o for o in node.all_input_nodes if key is not None and storage_key(o.meta.get("val")) == key]
-        others = [o for o in node.all_input_nodes if o not in bases]
-        if len(bases) != 1 or any(info(o).role is not Role.SYMBOL and o.op != "placeholder" for o in others):
+    while (base := shared_operand(node)) is not None:
+        others = [o for o in node.all_input_nodes if o is not base and not _is_list_of_views(o)]
+        if any(info(o).role is not Role.SYMBOL and o.op != "placeholder" for o in others):
             break
         found += others
-        node = bases[0]
+        node = base
     return [*found, node]
+
+
+def _is_list_of_views(node: fx.Node) -> bool:
+    """Whether a node is ``split`` or the like, whose results are taken by getitem."""
+    return isinstance(node.meta.get("val"), (list, tuple)) and shared_operand(node) is not None
 
 
 def _as_forward(joint: StepGraph, module: fx.GraphModule) -> StepGraph:

@@ -1,7 +1,7 @@
 """What terms are, and the rules that make different spellings of one value the same term.
 
 Each rule is *bitwise*: both sides compute the same bits, in the same layout where a kernel's summation order could
-depend on it. A new operator adds an entry to :data:`RULES`; ``tests/test_equivalence.py`` executes both sides of every entry.
+depend on it. A new operator adds an entry to :data:`RULES`; ``tests/test_equivalence.py`` executes both sides of each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dscompile.effects import is_plain
 from dscompile.torch_compat import OpOverload, is_backed, symbolic_expression
 
 aten = torch.ops.aten
@@ -36,8 +37,32 @@ class Term:
         self.value = value
 
 
-Key = Term | tuple[Any, ...]
-"""An operand: a term, or a typed constant such as ``(int, 1)``, or a tuple of operands."""
+Key = Any
+"""An operand: a :class:`Term`, a typed constant such as ``(int, 1)``, or a tuple of operands."""
+
+
+class Op:
+    """An operator as the head of a term, with what evaluation asks of it.
+
+    There is one for each operator and table, and it hashes by identity; an operator overload hashes in Python.
+    """
+
+    __slots__ = ("creates", "plain", "rule", "symbolic", "target")
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.rule: Rule | None = None
+        self.plain = is_plain(target)
+        self.creates = False
+        self.symbolic = not isinstance(target, OpOverload)
+        if isinstance(target, OpOverload):
+            schema = target._schema
+            self.rule = RULES.get(target)
+            self.creates = not any("Tensor" in str(a.type) for a in schema.arguments)
+            self.symbolic = any(str(r.type) in ("int", "SymInt") for r in schema.returns)
+
+    def __str__(self) -> str:
+        return str(getattr(self.target, "__name__", self.target))
 
 
 class TermTable:
@@ -46,12 +71,21 @@ class TermTable:
     def __init__(self) -> None:
         """An empty table."""
         self._terms: dict[tuple[Any, ...], Term] = {}
+        self._ops: dict[int, Op] = {}
+        self._ruled: dict[tuple[Key, ...], Key] = {}
         self._objects: list[Any] = []
         self._numbers: dict[int, int] = {}
 
     def __len__(self) -> int:
         """How many different terms there are."""
         return len(self._terms)
+
+    def op(self, target: Any) -> Op:
+        """The head of terms that call ``target``."""
+        op = self._ops.get(id(target))
+        if op is None:
+            op = self._ops[id(target)] = Op(target)
+        return op
 
     def intern(self, key: tuple[Any, ...], node: fx.Node | None, value: Any = None) -> Term:
         """The term of ``key``, made on first use; its fake value is ``node``'s unless ``value`` is given."""
@@ -62,6 +96,16 @@ class TermTable:
             term = Term(key, node, len(self._terms), _unknown_inside(key), value)
             self._terms[key] = term
         return term
+
+    def ruled(self, rule: Rule, key: tuple[Key, ...], positional: int, node: fx.Node) -> Key:
+        """The term of a call that ``rule`` may rewrite; the answer is kept, so a rule runs once for each different call."""
+        result = self._ruled.get(key)
+        if result is None:
+            result = rule(self, key[1 : positional + 1], dict(key[positional + 1 :]), node)
+            if result is None:
+                result = self.intern(key, node)
+            self._ruled[key] = result
+        return result
 
     def opaque(self, node: fx.Node) -> Term:
         """A fresh term that equals nothing, itself of another evaluation included."""
@@ -199,8 +243,8 @@ def _commutative(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, K
     if isinstance(left, Term) and isinstance(right, Term):
         if right.index < left.index:
             left, right = right, left
-        return table.intern((node.target, left, right), node)
-    return table.intern((node.target, *args), node) if kwargs else None
+        return table.intern((table.op(node.target), left, right), node)
+    return table.intern((table.op(node.target), *args), node) if kwargs else None
 
 
 def _times_one(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
@@ -218,7 +262,7 @@ def _multiply(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key]
 def _negate(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
     """``-(-x)`` is x."""
     source = args[0]
-    if isinstance(source, Term) and source.op[0] is aten.neg.default:
+    if isinstance(source, Term) and source.op[0] is table.op(aten.neg.default):
         inner = source.op[1]
         if isinstance(inner, Term) and table.same_type(inner.value, node.meta.get("val")):
             return inner

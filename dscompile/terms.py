@@ -19,13 +19,11 @@ from dscompile.effects import (
     constant,
     execution_order,
     is_effect,
-    is_pure_builtin,
     is_random,
-    traits,
     written,
 )
 from dscompile.graph import StepGraph
-from dscompile.term_rules import RULES, Key, Term, TermTable
+from dscompile.term_rules import Key, Term, TermTable
 from dscompile.torch_compat import HigherOrderOperator, OpOverload
 
 _PLAIN = (
@@ -77,9 +75,7 @@ class Evaluator:
         forward, backward = execution_order(graph)
         for node in forward:
             self._evaluate(node, bound)
-        split = graph.forward_outputs if backward and forward else len(values)
-        if not forward:
-            split = 0
+        split = graph.forward_outputs if backward and forward else len(values) if forward else 0
         outputs = [self.key(value, graph.output_node) for value in values[:split]]
         for node in backward:
             self._evaluate(node, bound)
@@ -120,38 +116,41 @@ class Evaluator:
         return self.table.intern(("attr", self.table.identity(value), text), node)
 
     def _call(self, node: fx.Node) -> Key:
-        value = node.meta.get("val")
-        if type(value) is torch.SymInt and (size := self.table.backed_size(value)) is not None:
-            return size  # checked against the operands by the verifier's metadata rule
-        args = tuple([self.key(a, node) for a in node.args])
-        kwargs = node.kwargs
         target = node.target
-        if isinstance(target, OpOverload):
-            found = traits(target)
-            if not (found.seeded or found.impure or found.writes):
-                rule = RULES.get(target)
-                if rule is not None:
-                    named = {k: self.key(v, node) for k, v in kwargs.items()}
-                    result = rule(self.table, args, named, node)
-                    if result is not None:
-                        return result
-                if not node.all_input_nodes:
-                    return self._creation(node, args)
-                return self.table.intern((target, *args, *self._named(node)) if kwargs else (target, *args), node)
-        elif not isinstance(target, HigherOrderOperator) and not is_pure_builtin(target):
+        op = self.table.op(target)
+        if op.symbolic:
+            value = node.meta.get("val")
+            if type(value) is torch.SymInt and (size := self.table.backed_size(value)) is not None:
+                return size  # checked against the operands by the verifier's metadata rule
+        args, kwargs = node.args, node.kwargs
+        operands: list[Key] = [op]
+        if self._writes:
+            operands += [self.key(a, node) for a in args]
+        else:  # the common case, written out: this is the inner loop of every proof
+            terms = self.terms
+            for a in args:
+                term = terms.get(a) if type(a) is fx.Node else None
+                operands.append(term if term is not None else self.key(a, node))
+        if op.plain:
+            if kwargs:
+                operands += self._named(node)
+            if op.rule is not None:
+                return self.table.ruled(op.rule, tuple(operands), len(args), node)
+            if op.creates:
+                return self._creation(node, operands)
+            return self.table.intern(tuple(operands), node)
+        if not isinstance(target, (OpOverload, HigherOrderOperator)):
             return self._unknown(node)
-        return self._impure_call(node, args)
+        return self._impure_call(node, (*operands, *self._named(node)))
 
-    def _creation(self, node: fx.Node, args: tuple[Key, ...]) -> Term:
+    def _creation(self, node: fx.Node, operands: list[Key]) -> Term:
         """A tensor made from nothing: defaults of the process (dtype, device) are part of its meaning."""
         value = node.meta.get("val")
-        made: tuple[Key, ...] = ()
         if isinstance(value, torch.Tensor):
-            made = (self.table.shape(value), ("dtype", value.dtype), ("device", value.device))
-        return self.table.intern((node.target, *args, *self._named(node), *made), node)
+            operands += [self.table.shape(value), ("dtype", value.dtype), ("device", value.device)]
+        return self.table.intern(tuple(operands), node)
 
-    def _impure_call(self, node: fx.Node, args: tuple[Key, ...]) -> Key:
-        key: tuple[Any, ...] = (node.target, *args, *self._named(node))
+    def _impure_call(self, node: fx.Node, key: tuple[Any, ...]) -> Key:
         if is_random(node):
             drawn = self.table.intern((*key, ("draw", len(self.draws))), node)
             self.draws.append(drawn)
@@ -198,7 +197,7 @@ class Evaluator:
 
     def _after(self, term: Key, effect: Term, seen: Key) -> Key:
         """``term`` after a write: what ``copy_`` put there if it overwrote just this, else "term, then effect"."""
-        if effect.op[1] is torch.ops.aten.copy_.default and term is seen and isinstance(term, Term):
+        if effect.op[1].target is torch.ops.aten.copy_.default and term is seen and isinstance(term, Term):
             source = effect.op[3]
             if isinstance(source, Term) and self.table.same_type(source.value, term.value):
                 return source

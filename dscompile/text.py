@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from typing import Any
 
 import sympy
@@ -27,6 +26,8 @@ import torch
 from torch import fx
 
 from dscompile.graph import INFO, GraphInput, NodeInfo, StepGraph, info
+from dscompile.source import source_line
+from dscompile.text_diff import diff_text as diff_text
 from dscompile.text_parse import parse_graph as parse_graph
 from dscompile.text_symbols import expr_of, expr_text, size_text, symbol_line
 from dscompile.text_values import (
@@ -200,8 +201,6 @@ def _unless_default(node: fx.Node, default: NodeInfo) -> str:
 
 # -- the side table ----------------------------------------------------------------------------------------------------
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
-
 
 def side_table(graph: StepGraph) -> dict[str, Any]:
     """What the text leaves out, ready for JSON.
@@ -226,15 +225,6 @@ def side_table(graph: StepGraph) -> dict[str, Any]:
             if text.startswith("sha256:"):
                 constants[text.removeprefix("sha256:")] = base64.b64encode(constant_bytes(value)).decode()
     return {"version": 1, "nodes": nodes, "constants": constants}
-
-
-def source_line(node: fx.Node) -> str:
-    """The innermost user line a node was traced from, as ``file:line in function: code``, or an empty string."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return ""
-    path, line, function, code = frames[-1]
-    return f"{path}:{line} in {function}: {code}".strip()
 
 
 def _bytes(value: Any) -> int | str:

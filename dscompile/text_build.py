@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dscompile.errors import nearest
-from dscompile.text_symbols import Symbols
+from dscompile.text_symbols import Symbols, expr_of
 from dscompile.text_values import DTYPES, PYTHON_FUNCTIONS, constant_digest, extent, is_float8
 from dscompile.torch_compat import FakeTensor, FakeTensorMode, OpOverload, OpOverloadPacket, operator_names
 
@@ -73,6 +73,8 @@ class Builder:
         self.symbols = Symbols()
         self.mode = FakeTensorMode(shape_env=self.symbols.env, allow_non_fake_inputs=True)
         self.constants = constants
+        # The meta tensor inside each fake one: aliases are made of it, without a trip through the fake mode.
+        self.metas: dict[int, tuple[FakeTensor, torch.Tensor]] = {}
 
     def tensor(
         self,
@@ -89,30 +91,40 @@ class Builder:
             raise BuildError(f"{len(size)} sizes but {len(stride)} strides")
         # torch checks sizes and devices itself, with many kinds of exception (overflow, negative sizes, bad devices).
         try:
-            if base is None and nbytes is None and type(offset) is int and offset == 0:
-                meta = torch.empty_strided(size, stride, dtype=dtype, device="meta")
-            else:
-                meta = self._in_storage(dtype, size, stride, offset, base, nbytes)
-            return FakeTensor(self.mode, meta, torch.device(device))
+            meta = self._meta(dtype, size, stride, offset, base, nbytes)
+            made = FakeTensor(self.mode, meta, torch.device(device))
         except BuildError:
             raise
         except Exception as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise BuildError(f"no such tensor can exist: {first}") from None
+        self.metas[id(made)] = made, meta
+        return made
 
-    def _in_storage(
+    def _meta(
         self, dtype: torch.dtype, size: Any, stride: Any, offset: Any, base: FakeTensor | None, nbytes: Any
     ) -> torch.Tensor:
-        if base is None:
-            if nbytes is None:
-                nbytes = extent(size, stride, offset) * dtype.itemsize
+        static = all(type(n) is int for n in (*size, *stride, offset))
+        if base is not None:
+            root = self.metas[id(base)][1]
+            storage = root.untyped_storage()
+            have = storage.nbytes()
+            need = extent(size, stride, offset) * dtype.itemsize if static else 0
+            if type(have) is int and need > have:
+                raise BuildError(f"the tensor reaches {need} bytes into a storage of {have}")
+            if dtype == root.dtype:
+                return root.as_strided(size, stride, offset)  # a tenth of the cost of set_ with symbolic sizes
+        elif nbytes is not None:
             storage = torch.empty(nbytes, dtype=torch.uint8, device="meta").untyped_storage()
+            need = extent(size, stride, offset) * dtype.itemsize if static else 0
+            if type(nbytes) is int and need > nbytes:
+                raise BuildError(f"the tensor needs {need} bytes, its storage has {nbytes}")
+        elif static and offset == 0:
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta")
         else:
-            storage = base.untyped_storage()
-        have = storage.nbytes()
-        need = extent(size, stride, offset) * dtype.itemsize
-        if type(have) is int and type(need) is int and need > have:
-            raise BuildError(f"the tensor reaches {need} bytes into a storage of {have}")
+            groups = [tuple(map(expr_of, group)) for group in (size, stride)]
+            count = self.symbols.of_expr(extent(groups[0], groups[1], expr_of(offset)))
+            return torch.empty(count, dtype=dtype, device="meta").as_strided(size, stride, offset)
         meta = torch.empty(0, dtype=dtype, device="meta")
         return meta.set_(storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
 

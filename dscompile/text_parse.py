@@ -47,7 +47,10 @@ def parse_graph(text: str, path: str = "<text>", constants: Mapping[str, str] | 
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _Parser(text, path, constants or {}).parse()
+        parser = _Parser(text, path, constants or {})
+        # Building a tensor may ask whether sizes are equal; the answer must not become a guard that merges two symbols.
+        with parser.builder.symbols.env.suppress_guards():
+            return parser.parse()
     finally:
         if collecting:
             gc.enable()
@@ -60,6 +63,7 @@ class _Parser(Scanner):
         self.attributes: dict[str, Any] = {}
         self.inputs: list[GraphInput] = []
         self.outputs: list[GraphOutput] = []
+        self.infos: dict[str, NodeInfo] = {}
         self.targets: dict[str, tuple[Any, Schema | None]] = {}
 
     # -- lines ---------------------------------------------------------------------------------------------------------
@@ -206,11 +210,10 @@ class _Parser(Scanner):
 
     def output_line(self, kind: GraphKind) -> None:
         start = self.pos
-        name = (
-            self.new_name() if self.line.startswith("%", start) and " [" in self.line[start : start + 200] else "output"
-        )
-        if name != "output":
-            self.expect(" ")
+        name = "output"
+        if _NAMED_OUTPUT.match(self.line, start):
+            name = self.new_name()
+            self.expect(" = ")
         value = self.value()
         self.expect(" |")
         while self.accept(", " if self.outputs else " "):
@@ -228,6 +231,11 @@ class _Parser(Scanner):
         node.meta = {INFO: self.info() if self.accept(" ; ") else output_info(kind)}
 
     def info(self) -> NodeInfo:
+        rest = self.line[self.pos :]
+        known = self.infos.get(rest)
+        if known is not None:
+            self.pos = len(self.line)
+            return known
         phase = self.match(_WORD, "a phase (f or b)")
         if phase.group() not in ("f", "b"):
             self.fail(f"unknown phase {phase.group()!r}: expected f or b", phase.start())
@@ -242,7 +250,10 @@ class _Parser(Scanner):
             fqn = self.name()
         if self.accept(" why "):
             why = self.string()
-        return NodeInfo(Role(role.group()), Phase(phase.group()), fqn, why)
+        found = NodeInfo(Role(role.group()), Phase(phase.group()), fqn, why)
+        if self.pos == len(self.line):
+            self.infos[rest] = found
+        return found
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 

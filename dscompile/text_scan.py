@@ -49,7 +49,7 @@ class Scanner:
         self.path = path
         self.builder = Builder(constants)
         self.nodes: dict[str, fx.Node] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        self.tensor_types: dict[str, tuple[torch.dtype, Any, Any, Any, str]] = {}
         self.line = ""
         self.number = 0
         self.pos = 0
@@ -300,16 +300,11 @@ class Scanner:
     def tensor(self, match: re.Match[str], name: str, above: list[Any]) -> FakeTensor:
         """``f32[8, 4]{4, 1}+8@cpu`` with ``~%x`` or ``&64``."""
         start, self.pos = self.pos, match.end()
-        word, sizes, strides, offset, symbolic_offset, device = match.groups()
-        dtype = self.dtypes.get(word)
         try:
-            if dtype is None:
-                dtype = self.dtypes[word] = dtype_of(word)
-            size = self.sizes(sizes, match.start(2))
-            stride = self.sizes(strides, match.start(3))
-            shift: Any = self.size(offset or "0", match.start(4))
-            if symbolic_offset is not None:
-                shift = self.size(symbolic_offset, match.start(5))
+            known = self.tensor_types.get(match.group())
+            if known is None:
+                known = self.tensor_types[match.group()] = self.tensor_type(match)
+            dtype, size, stride, shift, device = known
             base = self.alias(name, above)
             nbytes = None
             if base is None and (given := _BYTES.match(self.line, self.pos)):
@@ -319,6 +314,17 @@ class Scanner:
             return self.builder.tensor(dtype, size, stride, shift, device, base, nbytes)
         except BuildError as error:
             self.fail(str(error), start)
+
+    def tensor_type(self, match: re.Match[str]) -> tuple[torch.dtype, Any, Any, Any, str]:
+        """(dtype, sizes, strides, offset, device) of a tensor type, without its storage."""
+        name, sizes, strides, offset, symbolic_offset, device = match.groups()
+        dtype = dtype_of(name)
+        size = self.sizes(sizes, match.start(2))
+        stride = self.sizes(strides, match.start(3))
+        shift = self.size(offset or "0", match.start(4))
+        if symbolic_offset is not None:
+            shift = self.size(symbolic_offset, match.start(5))
+        return dtype, size, stride, shift, device
 
     def alias(self, name: str, above: list[Any]) -> FakeTensor | None:
         """The tensor whose storage ``~%x.0`` names, or None if nothing is named."""

@@ -228,6 +228,7 @@ class Symbols:
         self.env = ShapeEnv()
         self.known: dict[str, Any] = {}
         self._sizes: dict[str, int | torch.SymInt] = {}
+        self._by_expr: dict[Any, int | torch.SymInt] = {}
 
     def define(self, line: str) -> None:
         """Read one ``symbol`` line. Raises :class:`SymbolError`."""
@@ -265,8 +266,15 @@ class Symbols:
             expr = parse_expr(text, self.known)
             if not expr.is_integer:
                 raise SymbolError("a size must be an integer", 0)
+            found = self._sizes[text] = self.of_expr(expr)
+        return found
+
+    def of_expr(self, expr: Any) -> int | torch.SymInt:
+        """An int if ``expr`` is a number, else a SymInt; equal expressions give one object."""
+        found = self._by_expr.get(expr)
+        if found is None:
             found = int(expr) if expr.is_Integer else symbolic_value(self.env, expr, int)
-            self._sizes[text] = found
+            self._by_expr[expr] = found
         return found
 
     def number(self, text: str, kind: type) -> Any:

@@ -86,7 +86,7 @@ PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
 """Functions on symbolic sizes (and ``getitem``) that appear in graphs beside operators."""
 _PYTHON_NAMES = {id(function): name for name, function in reversed(PYTHON_FUNCTIONS.items())}
 
-PLAIN_NAME = re.compile(r"[A-Za-z_][\w.$-]*", re.ASCII)
+PLAIN_NAME = re.compile(r"\w[\w.$-]*", re.ASCII)
 KEYWORDS = frozenset({"why", "trainable"})
 
 

@@ -59,6 +59,13 @@ def fake_mode_of(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def fake_like(mode: contextlib.AbstractContextManager[Any], value: Any) -> Any:
+    """A real tensor (a constant that a graph closed over) as a fake one of ``mode``; anything else as it is."""
+    if isinstance(mode, FakeTensorMode) and isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+        return mode.from_tensor(value)
+    return value
+
+
 def storage_key(value: Any) -> int | None:
     """Identity of the storage behind a (fake) tensor, or None: two values with equal keys share memory.
 
@@ -187,8 +194,9 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
     """
     output = module.graph.output_node()
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
-        with torch.no_grad(), _no_autocast():
+        with torch.no_grad(), _no_autocast(), inductor_config.patch(options):
             decomposed = _decompose(module, inputs)
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
@@ -197,8 +205,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
                 replace_random_passes(decomposed)
             context = TracingContext(detect_fake_mode(inputs))
             context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated), static_input_indices=[])  # type: ignore[assignment]
-            options = {"fallback_random": not fused_rng, "keep_output_stride": True}
-            with tracing(context), inductor_config.patch(options):
+            with tracing(context):
                 return cast(CompiledFxGraph, compile_fx_inner(decomposed, inputs, is_backward=bool(donated)))
     except Exception as error:
         raise InductorFailure(_first_line(error)) from error

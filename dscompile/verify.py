@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dscompile.effects import Root, Storages, execution_order, is_effect, is_random, written
+from dscompile.effects import Root, Storages, execution_order, is_effect, is_random, not_plain, written
 from dscompile.graph import INFO, GraphInput, GraphOutput, NodeInfo, StepGraph
 from dscompile.source import describe
 from dscompile.torch_compat import symbolic_expression
@@ -106,13 +106,12 @@ def baseline(graph: StepGraph) -> Baseline:
 
 def verify(graph: StepGraph, rules: Baseline, pass_name: str) -> list[Violation]:
     """Check every rule after ``pass_name`` ran. The empty list: all hold, and the next pass starts from here."""
-    from dscompile.verify_rules import RULES, STRUCTURE
+    from dscompile.verify_rules import RULES, structure
 
     prints = fingerprints(graph)
     changed = [n for n, print_ in prints.items() if _differs(print_, rules.prints.get(n)) or n in graph.touched]
     broken = Check(graph, rules, rules.facts, changed, pass_name)
-    for rule in STRUCTURE:
-        rule(broken)
+    structure(broken)
     if broken.found:  # the other rules walk the graph and need a well-formed one
         return broken.found
     check = Check(graph, rules, gather(graph), changed, pass_name)
@@ -129,7 +128,14 @@ def fingerprints(graph: StepGraph) -> dict[fx.Node, Fingerprint]:
 
 
 def _differs(now: Fingerprint, before: Fingerprint | None) -> bool:
-    return before is None or any(a is not b for a, b in zip(now, before, strict=True))
+    return (
+        before is None
+        or now[0] is not before[0]
+        or now[1] is not before[1]
+        or now[2] is not before[2]
+        or now[3] is not before[3]
+        or now[4] is not before[4]
+    )
 
 
 def gather(graph: StepGraph) -> Facts:
@@ -137,7 +143,8 @@ def gather(graph: StepGraph) -> Facts:
     storages = Storages(graph)
     forward, backward = execution_order(graph)
     order = forward + backward
-    effects = [n for n in order if is_effect(n)]
+    special = not_plain(order)
+    effects = [n for n in special if is_effect(n)]
     outputs = graph.output_values()
     placeholders = graph.placeholders()
     return Facts(
@@ -148,7 +155,7 @@ def gather(graph: StepGraph) -> Facts:
         sharing=_groups(placeholders, outputs, storages.root),
         sameness=_groups(placeholders, outputs, lambda node: node),
         effects=effects,
-        draws=[n for n in order if is_random(n)],
+        draws=[n for n in special if is_random(n)],
         reads=_versioned_reads(order, effects, storages),
         storages=storages,
     )

@@ -1,12 +1,14 @@
-"""The rules of :mod:`dscompile.verify`, one function each. A new rule is a function and an entry in a table.
+"""The rules of :mod:`dscompile.verify`, one function each. A new rule is a function and an entry in :data:`RULES`.
 
-:data:`STRUCTURE` says that the graph is a graph at all, and runs first; :data:`RULES` compare it with the traced graph.
+:func:`structure` says that the graph is a graph at all, and runs first; the others compare it with the traced graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,37 +24,25 @@ Rule = Callable[[Check], None]
 # -- structure ---------------------------------------------------------------------------------------------------------
 
 
-def order(check: Check) -> None:
-    """Every operand is defined before its user; names are unique; ``output`` comes last."""
-    position = {node: i for i, node in enumerate(check.graph.nodes)}
+def structure(check: Check) -> None:
+    """Check ``order`` (operands defined before users, unique names, ``output`` last) and ``dead`` (no erased operand)."""
+    nodes = list(check.graph.nodes)
+    alive = set(nodes)
+    seen: set[fx.Node] = set()
     names: dict[str, fx.Node] = {}
-    last: fx.Node | None = None
-    for i, (node, _) in enumerate(position.items()):
-        last = node
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            if operand in seen:
+                continue
+            if operand in alive:
+                check.report("order", f"%{node.name} reads %{operand.name} before it is defined.", node, operand)
+            else:
+                check.report("dead", f"%{node.name} reads %{operand.name}, which was erased.", node, operand)
+        seen.add(node)
         if (twin := names.setdefault(node.name, node)) is not node:
             check.report("order", f"two nodes are called {node.name!r}.", twin, node)
-        for operand in node.all_input_nodes:
-            where = position.get(operand)
-            if where is not None and where >= i:
-                check.report("order", f"%{node.name} reads %{operand.name} before it is defined.", node, operand)
-    if last is None or last.op != "output":
-        check.report("order", "the graph does not end with its output.", *([last] if last else []))
-
-
-def dead(check: Check) -> None:
-    """Nothing reads a node that was erased (or that belongs to another graph)."""
-    alive = set(check.graph.nodes)
-    for node in alive:
-        for operand in node.all_input_nodes:
-            if operand not in alive:
-                check.report("dead", f"%{node.name} reads %{operand.name}, which was erased.", node, operand)
-    if not check.graph.touched <= alive:
-        gone = [n for n in check.graph.touched if n not in alive and n.users]
-        for node in gone:
-            check.report("dead", f"%{node.name} was erased although it has users.", node)
-
-
-STRUCTURE: tuple[Rule, ...] = (dead, order)
+    if not nodes or nodes[-1].op != "output":
+        check.report("order", "the graph does not end with its output.", *nodes[-1:])
 
 
 # -- against the traced graph ------------------------------------------------------------------------------------------
@@ -63,29 +53,36 @@ def phase(check: Check) -> None:
     if check.graph.kind is not GraphKind.JOINT:
         return
     tangents = {i.name for i in check.graph.inputs if i.kind is InputKind.TANGENT}
-    late = {n for n in check.facts.order if phase_of(n) is Phase.BACKWARD or n.name in tangents}
-    for node in check.facts.order:
-        if node in late:
+
+    def late(node: fx.Node) -> bool:
+        return node.name in tangents or phase_of(node) is Phase.BACKWARD
+
+    for node in _changed_and_users(check):
+        if node.op == "output" or late(node):
             continue
-        for operand in node.all_input_nodes:
-            if operand in late:
-                check.report("phase", f"forward node %{node.name} reads backward node %{operand.name}.", node, operand)
+        for operand in filter(late, node.all_input_nodes):
+            check.report("phase", f"forward node %{node.name} reads backward node %{operand.name}.", node, operand)
     for i, value in enumerate(check.facts.outputs[: check.graph.forward_outputs]):
-        if isinstance(value, fx.Node) and value in late:
+        if isinstance(value, fx.Node) and late(value):
             check.report("phase", f"forward output {i} is the backward node %{value.name}.", value)
 
 
 def inputs(check: Check) -> None:
     """Placeholders keep number, order, names, types and meaning."""
     if check.graph.inputs != check.base.inputs:
-        check.report("inputs", "the table of inputs (kinds, FQNs, ties) changed.")
+        pairs = zip(check.facts.placeholders, check.graph.inputs, check.base.inputs, strict=False)
+        odd = [node for node, a, b in pairs if a != b]
+        check.report("inputs", "the table of inputs (kinds, FQNs, ties) changed.", *odd)
     now = check.facts.placeholders
     if [n.name for n in now] != [name for name, _, _ in check.base.placeholders]:
-        check.report("inputs", f"inputs were {_names(check)}, are {', '.join(n.name for n in now)}.")
+        odd = [n for n, (name, _, _) in zip(now, check.base.placeholders, strict=False) if n.name != name]
+        text = f"inputs were {_names(check)}, are {', '.join(n.name for n in now)}."
+        check.report("inputs", text, *(odd or now)[:2])
         return
     for node, (name, before, meaning) in zip(now, check.base.placeholders, strict=True):
         if signature(node.meta.get("val")) != before:
-            check.report("inputs", f"input {name} was {before}, is {signature(node.meta.get('val'))}.", node)
+            text = f"input {name} was {_spell(before)}, is {_spell(signature(node.meta.get('val')))}."
+            check.report("inputs", text, node)
         found = node.meta.get(INFO)
         if meaning is not None and (not isinstance(found, NodeInfo) or found.fqn != meaning.fqn):
             check.report("info", f"input {name} was {meaning.fqn or 'unnamed'!r}; its FQN changed.", node)
@@ -95,20 +92,33 @@ def _names(check: Check) -> str:
     return ", ".join(name for name, _, _ in check.base.placeholders)
 
 
+def _spell(what: Any) -> str:
+    """A signature in words: ``float32[4, 8] strides [8, 1] cpu``."""
+    if isinstance(what, tuple) and len(what) == 5 and isinstance(what[0], torch.dtype):
+        dtype, shape, strides, device, layout = what
+        form = f"strides {list(strides)}" if strides is not None else str(layout)
+        return f"{str(dtype).removeprefix('torch.')}{list(shape)} {form} {device}"
+    if isinstance(what, tuple) and what and isinstance(what[0], tuple):
+        return "(" + ", ".join(map(_spell, what)) + ")"
+    return str(what)
+
+
 def outputs(check: Check) -> None:
     """Outputs keep number, kinds, dtypes, shapes and strides; None stays None."""
     node = check.graph.output_node
     before, now = check.base.facts.signatures, check.facts.signatures
     if len(before) != len(now):
-        check.report("outputs", f"{len(before)} outputs became {len(now)}.", node)
+        old, new = check.base.facts.outputs, check.facts.outputs
+        odd = next((a for a, b in zip_longest(old, new) if a is not b and isinstance(a, fx.Node)), node)
+        check.report("outputs", f"{len(before)} outputs became {len(now)}.", odd)
         return
     if check.graph.outputs != check.base.outputs or check.graph.forward_outputs != check.base.forward_outputs:
         check.report("outputs", "the table of outputs (kinds, gradients' parameters, forward count) changed.", node)
     for i, (a, b) in enumerate(zip(before, now, strict=True)):
         if type(a) is not type(b) or a != b:
-            value = check.facts.outputs[i]
-            at = value if isinstance(value, fx.Node) else node
-            check.report("outputs", f"output {i} was {a}, is {b}.", at)
+            found = (check.facts.outputs[i], check.base.facts.outputs[i], node)
+            at = next(n for n in found if isinstance(n, fx.Node))
+            check.report("outputs", f"output {i} was {_spell(a)}, is {_spell(b)}.", at)
 
 
 def output_alias(check: Check) -> None:
@@ -126,7 +136,7 @@ def output_alias(check: Check) -> None:
                 check.report(
                     "output_alias",
                     f"output {i} {what} {_partner(check, i, b)}; before: {_partner(check, i, a)}.",
-                    value,
+                    *dict.fromkeys(n for n in (value, base.outputs[i]) if isinstance(n, fx.Node)),
                 )
                 return
 
@@ -142,13 +152,18 @@ def _partner(check: Check, output: int, group: int | None) -> str:
 
 def metadata(check: Check) -> None:
     """The fake value of every changed node and of its direct users is what the operator gives for its operands."""
-    todo = dict.fromkeys(check.changed)
-    for node in check.changed:
-        todo.update(dict.fromkeys(node.users))
+    todo = _changed_and_users(check)
     with without_guards(check.graph.graph):
         for node in todo:
             if node.op == "call_function" and not _not_recomputable(node):
                 _recompute(check, node)
+
+
+def _changed_and_users(check: Check) -> list[fx.Node]:
+    found = dict.fromkeys(check.changed)
+    for node in check.changed:
+        found.update(dict.fromkeys(node.users))
+    return list(found)
 
 
 def _not_recomputable(node: fx.Node) -> bool:
@@ -173,7 +188,8 @@ def _recompute(check: Check, node: fx.Node) -> None:
         return
     expected, found = signature(value), signature(node.meta["val"])
     if expected != found:
-        check.report("metadata", f"%{node.name} is recorded as {found}, but computes {expected}.", node)
+        text = f"%{node.name} is recorded as {_spell(found)}, but computes {_spell(expected)}."
+        check.report("metadata", text, node)
 
 
 def effects(check: Check) -> None:

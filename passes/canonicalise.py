@@ -1,8 +1,8 @@
 """Canonical form: no dead code, no operators that change nothing, every common subexpression once. Bitwise.
 
-It runs before every planning pass, so that those meet one spelling of each computation. The limits are what keep it safe:
-random draws, effects and anything near a write are left alone; nothing merges across phases; and two tensors that the user
-can see never end up in one storage.
+It runs before every planning pass, so that those meet one spelling of each computation. The limits are what keep it
+safe: random draws, effects and anything near a write are left alone; nothing merges across phases; and two tensors that
+the user can see never end up in one storage.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _mutated(graph: StepGraph, storages: Storages) -> set[Root]:
 
 
 def _typed(value: Any) -> Any:
-    """An argument as a dictionary key: constants with their type (``1``, ``1.0`` and ``True`` differ), lists as tuples."""
+    """An argument as a dictionary key: constants with their type (``1``, ``1.0``, ``True`` differ), lists as tuples."""
     if isinstance(value, fx.Node):
         return value
     if isinstance(value, (list, tuple)):

@@ -19,7 +19,7 @@ Boxed = Callable[[list[Any]], Any]
 def bind(program: Program) -> Boxed:
     """Make the executable function of a program: ``run(args) -> tuple``; ``args`` is emptied as it is used."""
     loaded = {key: load_region(code) for key, code in program.codes.items()}
-    namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()}
+    namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
     return define(program.source(), program.name, namespace)
 
 

@@ -6,7 +6,9 @@ The install tests (slow) work on a copy of the tree, in empty environments that 
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.metadata
 import shutil
 import site
 import subprocess
@@ -29,8 +31,8 @@ COMPILE = """
 import sys, torch
 torch.manual_seed(0)
 model, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
-compiled = torch.compile(model, backend="dscompile", options={"regions": "aten", "cache": False})
 assert not any(name.partition(".")[0] == "dscompile" for name in sys.modules), "nothing of ours was imported yet"
+compiled = torch.compile(model, backend="dscompile", options={"regions": "aten", "cache": False})
 torch.testing.assert_close(compiled(x), model(x))
 compiled(x).sum().backward()
 assert model.weight.grad is not None
@@ -81,6 +83,21 @@ def test_entry_points_name_real_functions() -> None:
     for target in targets:
         module, _, name = target.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """A module that only an extra, or another package's dependency, brings may be imported inside functions alone."""
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["dependencies"]}
+    owners = importlib.metadata.packages_distributions()
+    undeclared = []
+    for path in sorted(p for folder in FOLDERS.values() for p in (ROOT / folder).glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"dscompile"}:
+                if not declared & {canonicalize_name(owner) for owner in owners.get(top, [])}:
+                    undeclared.append(f"{path.relative_to(ROOT)}:{node.lineno}: {top}")
+    assert not undeclared
 
 
 def test_constraints_pin_every_dependency_inside_its_range() -> None:

@@ -137,18 +137,31 @@ class GraphWriter:
 def write_whole(path: Path, content: str, *, hint: str) -> None:
     """Write a text file under a temporary name and rename it, making its folder if needed.
 
+    A symbolic link is followed. A device or pipe (``/dev/stdout``) is written to, never renamed over: that would
+    replace the device itself.
+
     Raises:
         RunError: the file cannot be written; names the path, says why, and ends with ``hint``.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_special(target):
+            with target.open("w", encoding="utf-8") as file:
+                file.write(content)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot write: {error.strerror or error}. {hint}") from None
+
+
+def is_special(path: Path) -> bool:
+    """Whether ``path`` exists and is neither a regular file nor a folder: a device, pipe or socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def read_text(path: Path) -> str:

@@ -191,7 +191,7 @@ class Frame:
             fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
             summary=self.config.summary,
         )
-        code = ProgramCode(program, report, self.config.gemm).load()
+        code = ProgramCode(program, report, self.config.gemm, self.config.buffers).load()
         announce(report)
         if self.writer is not None:
             self.writer.program(str(graph.kind), program.source())

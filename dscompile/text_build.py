@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
 from dscompile.errors import nearest
@@ -123,10 +124,10 @@ class Builder:
             return torch.empty_strided(size, stride, dtype=dtype, device="meta")
         else:
             groups = [tuple(map(expr_of, group)) for group in (size, stride)]
-            count = self.symbols.of_expr(extent(groups[0], groups[1], expr_of(offset)))
+            count = self.symbols.of_expr(sympy.expand(extent(groups[0], groups[1], expr_of(offset))))
             return torch.empty(count, dtype=dtype, device="meta").as_strided(size, stride, offset)
         meta = torch.empty(0, dtype=dtype, device="meta")
-        return meta.set_(storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
+        return meta.set_(storage, offset, size, stride)
 
     def inline_constant(self, like: Any, elements: list[Any]) -> torch.Tensor:
         """A real tensor with the dtype, shape and strides of ``like`` and the given elements in row-major order."""

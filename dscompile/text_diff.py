@@ -1,8 +1,8 @@
 """Node-aware differences of two graph texts: lines are matched by the node they define, not by their position.
 
 A line diff of two graphs shows a changed operand as an unrelated pair of lines and may take quadratic time. Here each
-line has a key (the node's name, the symbol's name, ``out``), so a changed node is one ``-``/``+`` pair, a moved one says
-so, and the cost is that of sorting.
+line has a key (the node's name, the symbol's name, ``out``), so a changed node is one ``-``/``+`` pair, a moved one
+says so, and the cost is that of sorting.
 """
 
 from __future__ import annotations

@@ -278,8 +278,9 @@ def symbol_functions() -> dict[str, type]:
 def restore_symbol(env: ShapeEnv, symbol: Any, hint: Any, lower: Any, upper: Any, *, size_like: bool) -> None:
     """Make ``symbol`` known to ``env`` with its hint (None: unbacked) and range; a bound of None is infinite.
 
-    Raises ``ValueError`` for an empty range. Stands on ``ValueRanges`` and ``int_oo``.
+    Raises ``ValueError`` for an empty range. Stands on ``ShapeEnv._update_var_to_range``, ``ValueRanges`` and ``int_oo``.
     """
+    from torch._dynamo.source import ConstantSource
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -287,9 +288,11 @@ def restore_symbol(env: ShapeEnv, symbol: Any, hint: Any, lower: Any, upper: Any
     low, high = -infinity if lower is None else lower, infinity if upper is None else upper
     if not low <= high:
         raise ValueError(f"the range [{low}, {high}] is empty")
-    env.var_to_range[symbol] = ValueRanges(low, high)
+    env._update_var_to_range(symbol, ValueRanges(low, high))
     if hint is not None:
         env.backed_var_to_val[symbol] = sympy.sympify(hint)
+        env.var_to_sources[symbol] = [ConstantSource(symbol.name)]
+        env.symbol_guard_counter[symbol] = 0  # create_symbol's bookkeeping: the first guard on the symbol counts here
     if size_like:
         env.size_like.add(symbol)
 
@@ -312,7 +315,7 @@ def symbol_facts(env: ShapeEnv, symbol: Any) -> tuple[Any, Any, Any, bool]:
 
 def symbolic_value(env: ShapeEnv, expr: Any, kind: type) -> Any:
     """A SymInt, SymFloat or SymBool (``kind`` is ``int``, ``float`` or ``bool``) of a sympy expression."""
-    wrapper = {int: torch.SymInt, float: torch.SymFloat, bool: torch.SymBool}[kind]
+    wrapper: Any = {int: torch.SymInt, float: torch.SymFloat, bool: torch.SymBool}[kind]
     return wrapper(SymNode(expr, env, kind, None))
 
 
@@ -387,3 +390,15 @@ def no_modes() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are real even while a trace with fake tensors is going on."""
     context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
     return context
+
+
+def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torch.Tensor]) -> bool:
+    """Let a compiled region's generated wrapper take its CPU buffers from ``allocate(size, stride, dtype)``.
+
+    Stands on the wrapper's module-level name ``empty_strided_cpu``; returns False if this wrapper has none.
+    """
+    namespace = getattr(getattr(call, "__func__", call), "__globals__", {})
+    if "empty_strided_cpu" not in namespace:
+        return False
+    namespace["empty_strided_cpu"] = allocate
+    return True

@@ -24,6 +24,7 @@ class ProgramCode(OutputCode):
     program: Program
     report: GraphReport
     gemm: str
+    buffers: str
     run: Boxed | None = None
 
     def __post_init__(self) -> None:
@@ -36,7 +37,7 @@ class ProgramCode(OutputCode):
 
     def load(self) -> ProgramCode:
         """Bind the source to its regions in this process."""
-        self.run = with_gemm(bind(self.program), GemmChoice.of(self.gemm))
+        self.run = with_gemm(bind(self.program, reuse_buffers=self.buffers == "on"), GemmChoice.of(self.gemm))
         return self
 
     def prepare_for_serialization(self) -> None:

@@ -11,23 +11,32 @@ from typing import Any
 import torch
 
 from dscompile.program import Program, RegionCode
-from dscompile.torch_compat import load_artifact
+from dscompile.runtime.pool import POOL
+from dscompile.torch_compat import load_artifact, set_allocator
 
 Boxed = Callable[[list[Any]], Any]
 
 
-def bind(program: Program) -> Boxed:
-    """Make the executable function of a program: ``run(args) -> tuple``; ``args`` is emptied as it is used."""
-    loaded = {key: load_region(code) for key, code in program.codes.items()}
+def bind(program: Program, *, reuse_buffers: bool = False) -> Boxed:
+    """Make the executable function of a program: ``run(args) -> tuple``; ``args`` is emptied as it is used.
+
+    Args:
+        program: what to run.
+        reuse_buffers: compiled regions take large CPU buffers from the pool.
+    """
+    loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
     return define(program.source(), program.name, namespace)
 
 
-def load_region(code: RegionCode) -> Boxed:
+def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:
     """The boxed callable of one region."""
     if code.kind == "aten":
         return define(code.source, "run", {})
-    return load_artifact(code.artifact)
+    call = load_artifact(code.artifact)
+    if reuse_buffers:
+        set_allocator(call, POOL.empty_strided)
+    return call
 
 
 def define(source: str, name: str, namespace: dict[str, Any]) -> Boxed:

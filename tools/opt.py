@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dscompile.artifact import read_table, read_text, write_whole
+from dscompile.artifact import is_special, read_table, read_text, write_whole
 from dscompile.config import Config
 from dscompile.errors import PipelineError, nearest
 from dscompile.graph import StepGraph
@@ -111,5 +111,5 @@ def _write(path: Path, result: str, graph: StepGraph, table: dict[str, Any]) -> 
     made = side_table(graph)
     made["nodes"] = {name: {**entry, **table["nodes"].get(name, {})} for name, entry in made["nodes"].items()}
     write_whole(path, result, hint=hint)
-    if table["nodes"] or made["constants"]:
+    if (table["nodes"] or made["constants"]) and not is_special(path):
         write_whole(path.with_suffix(".json"), json.dumps(made, indent=1) + "\n", hint=hint)

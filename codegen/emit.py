@@ -17,6 +17,7 @@ from dscompile.codegen.regions import Region, is_constant_tensor
 from dscompile.effects import constant
 from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
+from dscompile.source import module_of, source_line
 from dscompile.program import Program, RegionCode, Step, function_source
 from dscompile.torch_compat import OpOverload, tensor_bytes
 
@@ -55,9 +56,16 @@ def emit_program(graph: StepGraph, regions: Sequence[Region], codes: dict[str, R
         calls=calls,
         codes={key: codes[key] for key in calls.values()},
         constants=constants,
+        labels={n.name: label(n) for r in regions if not r.inline for n in r.outputs},
     )
     program.facts = _facts(graph, regions, program)
     return program
+
+
+def label(node: fx.Node) -> str:
+    """``blocks.0.proj at model.py:12 in forward: ...``: where a value comes from, in the user's words."""
+    module, line = module_of(node), source_line(node)
+    return f"{module} at {line}" if module and line else module or line
 
 
 def emit_aten(module: fx.GraphModule) -> str:

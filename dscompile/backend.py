@@ -113,7 +113,7 @@ class Frame:
         if not joint_inputs:  # a sub-graph of a higher-order operator: PyTorch's rules, not ours
             return default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs)
         graph = from_aot(joint, GraphKind.JOINT, self.inputs, forward_outputs=num_fwd_outputs)
-        self._run_passes(graph)
+        self.run_passes(graph)
         start = time.perf_counter()
         halves = split(graph, static_inputs=static)
         self.seconds["split"] = time.perf_counter() - start
@@ -131,23 +131,24 @@ class Frame:
 
     def compile_forward(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
         """Compile the forward half."""
-        return self._compile(self._half(GraphKind.FORWARD, module), frozenset())
+        return self.compile(self._half(GraphKind.FORWARD, module), frozenset())
 
     def compile_backward(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
         """Compile the backward half; saved values that nothing else holds may be overwritten."""
         graph = self._half(GraphKind.BACKWARD, module)
         names = [p.name for p in graph.placeholders()]
-        return self._compile(graph, frozenset(names[i] for i in donated_saved_values()))
+        return self.compile(graph, frozenset(names[i] for i in donated_saved_values()))
 
     def compile_inference(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
         """Run the same pipeline on a graph without backward, and compile it."""
         graph = from_aot(module, GraphKind.INFERENCE, self.inputs)
-        self._run_passes(graph)
-        return self._compile(graph, frozenset())
+        self.run_passes(graph)
+        return self.compile(graph, frozenset())
 
     # -- steps -------------------------------------------------------------------------------------------------------------
 
-    def _run_passes(self, graph: StepGraph) -> None:
+    def run_passes(self, graph: StepGraph) -> None:
+        """Run the configured pipeline on a traced graph, verified and proved; keeps the records."""
         calls = parse_pipeline(self.config.pipeline)
         if self.writer is not None:
             self.writer.traced(graph)
@@ -173,7 +174,8 @@ class Frame:
         known = self.halves[kind]
         return StepGraph(module, kind, known.inputs, known.outputs, known.forward_outputs, known.unused)
 
-    def _compile(self, graph: StepGraph, donatable: frozenset[str]) -> ProgramCode:
+    def compile(self, graph: StepGraph, donatable: frozenset[str]) -> ProgramCode:
+        """Cut a graph into regions, compile them, lay out the program, check its lifetimes, and report."""
         start = time.perf_counter()
         regions = cut(graph, self.config, donatable=donatable)
         codes = lower_regions(regions, self.config)
@@ -191,10 +193,12 @@ class Frame:
             fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
             summary=self.config.summary,
         )
-        code = ProgramCode(program, report, self.config.gemm, self.config.buffers).load()
+        code = ProgramCode(program, report, self.config).load()
         announce(report)
         if self.writer is not None:
             self.writer.program(str(graph.kind), program.source())
+            if graph.kind is not GraphKind.FORWARD:  # the last program of this frame
+                self.writer.close()
         return code
 
 

@@ -39,6 +39,9 @@ class Config(BaseModel):
     rng: Literal["eager", "fused"] = Field(
         "eager", description="'eager' draws exactly the random numbers of eager mode; 'fused' draws inside kernels."
     )
+    sanitize: bool = Field(
+        False, description="Run every compiled region twice, compare with PyTorch's own kernels, and stop at a difference."
+    )
     gemm: Literal["auto", "onednn", "default"] = Field(
         "auto",
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",

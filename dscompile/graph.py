@@ -173,6 +173,19 @@ class StepGraph:
             self.touched.add(user)
         node.replace_all_uses_with(new, propagate_meta=False)
         self.erase(node)
+        self._refresh_views(new)
+
+    def _refresh_views(self, base: fx.Node) -> None:
+        """Views that now read another base get fake values in its storage: text and plans read sharing from there."""
+        from dscompile.effects import shared_operand
+
+        stack = [base]
+        while stack:
+            current = stack.pop()
+            for user in current.users:
+                if user.op == "call_function" and shared_operand(user) is current:
+                    user.meta["val"] = fake_value(user)
+                    stack.append(user)
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nothing uses."""

@@ -257,10 +257,16 @@ def check(graph: StepGraph, spec: PassSpec, rules: Baseline, reference: Snapshot
 
 
 def _split_top_level(text: str) -> list[str]:
-    parts, depth, current = [], 0, ""
+    """Split at the commas that stand in no bracket and in no quoted string."""
+    parts, depth, quote, current = [], 0, "", ""
     for char in text:
-        depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        else:
+            depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0 and not quote:
             parts.append(current)
             current = ""
         else:
@@ -295,7 +301,5 @@ def _parse_value(name: str, key: str, text: str, default: Any) -> Any:
     except (ValueError, SyntaxError):
         value = text
     if default is not None and type(value) is not type(default):
-        raise PipelineError(
-            f"pipeline: option {key!r} of pass {name!r} takes {type(default).__name__}, got {text!r}."
-        )
+        raise PipelineError(f"pipeline: option {key!r} of pass {name!r} takes {type(default).__name__}, got {text!r}.")
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +21,19 @@ from dscompile.torch_compat import duplicate_sources, source_names
 
 @dataclass(frozen=True)
 class FrameInputs:
-    """What each input of one traced frame is, by its index in the frame's argument list."""
+    """What each input of one traced frame is, by its index in the frame's argument list.
+
+    ``prefix`` is what the exporter of the step entry puts before every name.
+    """
 
     inputs: tuple[GraphInput, ...]
-    unused: tuple[str, ...] = field(default=())
+    unused: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def named(self, target: str) -> GraphInput | None:
+        """The input that the exporter calls ``target``."""
+        fqn = target.removeprefix(self.prefix)
+        return next((i for i in self.inputs if i.fqn == fqn), None)
 
 
 def frame_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FrameInputs:
@@ -104,7 +113,7 @@ def _graph_input(node: fx.Node, frame: FrameInputs) -> GraphInput:
         return GraphInput(node.name, InputKind.TANGENT)
     target = getattr(descriptor, "target", None)
     if isinstance(target, str):  # the step entry's ParamAOTInput and BufferAOTInput carry the FQN themselves
-        found = next((i for i in frame.inputs if i.fqn == target or target in i.aliases), None)
+        found = frame.named(target)
         if found is not None:
             return GraphInput(node.name, found.kind, found.fqn, found.aliases, found.trainable)
     index = _index(descriptor)
@@ -122,7 +131,7 @@ def _graph_output(descriptor: Any, value: Any, frame: FrameInputs) -> GraphOutpu
         target = getattr(of, "target", None)
         index = _index(of)
         if isinstance(target, str):
-            return target
+            return target.removeprefix(frame.prefix)
         return frame.inputs[index].fqn if index is not None and index < len(frame.inputs) else ""
 
     if value is None:

@@ -22,7 +22,8 @@ class RegionCode:
     Attributes:
         key: structural hash of the region.
         kind: ``"inductor"`` (compiled) or ``"aten"`` (PyTorch's own kernels, one call a node).
-        source: Python source; for ``aten`` it defines ``run(args)``.
+        source: Python source of what runs; for ``aten`` it defines ``run(args)``.
+        reference: source of ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to.
         reason: why the region was not compiled ("" if it was).
         artifact: the compiled object, bound again after loading from disk.
     """
@@ -31,6 +32,7 @@ class RegionCode:
     kind: str
     source: str
     reason: str = ""
+    reference: str = ""
     artifact: Any = None
 
 
@@ -57,6 +59,7 @@ class Program:
         calls: which :class:`RegionCode` key each ``region_k`` of the source runs.
         codes: region code by key.
         constants: tensors that the traced graph closed over, by the name the source uses.
+        labels: module and user source line of each value that leaves a region.
         facts: figures for reports (nodes, regions, bytes), JSON-able.
     """
 
@@ -67,6 +70,7 @@ class Program:
     calls: dict[str, str]
     codes: dict[str, RegionCode]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def source(self) -> str:

@@ -98,7 +98,7 @@ class TermTable:
         return term
 
     def ruled(self, rule: Rule, key: tuple[Key, ...], positional: int, node: fx.Node) -> Key:
-        """The term of a call that ``rule`` may rewrite; the answer is kept, so a rule runs once for each different call."""
+        """The term of a call that ``rule`` may rewrite; answers are kept: a rule runs once for equal calls."""
         result = self._ruled.get(key)
         if result is None:
             result = rule(self, key[1 : positional + 1], dict(key[positional + 1 :]), node)

@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._functorch import config as functorch_config
+from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
 from torch._functorch.partitioners import default_partition as default_partition
@@ -402,3 +404,21 @@ def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torc
         return False
     namespace["empty_strided_cpu"] = allocate
     return True
+
+
+# -- the step entry -------------------------------------------------------------------------------------------------------
+
+
+def export_joint(
+    stack: contextlib.ExitStack, module: torch.nn.Module, args: tuple[Any, ...]
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Capture a module as one joint forward-backward graph; also the names of its parameter and buffer inputs, in order.
+
+    Stands on ``dynamo_graph_capture_for_export`` and ``aot_export_joint_with_descriptors``; ``stack`` must stay open while
+    the graph's fake values are used.
+    """
+    captured = dynamo_graph_capture_for_export(module)(*args)
+    context = captured.meta.get("tracing_context") or TracingContext(captured.meta["fake_mode"])
+    with tracing(context):
+        joint = aot_export_joint_with_descriptors(stack, captured, args)
+    return joint.graph_module, (*joint.params_spec, *joint.buffers_spec)

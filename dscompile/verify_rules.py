@@ -25,7 +25,7 @@ Rule = Callable[[Check], None]
 
 
 def structure(check: Check) -> None:
-    """Check ``order`` (operands defined before users, unique names, ``output`` last) and ``dead`` (no erased operand)."""
+    """Check ``order`` (operands before users, unique names, ``output`` last) and ``dead`` (no erased operand)."""
     nodes = list(check.graph.nodes)
     alive = set(nodes)
     seen: set[fx.Node] = set()
@@ -183,8 +183,8 @@ def _recompute(check: Check, node: fx.Node) -> None:
     try:
         value = fake_value(node)
     except Exception as error:  # whatever a fake kernel raises is the finding
-        text = str(error).strip().splitlines()
-        check.report("metadata", f"%{node.name} does not accept its operands: {text[0] if text else error!r}", node)
+        lines = str(error).strip().splitlines()
+        check.report("metadata", f"%{node.name} does not accept its operands: {lines[0] if lines else error!r}", node)
         return
     expected, found = signature(value), signature(node.meta["val"])
     if expected != found:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dscompile.config import Config
 from dscompile.program import Program
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.execute import Boxed, bind
@@ -23,8 +24,7 @@ class ProgramCode(OutputCode):
 
     program: Program
     report: GraphReport
-    gemm: str
-    buffers: str
+    config: Config
     run: Boxed | None = None
 
     def __post_init__(self) -> None:
@@ -37,7 +37,8 @@ class ProgramCode(OutputCode):
 
     def load(self) -> ProgramCode:
         """Bind the source to its regions in this process."""
-        self.run = with_gemm(bind(self.program, reuse_buffers=self.buffers == "on"), GemmChoice.of(self.gemm))
+        run = bind(self.program, reuse_buffers=self.config.buffers == "on", sanitize=self.config.sanitize)
+        self.run = with_gemm(run, GemmChoice.of(self.config.gemm))
         return self
 
     def prepare_for_serialization(self) -> None:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import linecache
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dscompile.program import Program, RegionCode
 from dscompile.runtime.pool import POOL
+from dscompile.runtime.sanitize import Boxed, checked_regions
 from dscompile.torch_compat import load_artifact, set_allocator
 
-Boxed = Callable[[list[Any]], Any]
-
-
-def bind(program: Program, *, reuse_buffers: bool = False) -> Boxed:
+def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = False) -> Boxed:
     """Make the executable function of a program: ``run(args) -> tuple``; ``args`` is emptied as it is used.
 
     Args:
         program: what to run.
         reuse_buffers: compiled regions take large CPU buffers from the pool.
+        sanitize: compare every region with PyTorch's own kernels as it runs.
     """
     loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
+    if sanitize:
+        references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
+        namespace |= checked_regions(program, loaded, references)
     return define(program.source(), program.name, namespace)
 
 

@@ -1,4 +1,4 @@
-"""The term proof: every rule executed on random numbers, look-alikes that must differ, versions of storages, the split."""
+"""The term proof: every rule executed on random numbers, look-alikes that must differ, writes, and the split."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_order_and_requirements_are_enforced() -> None:
         parse_pipeline("second")  # `after` binds only passes that are there
         with pytest.raises(PipelineError, match="'second' must come after 'first'"):
             parse_pipeline("second,first")
-        with pytest.raises(PipelineError, match="requires 'ready'. Put one of first before it"):
+        with pytest.raises(PipelineError, match=r"requires 'ready'\. Put one of first before it"):
             parse_pipeline("third,first")
 
 

@@ -1,0 +1,174 @@
+"""The *step* entry: a model and its loss as one joint graph, without Dynamo frames and autograd in between.
+
+``torch.compile`` sees one frame at a time and returns to Python before backward. Here the whole step, forward and backward, is
+exported at once: every parameter is an input by name (tied, frozen and unused ones included), and one program runs it all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dscompile.backend import Frame
+from dscompile.config import Config
+from dscompile.errors import UnsupportedError
+from dscompile.graph import GraphInput, GraphKind, InputKind, StepGraph
+from dscompile.params import FrameInputs, from_aot
+from dscompile.torch_compat import export_joint
+
+Loss = Callable[..., Tensor]
+"""``loss(model, *batch) -> scalar tensor``."""
+
+_PREFIX = "model."
+_COUNTER = itertools.count()
+
+
+class _Step(nn.Module):
+    """Model and loss as one module, which is what the exporter takes."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, *batch: Any) -> Tensor:
+        return self.loss(self.model, *batch)
+
+
+def trace_step(model: nn.Module, loss: Loss, *batch: Any) -> StepGraph:
+    """Trace one training step of ``loss(model, *batch)`` to a joint StepGraph.
+
+    Args:
+        model: any module; it is not changed.
+        loss: returns a scalar tensor.
+        batch: example inputs; their shapes are those of the graph.
+
+    Raises:
+        UnsupportedError: the step cannot be captured as one graph, or the loss is not a scalar.
+    """
+    with contextlib.ExitStack() as stack:
+        graph, _ = _trace(stack, model, loss, batch)
+    return graph
+
+
+def _trace(
+    stack: contextlib.ExitStack, model: nn.Module, loss: Loss, batch: Sequence[Any]
+) -> tuple[StepGraph, tuple[str, ...]]:
+    """The joint graph and the FQNs of its parameter and buffer inputs, in argument order. ``stack`` keeps fakes alive."""
+    module = _Step(model, loss)
+    try:
+        joint, names = export_joint(stack, module, tuple(batch))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedError(
+            f"the step cannot be captured as one graph: {reason}. "
+            'Use torch.compile(model, backend="dscompile"), which allows graph breaks.'
+        ) from error
+    outputs = joint.graph.output_node()
+    forward = sum(not hasattr(d, "grad_of") and d is not None for d in outputs.meta["desc"])
+    value = list(outputs.args[0])[forward - 1]  # type: ignore[arg-type]
+    fake = value.meta.get("val") if isinstance(value, fx.Node) else None
+    if not isinstance(fake, Tensor) or fake.ndim != 0:
+        shape = tuple(fake.shape) if isinstance(fake, Tensor) else type(value).__name__
+        raise UnsupportedError(f"the loss must be a scalar tensor, got {shape}; reduce it with .mean() or .sum().")
+    known = _inputs(model)
+    unused = tuple(
+        found.fqn
+        for node, found in zip(joint.graph.find_nodes(op="placeholder"), _ordered(known, names), strict=False)
+        if not node.users
+    )
+    graph = from_aot(joint, GraphKind.JOINT, FrameInputs(known, unused, _PREFIX), forward_outputs=forward)
+    return graph, names
+
+
+def _inputs(model: nn.Module) -> tuple[GraphInput, ...]:
+    """Every parameter and buffer under the exporter's name, with the other names of tied ones."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[str, tuple[InputKind, Tensor]] = {}
+    for kind, items in (
+        (InputKind.PARAMETER, model.named_parameters(remove_duplicate=False)),
+        (InputKind.BUFFER, model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in items:
+            names.setdefault(id(tensor), []).append(name)
+            tensors[name] = (kind, tensor)
+    return tuple(
+        GraphInput("", kind, name, tuple(n for n in names[id(t)] if n != name), t.requires_grad)
+        for name, (kind, t) in tensors.items()
+    )
+
+
+def _ordered(known: Sequence[GraphInput], names: Sequence[str]) -> list[GraphInput]:
+    by_name = {i.fqn: i for i in known}
+    return [by_name[name.removeprefix(_PREFIX)] for name in names]
+
+
+class CompiledStep:
+    """A compiled training step: call it with a batch; it returns the loss and accumulates into ``.grad``.
+
+    Attributes:
+        graph: the joint StepGraph after its passes.
+        code: the program that runs.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, batch: Sequence[Any], config: Config) -> None:
+        frame = Frame(config, FrameInputs(()), f"step{next(_COUNTER)}")
+        self._model = model
+        with contextlib.ExitStack() as stack:
+            self.graph, self._names = _trace(stack, model, loss, batch)
+            frame.run_passes(self.graph)
+            self.code = frame.compile(self.graph, frozenset())
+        self._shapes = [_shape(b) for b in batch]
+
+    def __call__(self, *batch: Any) -> Tensor:
+        """Run forward and backward on a batch of the traced shapes; returns the detached loss.
+
+        Raises:
+            UnsupportedError: the batch has other shapes or types than the traced one.
+        """
+        if [_shape(b) for b in batch] != self._shapes:
+            raise UnsupportedError(f"this step was compiled for {self._shapes}, got {[_shape(b) for b in batch]}.")
+        tensors = dict(self._model.named_parameters(remove_duplicate=False))
+        tensors.update(self._model.named_buffers(remove_duplicate=False))
+        state = [tensors[name.removeprefix(_PREFIX)] for name in self._names]
+        with torch.no_grad():
+            results = self.code([*(t.detach() for t in state), *batch, torch.ones(())])
+            loss: Tensor | None = None
+            for output, value in zip(self.graph.outputs, results, strict=True):
+                name = output.of
+                if output.kind == "mutation":
+                    tensors[name].copy_(value)
+                elif output.kind == "gradient" and value is not None:
+                    parameter = tensors[name]
+                    parameter.grad = value if parameter.grad is None else parameter.grad + value
+                elif output.kind == "output":
+                    loss = value
+        assert loss is not None
+        return loss
+
+
+def _shape(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+
+
+def compile_step(
+    model: nn.Module,
+    loss: Loss,
+    *batch: Any,
+    config: Config | dict[str, Any] | str | Path | None = None,
+) -> CompiledStep:
+    """Compile ``loss(model, *batch)`` and its gradients into one program.
+
+    Args:
+        model: any module.
+        loss: ``loss(model, *batch) -> scalar tensor``.
+        batch: example inputs with the shapes of every later batch.
+        config: as for :meth:`Config.load`.
+    """
+    return CompiledStep(model, loss, batch, Config.load(config))

@@ -1,0 +1,91 @@
+"""The step entry: one graph for forward and backward, every parameter by name, gradients equal to eager."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dscompile
+from dscompile.errors import UnsupportedError
+from dscompile.graph import InputKind
+
+ATEN = {"regions": "aten", "summary": False}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.frozen = nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+        self.head = nn.Linear(8, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.frozen(self.norm(self.embed(ids))).relu())
+
+
+def loss(model: nn.Module, ids: Tensor, scale: Tensor) -> Tensor:
+    return (model(ids).square() * scale).mean()
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randint(7, (6,)), torch.rand(7)
+
+
+def test_inputs_are_named(batch: tuple[Tensor, Tensor]) -> None:
+    graph = dscompile.trace_step(Model(), loss, *batch)
+    by_fqn = {i.fqn: i for i in graph.inputs if i.fqn}
+    assert by_fqn["embed.weight"].aliases == ("head.weight",)
+    assert by_fqn["embed.weight"].trainable
+    assert not by_fqn["frozen.weight"].trainable
+    assert by_fqn["norm.running_mean"].kind is InputKind.BUFFER
+    assert {"unused.weight", "unused.bias"} <= set(graph.unused)
+    gradients = {o.of for o in graph.outputs if o.kind == "gradient"}
+    assert gradients == {"embed.weight", "norm.weight", "norm.bias"}
+
+
+@pytest.mark.parametrize("config", [ATEN, {"summary": False}], ids=["aten", "compiled"])
+def test_gradients_equal_eager(batch: tuple[Tensor, Tensor], config: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    reference = copy.deepcopy(model)
+    step = dscompile.compile_step(model, loss, *batch, config=config)
+    for _ in range(2):  # the second call accumulates
+        found = step(*batch)
+        expected = loss(reference, *batch)
+        expected.backward()
+        torch.testing.assert_close(found, expected.detach())
+    for (name, p), (_, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+    for (name, b), (_, c) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
+        torch.testing.assert_close(b, c, msg=name)
+
+
+def test_other_shapes_are_refused(batch: tuple[Tensor, Tensor]) -> None:
+    step = dscompile.compile_step(Model(), loss, *batch, config=ATEN)
+    with pytest.raises(UnsupportedError, match="compiled for"):
+        step(batch[0][:3], batch[1])
+
+
+def test_loss_must_be_a_scalar(batch: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(UnsupportedError, match="scalar"):
+        dscompile.trace_step(Model(), lambda model, ids, scale: model(ids) * scale, *batch)
+
+
+def test_a_graph_break_is_refused_with_the_way_out(batch: tuple[Tensor, Tensor]) -> None:
+    def breaks(model: nn.Module, ids: Tensor, scale: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return loss(model, ids, scale)
+
+    with pytest.raises(UnsupportedError, match=r"torch\.compile"):
+        dscompile.trace_step(Model(), breaks, *batch)

@@ -1,1 +1,1 @@
-"""Code generation: a graph is cut into regions, equal regions are compiled once, and the compiled results are cached."""
+"""Code generation: graphs are cut into regions, equal regions are compiled once, and the results are cached."""

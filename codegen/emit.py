@@ -1,7 +1,7 @@
 """Emit: turn nodes and regions into the lines of a Program.
 
-Every value is dropped at its last use. A region's dying inputs are dropped from the caller before the call, so that the region
-holds the only reference and can free or overwrite them while it runs.
+Every value is dropped at its last use. A region's dying inputs are dropped from the caller before the call, so that
+the region holds the only reference and can free or overwrite them while it runs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dscompile.codegen.regions import Region, is_constant_tensor
 from dscompile.effects import constant
 from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
-from dscompile.source import module_of, source_line
 from dscompile.program import Program, RegionCode, Step, function_source
+from dscompile.source import module_of, source_line
 from dscompile.torch_compat import OpOverload, tensor_bytes
 
 _MODULES = {"operator": operator, "_operator": operator, "math": None, "torch": torch, "builtins": None}
@@ -179,5 +179,3 @@ def _is_gemm(node: fx.Node) -> bool:
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else tensor_bytes(value)
-
-

@@ -1,7 +1,7 @@
 """Lower: compile each structurally different region once, through TorchInductor, or say why not.
 
-A region that Inductor cannot compile runs with PyTorch's own kernels. That is counted, named and reported: nothing falls back
-silently.
+A region that Inductor cannot compile runs with PyTorch's own kernels. That is counted, named and reported: nothing
+falls back silently.
 """
 
 from __future__ import annotations

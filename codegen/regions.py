@@ -1,7 +1,8 @@
 """Cut a forward, backward or inference graph into regions: runs of nodes that are compiled as one.
 
-Boundaries fall between repeated blocks, so a deep model gives many equal regions and few compilations. A region's key is a hash
-of its structure (operators, constants, shapes, strides, what is read, returned and donated): equal keys share code.
+Boundaries fall between repeated blocks, so a deep model gives many equal regions and few compilations. A region's key
+is a hash of its structure (operators, constants, shapes, strides, what is read, returned and donated): equal keys
+share code.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def _key(region: Region) -> str:
 
 
 def is_constant_tensor(node: fx.Node) -> bool:
-    """Whether a node is a tensor that the graph closed over: regions receive it as an input, so they still share code."""
+    """Whether a node is a tensor that the graph closed over; regions receive it as an input and still share code."""
     return node.op == "get_attr" and isinstance(constant(node), torch.Tensor)
 
 

@@ -1,8 +1,8 @@
 """Find repeated blocks from the structure of a graph, never from module names.
 
-Every node gets a colour: its operator, constants, and the shape of its value. A stack of equal layers is then a periodic
-stretch of the colour sequence. The longest saving wins, the block boundary is put where the fewest bytes cross, and the rest
-on either side is searched again (an encoder and a decoder are two stretches).
+Every node gets a colour: its operator, constants, and the shape of its value. A stack of equal layers is then a
+periodic stretch of the colour sequence. The longest saving wins, the block boundary is put where the fewest bytes
+cross, and the rest on either side is searched again (an encoder and a decoder are two stretches).
 """
 
 from __future__ import annotations
@@ -51,16 +51,12 @@ def _segments(colours: NDArray[np.int64], lo: int, hi: int, crossing: Callable[[
     found = _best_stretch(colours, lo, hi, crossing)
     if found is None:
         return [(lo, hi)]
-    blocks = [
-        (found.start + k * found.period, found.start + (k + 1) * found.period) for k in range(found.count)
-    ]
+    blocks = [(found.start + k * found.period, found.start + (k + 1) * found.period) for k in range(found.count)]
     before = _segments(colours, lo, found.start, crossing)
     return before + blocks + _segments(colours, found.stop, hi, crossing)
 
 
-def _best_stretch(
-    colours: NDArray[np.int64], lo: int, hi: int, crossing: Callable[[int], float]
-) -> Stretch | None:
+def _best_stretch(colours: NDArray[np.int64], lo: int, hi: int, crossing: Callable[[int], float]) -> Stretch | None:
     best: Stretch | None = None
     saving = 0
     for period in _candidate_periods(colours[lo:hi]):
@@ -104,7 +100,7 @@ def _longest_run(equal: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def _place(start: int, length: int, period: int, crossing: Callable[[int], float]) -> Stretch | None:
-    """Choose where blocks begin within a periodic stretch: fewest bytes across the cuts, then most blocks, then first."""
+    """Where blocks begin within a periodic stretch: fewest bytes across the cuts, then most blocks, then first."""
     most = length // period
     best: tuple[float, int, int] | None = None
     for offset in range(min(period, length - period * max(most - 1, 2) + 1)):

@@ -14,8 +14,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# A checkout: `passes`, `codegen`, `runtime` and `tools` lie beside this folder, in a wheel they lie in it (pyproject.toml).
-# Searching the root as well would also find this folder again, under a second name: None makes that import fail.
+# A checkout: `passes`, `codegen`, `runtime` and `tools` lie beside this folder, in a wheel they lie in it
+# (pyproject.toml). Searching the root as well would also find this folder again, under a second name: None makes that
+# import fail.
 if not Path(__file__).with_name("passes").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
     sys.modules["dscompile.dscompile"] = None  # type: ignore[assignment]

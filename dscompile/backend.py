@@ -1,8 +1,8 @@
 """The ``torch.compile`` backend: one Dynamo frame in, a callable out.
 
 ``torch.compile(model, backend="dscompile")`` reaches :func:`dscompile` through the entry point group
-``torch_dynamo_backends``. AOTAutograd traces the joint graph and calls back three times: to partition it (passes and the
-explicit split happen there), and to compile the forward and the backward graph into programs.
+``torch_dynamo_backends``. AOTAutograd traces the joint graph and calls back three times: to partition it (passes and
+the explicit split happen there), and to compile the forward and the backward graph into programs.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Frame:
         self.seconds: dict[str, float] = {}
         self.writer = _writer(config, name)
 
-    # -- AOTAutograd calls these -----------------------------------------------------------------------------------------
+    # -- AOTAutograd calls these -------------------------------------------------------------------------------------
 
     def partition(
         self,
@@ -145,7 +145,7 @@ class Frame:
         self.run_passes(graph)
         return self.compile(graph, frozenset())
 
-    # -- steps -------------------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------------------------
 
     def run_passes(self, graph: StepGraph) -> None:
         """Run the configured pipeline on a traced graph, verified and proved; keeps the records."""

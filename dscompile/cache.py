@@ -1,7 +1,8 @@
 """The key under which compiled programs are cached: the whole configuration, every version, and our own source.
 
-The programs themselves are stored by AOTAutograd's cache (one file an entry, written to a temporary name and renamed, so that
-two processes may write at once). It hashes the traced graph and PyTorch's state; this module adds what is ours.
+The programs themselves are stored by AOTAutograd's cache (one file an entry, written to a temporary name and renamed,
+so that two processes may write at once). It hashes the traced graph and PyTorch's state; this module adds what is
+ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The configuration: one frozen object, and the whole of it is the cache key.
 
-It is built from a dict, a JSON file or ``torch.compile(options=...)``. Unknown keys are errors that name the nearest valid
-key, so that a misspelt option never silently does nothing.
+It is built from a dict, a JSON file or ``torch.compile(options=...)``. Unknown keys are errors that name the nearest
+valid key, so that a misspelt option never silently does nothing.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ class Config(BaseModel):
 
     regions: Literal["auto", "whole", "aten"] = Field(
         "auto",
-        description="'auto' cuts at repeated blocks and compiles equal regions once; 'whole' compiles each graph as one "
-        "region; 'aten' runs every node with PyTorch's own kernels (the reference executor).",
+        description="'auto' cuts at repeated blocks and compiles equal regions once; 'whole' compiles each graph as "
+        "one region; 'aten' runs every node with PyTorch's own kernels (the reference executor).",
     )
     donate: bool = Field(True, description="Let a region overwrite inputs that nothing reads afterwards.")
     rng: Literal["eager", "fused"] = Field(
         "eager", description="'eager' draws exactly the random numbers of eager mode; 'fused' draws inside kernels."
     )
     sanitize: bool = Field(
-        False, description="Run every compiled region twice, compare with PyTorch's own kernels, and stop at a difference."
+        False,
+        description="Run every compiled region beside PyTorch's own kernels and stop at the first difference.",
     )
     gemm: Literal["auto", "onednn", "default"] = Field(
         "auto",

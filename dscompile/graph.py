@@ -1,8 +1,8 @@
 """StepGraph: one training step as an FX graph, with what every input, node and output *means*.
 
 The graph itself is a plain :class:`torch.fx.Graph` of functional aten operators. We write one key of ``node.meta``
-(:data:`INFO`), and every change goes through :meth:`StepGraph.edit`, which numbers it: the number is what ``--limit`` and a
-bisection count.
+(:data:`INFO`), and every change goes through :meth:`StepGraph.edit`, which numbers it: the number is what ``--limit``
+and a bisection count.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class GraphInput:
-    """One placeholder: its node name, kind, fully qualified name, the other names of a tied tensor, and trainability."""
+    """One placeholder: node name, kind, fully qualified name, the other names of a tied tensor, trainability."""
 
     name: str
     kind: InputKind
@@ -86,8 +86,10 @@ class GraphInput:
 
 @dataclass(frozen=True, slots=True)
 class GraphOutput:
-    """One output: ``kind`` is ``output``, ``mutation``, ``gradient``, ``saved`` or ``none``; ``of`` names the input of the
-    last two when there is one (a gradient's parameter, a mutation's buffer)."""
+    """One output: ``kind`` is ``output``, ``mutation``, ``gradient``, ``saved`` or ``none``.
+
+    ``of`` names the input that a gradient or a mutation belongs to, or the value that is saved.
+    """
 
     kind: str
     of: str = ""
@@ -193,7 +195,13 @@ class StepGraph:
         self.graph.erase_node(node)
 
     def insert_call(
-        self, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node
+        self,
+        before: fx.Node,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        like: fx.Node,
     ) -> fx.Node:
         """Insert a call before ``before``; meaning and user source come from ``like``, ``meta["val"]`` is computed."""
         with self.graph.inserting_before(before):

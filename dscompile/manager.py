@@ -1,7 +1,7 @@
 """The pass manager: a registry, pipeline strings, contracts, and one loop that verifies, times and records.
 
-A pass edits a :class:`~dscompile.graph.StepGraph` in place and returns nothing. The manager, not the pass, finds out what
-changed, checks it, and keeps every decision with its reason.
+A pass edits a :class:`~dscompile.graph.StepGraph` in place and returns nothing. The manager, not the pass, finds out
+what changed, checks it, and keeps every decision with its reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dscompile.verify import Baseline, baseline, verify
 
 
 class Numerics(StrEnum):
-    """How far a pass may change floating-point results. ``BITWISE`` must be proved, the others are checked numerically."""
+    """How far a pass may change numbers: ``BITWISE`` must be proved, the others are checked numerically."""
 
     BITWISE = "bitwise"
     REASSOCIATES = "reassociates"

@@ -1,7 +1,8 @@
 """From AOTAutograd's joint (or inference) graph to a StepGraph: which parameter, buffer or input each placeholder is.
 
-Under ``torch.compile`` the inputs are anonymous (``primals_7``). Dynamo knows the Python expression each came from, and the
-real objects: the two together give the fully qualified name, the kind, and the other names of a tied parameter.
+Under ``torch.compile`` the inputs are anonymous (``primals_7``). Dynamo knows the Python expression each came from,
+and the real objects: the two together give the fully qualified name, the kind, and the other names of a tied
+parameter.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def _graph_output(descriptor: Any, value: Any, frame: FrameInputs) -> GraphOutpu
     return GraphOutput("output")
 
 
-# -- roles and phases -----------------------------------------------------------------------------------------------------
+# -- roles and phases ------------------------------------------------------------------------------------------------
 
 
 def annotate_nodes(graph: StepGraph) -> None:

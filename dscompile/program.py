@@ -1,7 +1,7 @@
 """Program: what a graph becomes, a linear list of steps that prints as the Python that runs.
 
-The printed function *is* the executed one: it takes one list, empties it, calls regions, and drops every value right after its
-last use, so memory is freed exactly where the text says.
+The printed function *is* the executed one: it takes one list, empties it, calls regions, and drops every value right
+after its last use, so memory is freed exactly where the text says.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ class RegionCode:
     """The code behind one structural key.
 
     Attributes:
-        key: structural hash of the region.
-        kind: ``"inductor"`` (compiled) or ``"aten"`` (PyTorch's own kernels, one call a node).
-        source: Python source of what runs; for ``aten`` it defines ``run(args)``.
-        reference: source of ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to.
-        reason: why the region was not compiled ("" if it was).
-        artifact: the compiled object, bound again after loading from disk.
+        key: structural hash of the region. kind: ``"inductor"`` (compiled) or ``"aten"`` (PyTorch's own kernels, one
+        call a node). source: Python source of what runs; for ``aten`` it defines ``run(args)``. reference: source of
+        ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to. reason: why
+        the region was not compiled ("" if it was). artifact: the compiled object, bound again after loading from
+        disk.
     """
 
     key: str
@@ -95,7 +94,7 @@ def function_source(name: str, inputs: Sequence[str], steps: Sequence[Step], out
 
 
 def check_lifetimes(program: Program) -> None:
-    """Raise :class:`VerifyError` unless each value is written once, read only while alive, and freed after its last use.
+    """Raise :class:`VerifyError` unless each value is written once, read only while alive, and freed.
 
     This is the lifetime rule of the last stage: it reads the finished steps, not the planner's own tables.
     """

@@ -1,8 +1,9 @@
 """The explicit split: a planned joint graph becomes a forward and a backward graph, and what is saved is said.
 
-Backward needs some forward values. Each is saved, except that a view is never saved: its base is, and the view is taken again
-in backward, where it costs nothing and lets equal layers look equal. User checkpointing (``torch.utils.checkpoint``) and
-opaque values are handed to PyTorch's own default partitioner, which knows their rules; the result says so.
+Backward needs some forward values. Each is saved, except that a view is never saved: its base is, and the view is
+taken again in backward, where it costs nothing and lets equal layers look equal. User checkpointing
+(``torch.utils.checkpoint``) and opaque values are handed to PyTorch's own default partitioner, which knows their
+rules; the result says so.
 """
 
 from __future__ import annotations
@@ -48,10 +49,24 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
         forward, backward = extract_forward_backward(
             graph.module, values, symbols, graph.forward_outputs, [graph.placeholders()[i] for i in static_inputs]
         )
+        _erase_unused(forward, Phase.BACKWARD)
+        _erase_unused(backward, Phase.FORWARD)
     fw, bw = _as_forward(graph, forward), _as_backward(graph, backward)
     _sink_independent(bw)
     saved = tuple(i.name for i in bw.inputs if i.kind is not InputKind.TANGENT)
     return Split(fw, bw, saved, reason or "save all")
+
+
+def _erase_unused(module: fx.GraphModule, phase: Phase) -> None:
+    """Erase the other half's nodes that nothing reads.
+
+    Extraction copies every node whose inputs a half has, and dead-code removal keeps draws and asserts: a forward draw
+    from a saved tensor would be drawn a second time in backward.
+    """
+    for node in reversed(list(module.graph.nodes)):
+        if node.op == "call_function" and not node.users and info(node).phase is phase:
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def _needs_torch_partitioner(graph: StepGraph) -> str:

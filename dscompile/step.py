@@ -1,7 +1,8 @@
 """The *step* entry: a model and its loss as one joint graph, without Dynamo frames and autograd in between.
 
-``torch.compile`` sees one frame at a time and returns to Python before backward. Here the whole step, forward and backward, is
-exported at once: every parameter is an input by name (tied, frozen and unused ones included), and one program runs it all.
+``torch.compile`` sees one frame at a time and returns to Python before backward. Here the whole step, forward and
+backward, is exported at once: every parameter is an input by name (tied, frozen and unused ones included), and one
+program runs it all.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def trace_step(model: nn.Module, loss: Loss, *batch: Any) -> StepGraph:
 def _trace(
     stack: contextlib.ExitStack, model: nn.Module, loss: Loss, batch: Sequence[Any]
 ) -> tuple[StepGraph, tuple[str, ...]]:
-    """The joint graph and the FQNs of its parameter and buffer inputs, in argument order. ``stack`` keeps fakes alive."""
+    """The joint graph and the exporter's names of its state inputs, in order; ``stack`` keeps its fakes alive."""
     module = _Step(model, loss)
     try:
         joint, names = export_joint(stack, module, tuple(batch))
@@ -134,7 +135,7 @@ class CompiledStep:
         """
         if [_shape(b) for b in batch] != self._shapes:
             raise UnsupportedError(f"this step was compiled for {self._shapes}, got {[_shape(b) for b in batch]}.")
-        tensors = dict(self._model.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         tensors.update(self._model.named_buffers(remove_duplicate=False))
         state = [tensors[name.removeprefix(_PREFIX)] for name in self._names]
         with torch.no_grad():

@@ -72,6 +72,7 @@ class TermTable:
         """An empty table."""
         self._terms: dict[tuple[Any, ...], Term] = {}
         self._ops: dict[int, Op] = {}
+        self._unknown = False  # nothing unknown was met so far: no need to look for it
         self._ruled: dict[tuple[Key, ...], Key] = {}
         self._objects: list[Any] = []
         self._numbers: dict[int, int] = {}
@@ -93,7 +94,7 @@ class TermTable:
         if term is None:
             if value is None and node is not None:
                 value = node.meta.get("val")
-            term = Term(key, node, len(self._terms), _unknown_inside(key), value)
+            term = Term(key, node, len(self._terms), self._unknown and _unknown_inside(key), value)
             self._terms[key] = term
         return term
 
@@ -109,6 +110,7 @@ class TermTable:
 
     def opaque(self, node: fx.Node) -> Term:
         """A fresh term that equals nothing, itself of another evaluation included."""
+        self._unknown = True
         return Term(("unknown", node.name), node, -1, True, node.meta.get("val"))
 
     def identity(self, value: object) -> int:

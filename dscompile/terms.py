@@ -129,8 +129,11 @@ class Evaluator:
         else:  # the common case, written out: this is the inner loop of every proof
             terms = self.terms
             for a in args:
-                term = terms.get(a) if type(a) is fx.Node else None
-                operands.append(term if term is not None else self.key(a, node))
+                kind = type(a)
+                if kind is fx.Node and (term := terms.get(a)) is not None:
+                    operands.append(term)
+                else:
+                    operands.append((kind, a) if kind is int else self.key(a, node))
         if op.plain:
             if kwargs:
                 operands += self._named(node)

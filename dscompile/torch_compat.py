@@ -16,10 +16,10 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
-from torch._functorch import config as functorch_config
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
 from torch._functorch.partitioners import default_partition as default_partition
 from torch._guards import TracingContext as TracingContext
@@ -47,7 +47,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_sy
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
-# -- fake tensors ---------------------------------------------------------------------------------------------------------
+# -- fake tensors ----------------------------------------------------------------------------------------------------
 
 
 def fake_mode_of(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
@@ -81,7 +81,7 @@ def storage_key(value: Any) -> int | None:
         return None
 
 
-# -- Dynamo ---------------------------------------------------------------------------------------------------------------
+# -- Dynamo ----------------------------------------------------------------------------------------------------------
 
 
 def source_names(gm: fx.GraphModule) -> list[str]:
@@ -116,7 +116,7 @@ def donated_saved_values() -> tuple[int, ...]:
     return tuple(indices or ())
 
 
-# -- splitting and sizes --------------------------------------------------------------------------------------------------
+# -- splitting and sizes ---------------------------------------------------------------------------------------------
 
 
 def extract_forward_backward(
@@ -173,7 +173,7 @@ def size_hint(size: Any) -> int:
     return int(hint) if hint is not None else 1
 
 
-# -- Inductor -------------------------------------------------------------------------------------------------------------
+# -- Inductor --------------------------------------------------------------------------------------------------------
 
 
 class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)
@@ -192,7 +192,8 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
     Raises:
         InductorFailure: whatever went wrong, in one line.
 
-    Stands on ``compile_fx_inner``, ``select_decomp_table`` and ``DonatedBuffer`` (through ``fw_metadata.bw_donated_idxs``).
+    Stands on ``compile_fx_inner``, ``select_decomp_table`` and ``DonatedBuffer`` (through
+    ``fw_metadata.bw_donated_idxs``).
     """
     output = module.graph.output_node()
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
@@ -222,7 +223,9 @@ def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
         traced: fx.GraphModule = make_fx(run, decomposition_table=table)(*inputs)
         if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes):
             traced = make_fx(functionalize(run), decomposition_table=table)(*inputs)
-    for new, old in zip(traced.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True):
+    for new, old in zip(
+        traced.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
+    ):
         new.target = old.target
         new.name = old.name
     result = traced.graph.output_node()
@@ -248,7 +251,8 @@ def _first_line(error: BaseException) -> str:
 def load_artifact(artifact: CompiledFxGraph) -> Callable[[list[Any]], Any]:
     """The boxed callable of a compiled region, reloading it from disk if it was just unpickled.
 
-    Stands on ``FxGraphCache.cache_hit_post_compile``, which writes the Python wrapper and finds or rebuilds its kernels.
+    Stands on ``FxGraphCache.cache_hit_post_compile``, which writes the Python wrapper and finds or rebuilds its
+    kernels.
     """
     if artifact.current_callable is None:
         loaded, _ = FxGraphCache.cache_hit_post_compile(artifact, {}, CompiledFxGraphConstants())
@@ -267,20 +271,23 @@ def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:
     return bare
 
 
-# -- canonical text -------------------------------------------------------------------------------------------------------
+# -- canonical text --------------------------------------------------------------------------------------------------
 
 
 def symbol_functions() -> dict[str, type]:
     """The sympy functions that symbolic sizes are built of (``FloorDiv``, ``Mod``, ``Max``, ...), by class name."""
     from torch.utils._sympy import functions
 
-    return {c.__name__: c for c in vars(functions).values() if isinstance(c, type) and c.__module__ == functions.__name__}
+    return {
+        c.__name__: c for c in vars(functions).values() if isinstance(c, type) and c.__module__ == functions.__name__
+    }
 
 
 def restore_symbol(env: ShapeEnv, symbol: Any, hint: Any, lower: Any, upper: Any, *, size_like: bool) -> None:
     """Make ``symbol`` known to ``env`` with its hint (None: unbacked) and range; a bound of None is infinite.
 
-    Raises ``ValueError`` for an empty range. Stands on ``ShapeEnv._update_var_to_range``, ``ValueRanges`` and ``int_oo``.
+    Raises ``ValueError`` for an empty range. Stands on ``ShapeEnv._update_var_to_range``, ``ValueRanges`` and
+    ``int_oo``.
     """
     from torch._dynamo.source import ConstantSource
     from torch.utils._sympy.numbers import int_oo
@@ -344,7 +351,7 @@ def is_backed(size: Any) -> bool:
     return not free_unbacked_symbols(size)
 
 
-# -- AOTAutograd's cache --------------------------------------------------------------------------------------------------
+# -- AOTAutograd's cache ---------------------------------------------------------------------------------------------
 
 
 class _KeyOnly(CustomPartitionerFn):
@@ -406,16 +413,16 @@ def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torc
     return True
 
 
-# -- the step entry -------------------------------------------------------------------------------------------------------
+# -- the step entry --------------------------------------------------------------------------------------------------
 
 
 def export_joint(
     stack: contextlib.ExitStack, module: torch.nn.Module, args: tuple[Any, ...]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Capture a module as one joint forward-backward graph; also the names of its parameter and buffer inputs, in order.
+    """Capture a module as one joint graph; also the names of its parameter and buffer inputs, in order.
 
-    Stands on ``dynamo_graph_capture_for_export`` and ``aot_export_joint_with_descriptors``; ``stack`` must stay open while
-    the graph's fake values are used.
+    Stands on ``dynamo_graph_capture_for_export`` and ``aot_export_joint_with_descriptors``; ``stack`` must stay open
+    while the graph's fake values are used.
     """
     captured = dynamo_graph_capture_for_export(module)(*args)
     context = captured.meta.get("tracing_context") or TracingContext(captured.meta["fake_mode"])

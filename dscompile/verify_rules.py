@@ -243,12 +243,12 @@ def _roles(node: fx.Node) -> frozenset[Role]:
         return frozenset({Role.INPUT, Role.SYMBOL})
     if node.op == "output":
         return frozenset({Role.OUTPUT})
+    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return frozenset({Role.SYMBOL})
     if is_effect(node):
         return frozenset({Role.EFFECT})
     if is_random(node):
         return frozenset({Role.RANDOM})
-    if isinstance(node.meta.get("val"), torch.SymInt):
-        return frozenset({Role.SYMBOL})
     return frozenset(Role) - {Role.INPUT, Role.OUTPUT, Role.EFFECT, Role.RANDOM}
 
 

@@ -1,7 +1,7 @@
 """ProgramCode: a Program in the form that AOTAutograd calls, caches on disk and loads again.
 
-AOTAutograd stores whatever its compilers return if it is an ``OutputCode``. A cache hit in a later process then skips tracing,
-passes and compilation altogether and loads the recorded verdict with the program.
+AOTAutograd stores whatever its compilers return if it is an ``OutputCode``. A cache hit in a later process then skips
+tracing, passes and compilation altogether and loads the recorded verdict with the program.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from dscompile.runtime.pool import POOL
 from dscompile.runtime.sanitize import Boxed, checked_regions
 from dscompile.torch_compat import load_artifact, set_allocator
 
+
 def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = False) -> Boxed:
     """Make the executable function of a program: ``run(args) -> tuple``; ``args`` is emptied as it is used.
 

@@ -1,8 +1,8 @@
 """fp32 matrix products on CPU: oneDNN where that is faster *at fp32 accuracy*, never silently bf16.
 
-PyTorch sends fp32 matrix products to MKL, which on some CPUs (AMD with AVX-512) runs at half of what oneDNN reaches. The
-switch that selects oneDNN also allows it to round to bf16 where the hardware has such units (AMX), so it is used only after a
-probe on this machine has shown both the accuracy of fp32 and a gain.
+PyTorch sends fp32 matrix products to MKL, which on some CPUs (AMD with AVX-512) runs at half of what oneDNN reaches.
+The switch that selects oneDNN also allows it to round to bf16 where the hardware has such units (AMX), so it is used
+only after a probe on this machine has shown both the accuracy of fp32 and a gain.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Reuse of large CPU buffers from step to step.
 
-The C library maps fresh pages for every large tensor and unmaps them when it dies, so each step pays a page fault for every
-4 KiB it writes. Compiled regions take buffers of at least :data:`SMALLEST` from this pool instead: when the tensor's storage
-dies (in the program, in autograd, or in the user's hands) its block comes back and is handed out again.
+The C library maps fresh pages for every large tensor and unmaps them when it dies, so each step pays a page fault for
+every 4 KiB it writes. Compiled regions take buffers of at least :data:`SMALLEST` from this pool instead: when the
+tensor's storage dies (in the program, in autograd, or in the user's hands) its block comes back and is handed out
+again.
 
-The pool never owns more than the most bytes that were ever in use at one moment: before it allocates past that mark it returns
-idle blocks to the system. Peak memory is therefore that of the program, not more.
+The pool never owns more than the most bytes that were ever in use at one moment: before it allocates past that mark
+it returns idle blocks to the system. Peak memory is therefore that of the program, not more.
 """
 
 from __future__ import annotations

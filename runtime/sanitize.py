@@ -1,6 +1,7 @@
 """Sanitize: run every compiled region beside PyTorch's own kernels on the same inputs and stop at the first difference.
 
-A wrong kernel is then named by the value it got wrong, the module and the user's source line, instead of by a diverging loss.
+A wrong kernel is then named by the value it got wrong, the module and the user's source line, instead of by a
+diverging loss.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def difference(found: Any, expected: Any) -> str:
     if tolerance is None:
         return "" if torch.equal(found, expected) else "is not equal to PyTorch's"
     if not torch.equal(found.isfinite(), expected.isfinite()):
-        return f"has {int((~found.isfinite()).sum())} non-finite elements, should have {int((~expected.isfinite()).sum())}"
+        return (
+            f"has {int((~found.isfinite()).sum())} non-finite elements, should have {int((~expected.isfinite()).sum())}"
+        )
     finite = expected.isfinite()
     error = float((found[finite].double() - expected[finite].double()).norm())
     scale = float(expected[finite].double().norm())

@@ -22,7 +22,9 @@ def model() -> tuple[nn.Module, tuple[torch.Tensor]]:
     return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)), (torch.randn(3, 4),)
 
 
-def test_a_right_model_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_right_model_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\ndef make():\n    return torch.nn.Linear(3, 2), (torch.ones(2, 3),)\n"
     )

@@ -28,7 +28,9 @@ def check(
     target: Annotated[str, typer.Argument(help="module:function returning a model and its inputs, or a GPT size.")],
     config: Annotated[Path | None, typer.Option(help="JSON file of dscompile options.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps to compare (SGD between them).")] = 2,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest relative error of the loss; 10 x for gradients.")] = 1e-5,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest relative error of the loss; 10 x for gradients.")
+    ] = 1e-5,
     locate: Annotated[bool, typer.Option(help="On a difference, search for the first wrong value.")] = True,
 ) -> int:
     """Compare a compiled model with eager: outputs, every gradient, and the first wrong value if there is one.
@@ -75,7 +77,9 @@ def load_case(target: str) -> Case:
     finally:
         sys.path.remove("")
     if not isinstance(made, tuple) or not 2 <= len(made) <= 3 or not isinstance(made[0], nn.Module):
-        raise ConfigError(f"check: {target!r} must return (model, args) or (model, args, kwargs), got {type(made).__name__}.")
+        raise ConfigError(
+            f"check: {target!r} must return (model, args) or (model, args, kwargs), got {type(made).__name__}."
+        )
     return made[0], tuple(made[1]), dict(made[2]) if len(made) == 3 else {}
 
 
@@ -117,7 +121,9 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for item in items for t in _tensors(item)]
 
 
-def _gradient_rows(step: int, found: nn.Module, expected: nn.Module, tolerance: float) -> list[tuple[str, float, float]]:
+def _gradient_rows(
+    step: int, found: nn.Module, expected: nn.Module, tolerance: float
+) -> list[tuple[str, float, float]]:
     want = {n: p.grad for n, p in expected.named_parameters()}
     norms = [g.double().norm() for g in want.values() if g is not None]
     total = float(torch.stack(norms).norm()) if norms else 0.0
@@ -128,7 +134,9 @@ def _gradient_rows(step: int, found: nn.Module, expected: nn.Module, tolerance: 
             rows.append((f"step {step}: {name}.grad is missing on one side", float("inf"), 0.0))
         elif parameter.grad is not None and reference is not None:
             error = float((parameter.grad.double() - reference.double()).norm())
-            rows.append((f"step {step}: {name}.grad", error, tolerance * max(float(reference.double().norm()), FLOOR * total)))
+            rows.append(
+                (f"step {step}: {name}.grad", error, tolerance * max(float(reference.double().norm()), FLOOR * total))
+            )
     return rows
 
 
@@ -153,7 +161,7 @@ def first_wrong(case: Case, config: Config, steps: int, tolerance: float) -> str
         except Exception as error:
             cause = error if isinstance(error, VerifyError) else error.__cause__ or error
             return f"The passes are right; a compiled region is wrong. {cause}"
-        return "The passes are right and each region agrees with PyTorch's kernels on its own inputs: rounding that adds up."
+        return "The passes are right and each region agrees with PyTorch's kernels on its inputs: rounding adds up."
     if wrong(regions="aten", pipeline="none"):
         return "Wrong even without passes and compiled regions: PyTorch's own trace of this model differs from eager."
     low, high = 0, 1
@@ -162,4 +170,6 @@ def first_wrong(case: Case, config: Config, steps: int, tolerance: float) -> str
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if wrong(regions="aten", limit=middle) else (middle, high)
-    return f"Edit {high} of pipeline {config.pipeline!r} is the first wrong one; see it with: dscompile opt --limit {high}"
+    return (
+        f"Edit {high} of pipeline {config.pipeline!r} is the first wrong one; see it with: dscompile opt --limit {high}"
+    )

@@ -29,7 +29,7 @@ END_OF_FILE = b"\0"
 
 # Not installed everywhere (distributions split these off), or generated tables rather than text.
 _SKIPPED_FOLDERS = frozenset(
-    "__pycache__ site-packages dist-packages test tests idlelib lib2to3 ensurepip encodings pydoc_data".split()
+    ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "encodings", "pydoc_data"]
 )
 
 

@@ -75,7 +75,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits ``[batch, seq, vocab]``, or the mean cross-entropy if ``targets`` (``[batch, seq]``) is given."""
+        """Logits ``[batch, seq, vocab]``, or the mean cross-entropy if ``targets`` (``[batch, seq]``) is given."""
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)

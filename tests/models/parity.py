@@ -80,7 +80,9 @@ def assert_matches_eager(
         assert_gradients_close(gradients(model), gradients(reference))
         buffers = dict(reference.named_buffers())
         for name, buffer in model.named_buffers():
-            torch.testing.assert_close(buffer, buffers[name], rtol=1e-4, atol=1e-6, msg=f"buffer {name}", equal_nan=True)
+            torch.testing.assert_close(
+                buffer, buffers[name], rtol=1e-4, atol=1e-6, msg=f"buffer {name}", equal_nan=True
+            )
     return compiled
 
 

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from parity import assert_matches_eager  # noqa: E402
-from zoo import ZOO  # noqa: E402
+from parity import assert_matches_eager
+from zoo import ZOO
 
 FAST = ("llama", "bert")
 """Compiled with Inductor in CI; the others run there with aten kernels, and with Inductor under ``-m slow``."""

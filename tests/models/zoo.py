@@ -96,6 +96,4 @@ def resnet() -> Built:
     return ResNetForImageClassification(config), {"pixel_values": pixels, "labels": torch.tensor([0, 1, 1, 0])}
 
 
-ZOO: dict[str, Callable[[], Built]] = {
-    f.__name__: f for f in (llama, gpt2, mistral, mixtral, bert, t5, vit, resnet)
-}
+ZOO: dict[str, Callable[[], Built]] = {f.__name__: f for f in (llama, gpt2, mistral, mixtral, bert, t5, vit, resnet)}

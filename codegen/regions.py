@@ -110,15 +110,15 @@ def _crossing_bytes(body: list[fx.Node]) -> Callable[[int], float]:
     """Bytes of body values alive across each boundary; infinite where a tuple would be cut from its getitems."""
     position = {node: index for index, node in enumerate(body)}
     change = [0.0] * (len(body) + 2)
-    forbidden = [0] * (len(body) + 2)
+    forbidden = [0.0] * (len(body) + 2)
     for index, node in enumerate(body):
         last = max((position[u] for u in node.users if u in position), default=index)
         value = node.meta.get("val")
-        target = forbidden if isinstance(value, (list, tuple)) else change
-        size = 1 if target is forbidden else float(tensor_bytes(value)) + 1.0
-        target[index + 1] += size  # type: ignore[operator]
-        target[last + 1] -= size  # type: ignore[operator]
-    total, blocked, crossing = 0.0, 0, []
+        is_tuple = isinstance(value, (list, tuple))
+        target, size = (forbidden, 1.0) if is_tuple else (change, tensor_bytes(value) + 1.0)
+        target[index + 1] += size
+        target[last + 1] -= size
+    total, blocked, crossing = 0.0, 0.0, []
     for step, bar in zip(change, forbidden, strict=True):
         total, blocked = total + step, blocked + bar
         crossing.append(float("inf") if blocked else total)

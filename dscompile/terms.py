@@ -129,11 +129,10 @@ class Evaluator:
         else:  # the common case, written out: this is the inner loop of every proof
             terms = self.terms
             for a in args:
-                kind = type(a)
-                if kind is fx.Node and (term := terms.get(a)) is not None:
+                if type(a) is fx.Node and (term := terms.get(a)) is not None:
                     operands.append(term)
                 else:
-                    operands.append((kind, a) if kind is int else self.key(a, node))
+                    operands.append((int, a) if type(a) is int else self.key(a, node))
         if op.plain:
             if kwargs:
                 operands += self._named(node)

@@ -13,8 +13,9 @@ from typing import Any
 from dscompile.config import Config
 from dscompile.program import Program
 from dscompile.report import GraphReport, announce
-from dscompile.runtime.execute import Boxed, bind
+from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
+from dscompile.runtime.sanitize import Boxed
 from dscompile.torch_compat import OutputCode, unloaded
 
 

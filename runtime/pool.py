@@ -27,7 +27,7 @@ WASTE = 1.25
 """An idle block may serve a request of at least 1/1.25 of its size."""
 
 
-class _Lease(np.ndarray):  # type: ignore[type-arg]
+class _Lease(np.ndarray):
     """A view of a block that a tensor keeps alive; its end returns the block."""
 
 

@@ -90,6 +90,18 @@ class Drops(nn.Module):
         return (a + b).to(torch.bfloat16).to(torch.float32)
 
 
+class Noise(nn.Module):
+    """Draws that depend on inputs only: both halves of a split could make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        noisy = nn.functional.dropout(x, 0.5) * self.weight + torch.rand_like(x)
+        return noisy + torch.randn(4, 8) * torch.randint(0, 3, (8,)), torch.bernoulli(x.sigmoid())
+
+
 class Tied(nn.Module):
     """An embedding tied to the head."""
 
@@ -193,10 +205,14 @@ class Ran:
     next_draw: float
 
 
-def execute(graph: StepGraph, inputs: dict[str, Any], seed: int = 0) -> Ran:
-    """Run every node with PyTorch's own kernels in execution order, on copies of ``inputs``."""
+def execute(graph: StepGraph, inputs: dict[str, Any], seed: int | None = 0) -> Ran:
+    """Run every node with PyTorch's own kernels in execution order, on copies of ``inputs``.
+
+    ``seed=None`` goes on with the random numbers of the run before.
+    """
     copies = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     env: dict[fx.Node, Any] = {}
     forward, backward = execution_order(graph)
     with torch.no_grad():
@@ -209,7 +225,10 @@ def execute(graph: StepGraph, inputs: dict[str, Any], seed: int = 0) -> Ran:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **kwargs)
     outputs = [env[v] if isinstance(v, fx.Node) else v for v in graph.output_values()]
-    return Ran(outputs, copies, torch.rand(()).item())
+    state = torch.get_rng_state()
+    next_draw = torch.rand(()).item()
+    torch.set_rng_state(state)
+    return Ran(outputs, copies, next_draw)
 
 
 def assert_same_run(left: Ran, right: Ran) -> None:

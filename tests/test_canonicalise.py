@@ -13,7 +13,7 @@ from dscompile.equivalence import Verdict
 from dscompile.graph import InputKind, Phase, StepGraph, info
 from dscompile.manager import PassContext, PassRecord, parse_pipeline, run_pipeline
 from dscompile.tools.gpt import GPT, GPTConfig
-from tests.build import Drops, Hand, Norm, Repeats, Tied, assert_same_run, execute, random_inputs, trace
+from tests.build import Drops, Hand, Noise, Norm, Repeats, Tied, assert_same_run, execute, random_inputs, trace
 
 aten = torch.ops.aten
 
@@ -60,6 +60,7 @@ GRAPHS: dict[str, Callable[[], StepGraph]] = {
     "norm": lambda: trace(Norm(), torch.randn(4, 8)),
     "norm with writes": lambda: trace(Norm(), torch.randn(4, 8), keep_mutations=True),
     "norm dynamic with writes": lambda: trace(Norm(), torch.randn(4, 8), dynamic=True, keep_mutations=True),
+    "noise": lambda: trace(Noise(), torch.randn(4, 8)),
     "dropout": lambda: trace(Drops(), torch.randn(4, 8)),
     "dropout 0": lambda: trace(Drops(0.0), torch.randn(4, 8)),
     "tied": lambda: trace(Tied(), torch.randint(0, 16, (2, 3))),

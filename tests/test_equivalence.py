@@ -18,7 +18,7 @@ from dscompile.graph import GraphKind, GraphOutput, InputKind, StepGraph
 from dscompile.split import split
 from dscompile.term_rules import RULES
 from dscompile.tools.gpt import GPT, GPTConfig
-from tests.build import Drops, Hand, Norm, Repeats, Tied, execute, random_inputs, trace
+from tests.build import Drops, Hand, Noise, Norm, Ran, Repeats, Tied, assert_same_run, execute, random_inputs, trace
 
 aten = torch.ops.aten
 
@@ -284,6 +284,7 @@ def test_two_writes_are_ordered() -> None:
 
 MODELS: list[Callable[[], StepGraph]] = [
     lambda: trace(Drops(), torch.randn(4, 8)),
+    lambda: trace(Noise(), torch.randn(4, 8)),
     lambda: trace(Norm(), torch.randn(4, 8)),
     lambda: trace(Norm(), torch.randn(4, 8), keep_mutations=True),
     lambda: trace(Tied(), torch.randint(0, 16, (2, 3))),
@@ -295,15 +296,24 @@ MODELS: list[Callable[[], StepGraph]] = [
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_split_is_proved(make: Callable[[], StepGraph]) -> None:
+def test_split_is_proved_and_executes_as_the_joint_graph(make: Callable[[], StepGraph]) -> None:
     graph = make()
     reference = snapshot(graph)
+    inputs = random_inputs(graph)
+    joint = execute(graph, inputs)
     halves = split(graph)
     proof = prove_split(reference, halves.forward, halves.backward, halves.saved)
     assert proof.verdict is Verdict.PROVED, proof.explain("split")
+    forward = execute(halves.forward, {i.name: inputs[i.name] for i in halves.forward.inputs})
+    user = graph.forward_outputs
+    kept = zip(halves.forward.output_values()[user:], forward.outputs[user:], strict=True)
+    known = inputs | {node.name: value for node, value in kept}
+    backward = execute(halves.backward, {i.name: known[i.name] for i in halves.backward.inputs}, seed=None)
+    written = {name: forward.inputs.get(name, inputs[name]) for name in inputs}
+    assert_same_run(joint, Ran(forward.outputs[:user] + backward.outputs, written, backward.next_draw))
 
 
-@pytest.mark.parametrize("make", MODELS[:4])
+@pytest.mark.parametrize("make", MODELS[:5])
 def test_a_wrong_split_is_not(make: Callable[[], StepGraph]) -> None:
     """A node of backward reads the wrong value; a saved value is not returned by forward."""
     graph = make()

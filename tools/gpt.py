@@ -51,7 +51,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(shape).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).reshape(batch, seq, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        hidden: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + hidden
 
 
 class GPT(nn.Module):

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from parity import assert_matches_eager
+from more import MORE  # noqa: E402
+from parity import assert_matches_eager  # noqa: E402
 from zoo import ZOO
 
 FAST = ("llama", "bert")
@@ -30,3 +31,17 @@ def test_same_program_with_aten_kernels(name: str) -> None:
 def test_compiled(name: str) -> None:
     model, inputs = ZOO[name]()
     assert_matches_eager(model, kwargs=inputs, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_architectures_with_aten_kernels(name: str) -> None:
+    model, inputs = MORE[name]()
+    assert_matches_eager(model, kwargs=inputs, options={"regions": "aten"}, steps=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_architectures_compiled(name: str) -> None:
+    model, inputs = MORE[name]()
+    assert_matches_eager(model, kwargs=inputs, steps=1)

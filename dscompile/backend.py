@@ -64,7 +64,7 @@ def dscompile(
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
     _check_devices(example_inputs)
     frame = Frame(config, frame_inputs(gm, example_inputs), f"graph{next(_COUNTER)}")
-    with our_cache_key(cache.key(config), enabled=config.cache):
+    with our_cache_key(cache.key(config), regions=config.cache, programs=config.cache and config.dump is None):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_forward),
             bw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_backward),

@@ -1,4 +1,4 @@
-"""The configuration: one frozen object, and the whole of it is the cache key.
+"""The configuration: one frozen object, and the whole of it is the cache key (but for where dumps go).
 
 It is built from a dict, a JSON file or ``torch.compile(options=...)``. Unknown keys are errors that name the nearest
 valid key, so that a misspelt option never silently does nothing.
@@ -28,7 +28,11 @@ class Config(BaseModel):
         "each", description="Run the verifier and the equivalence proof after each pass, once at the end, or never."
     )
     limit: int | None = Field(None, ge=0, description="Stop editing after this many numbered edits (for bisecting).")
-    dump: str | None = Field(None, description="Directory that receives the run's artifact: manifest, text, tables.")
+    dump: str | None = Field(
+        None,
+        description="Directory that receives the run's artifact: manifest, text, tables. Every start then traces again.",
+        json_schema_extra={"output_only": True},
+    )
 
     regions: Literal["auto", "whole", "aten"] = Field(
         "auto",
@@ -81,8 +85,13 @@ class Config(BaseModel):
             raise ConfigError(f"{where}: option {name!r}: {first['msg']} (got {first['input']!r}).") from None
 
     def digest(self) -> str:
-        """SHA-256 of the whole object: any two configurations that differ anywhere have different digests."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of the whole object, except fields marked ``output_only``, which say only where files are written."""
+        unrelated = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("output_only")
+        }
+        return hashlib.sha256(self.model_dump_json(exclude=unrelated).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

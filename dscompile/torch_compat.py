@@ -368,8 +368,13 @@ class _KeyOnly(CustomPartitionerFn):
 
 
 @contextlib.contextmanager
-def our_cache_key(key: str, *, enabled: bool) -> Iterator[None]:
+def our_cache_key(key: str, *, regions: bool, programs: bool) -> Iterator[None]:
     """While AOTAutograd runs: add ``key`` to its cache key, store whole programs, and compile backward right away.
+
+    Args:
+        key: hash of everything of ours that a compiled program depends on.
+        regions: use Inductor's cache of compiled regions.
+        programs: use AOTAutograd's cache of whole programs; off, every start traces and runs the passes again.
 
     Stands on ``bundled_autograd_cache`` (an entry holds the ``OutputCode`` itself), ``custom_partitioner_fn.uuid`` and
     ``force_non_lazy_backward_lowering`` (the entry is complete before the first backward).
@@ -377,9 +382,9 @@ def our_cache_key(key: str, *, enabled: bool) -> Iterator[None]:
     functorch = {
         "bundled_autograd_cache": True,
         "force_non_lazy_backward_lowering": True,
-        "enable_autograd_cache": enabled,
+        "enable_autograd_cache": programs,
     }
-    inductor = {"custom_partitioner_fn": _KeyOnly(key), "fx_graph_cache": enabled}
+    inductor = {"custom_partitioner_fn": _KeyOnly(key), "fx_graph_cache": regions}
     with functorch_config.patch(functorch), inductor_config.patch(inductor):
         yield
 

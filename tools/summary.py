@@ -1,0 +1,63 @@
+"""The one-screen summary at the end of ``dscompile train``: what was learnt, how fast, and what the compiler did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dscompile.report import GraphReport, last_report
+from dscompile.tools.run_dir import RunDir
+
+
+def show_summary(
+    console: Console,
+    *,
+    run: RunDir,
+    held_out: float,
+    unigram: float,
+    tokens_per_step: int,
+    step_seconds: Sequence[float],
+    first_step: float,
+    seconds: float,
+    peak_mib: float,
+    sample: str,
+) -> None:
+    """Print the summary. Losses are nats per token; times are seconds."""
+    reports = last_report()
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("held-out loss", f"{held_out:.3f} nats/token, {held_out / unigram:.2f} of the unigram entropy ({unigram:.3f})"),
+        ("time", f"{seconds:.0f} s in all, first step {first_step:.1f} s (compiling)"),
+    ]
+    if step_seconds:
+        step = median(step_seconds)
+        rows.append(("speed", f"{tokens_per_step / step:,.0f} tokens/s, {step * 1e3:.0f} ms a step (median)"))
+    rows.append(("peak memory", f"{peak_mib:,.0f} MiB"))
+    rows += _compiler_rows(reports)
+    rows.append(("files", f"{run.path}/: checkpoint.pt, metrics.csv, config.json, graphs/"))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(Panel(Text(sample), title="sample", title_align="left"))
+    console.print(table)
+
+
+def _compiler_rows(reports: Sequence[GraphReport]) -> list[tuple[str, str]]:
+    if not reports:
+        return [("compiler", "dscompile compiled nothing")]
+    rows = [
+        (f"{report.graph} {report.kind}", f"{_regions(report)}, {report.verdict or 'unchecked'}") for report in reports
+    ]
+    rows.append(("matrix products", reports[0].gemm))
+    fallbacks = [reason for report in reports for reason in report.fallbacks]
+    rows.append(("fallbacks", "; ".join(fallbacks) if fallbacks else "none"))
+    return rows
+
+
+def _regions(report: GraphReport) -> str:
+    facts = report.facts
+    return f"{facts['nodes']} nodes, {facts['regions']} regions, {facts['unique_regions']} compiled"

@@ -1,4 +1,4 @@
-"""The configuration: one frozen object, and the whole of it is the cache key (but for where dumps go).
+"""The configuration: one frozen object, and the whole of it is the cache key (but where dumps go).
 
 It is built from a dict, a JSON file or ``torch.compile(options=...)``. Unknown keys are errors that name the nearest
 valid key, so that a misspelt option never silently does nothing.

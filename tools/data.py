@@ -29,7 +29,10 @@ END_OF_FILE = b"\0"
 
 # Not installed everywhere (distributions split these off), or generated tables rather than text.
 _SKIPPED_FOLDERS = frozenset(
-    ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "encodings", "pydoc_data"]
+    (
+        *("__pycache__", "site-packages", "dist-packages", "test", "tests"),
+        *("idlelib", "lib2to3", "ensurepip", "encodings", "pydoc_data"),
+    )
 )
 
 
@@ -51,7 +54,7 @@ class Corpus:
 
     @property
     def unigram_nats(self) -> float:
-        """Entropy of the held-out ids' own distribution, in nats per token: the best loss a context-free guess can have."""
+        """Entropy of the held-out ids, in nats per token: the best loss that a guess without context can have."""
         counts = np.bincount(self.held_out[1:])
         share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log(share)).sum())

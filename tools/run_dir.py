@@ -1,8 +1,8 @@
 """One directory a training run: ``config.json``, ``metrics.csv``, ``checkpoint.pt`` and the compiler's ``graphs/``.
 
 A checkpoint is written under a temporary name, synced and renamed, so at any moment the directory holds one whole
-checkpoint: the new one or the one before. It is written once before the first step, so a directory that cannot be written
-is found out before minutes of compiling, and every run that exists can be resumed.
+checkpoint: the new one or the one before. It is written once before the first step, so a directory that cannot be
+written is found out before minutes of compiling, and every run that exists can be resumed.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ class RunDir:
             raise RunError(f"{self.checkpoint}: cannot write the checkpoint: {_reason(error)}. {kept}") from None
 
     def load(self) -> dict[str, Any]:
-        """Read the checkpoint. Raises :class:`RunError` naming the file if it is missing, damaged, or another format."""
+        """Read the checkpoint. Raises :class:`RunError` naming the file if it is missing, damaged or foreign."""
         try:
             state = torch.load(self.checkpoint, weights_only=True)
         except OSError as error:
             raise RunError(f"{self.checkpoint}: cannot read the checkpoint: {_reason(error)}.") from None
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError):
-            raise RunError(f"{self.checkpoint}: the checkpoint is damaged; restore a copy or start a new run.") from None
+            raise RunError(f"{self.checkpoint}: the checkpoint is damaged; start a new run.") from None
         if not isinstance(state, dict) or state.get("format") != FORMAT or any(key not in state for key in _REQUIRED):
             raise RunError(f"{self.checkpoint}: not a checkpoint of 'dscompile train' (format {FORMAT}).")
         return cast("dict[str, Any]", state)
 
     @contextlib.contextmanager
     def log_metrics(self, after_step: int) -> Iterator[MetricsLog]:
-        """Append rows to ``metrics.csv``; rows of steps after ``after_step`` (done, but not saved) are dropped first."""
+        """Append rows to ``metrics.csv``; rows after ``after_step`` (not saved) are dropped first."""
         try:
             rows = [row for row in self.read_metrics() if int(row["step"]) <= after_step]
             file = self.metrics.open("w", newline="", encoding="utf-8")
@@ -146,7 +146,7 @@ def create_run(parent: Path, name: str | None, model: str) -> RunDir:
             if name is None and path.is_dir():
                 continue
             raise RunError(
-                f"{path}: exists already; go on with it ('dscompile train --resume {path.name}') or give another --name."
+                f"{path}: exists already; use 'dscompile train --resume {path.name}' or give another --name."
             ) from None
         except OSError as error:
             raise RunError(f"{path}: cannot make the run's directory: {_reason(error)}. {_FREE_SPACE}") from None

@@ -31,7 +31,10 @@ def show_summary(
     reports = last_report()
     table = Table.grid(padding=(0, 2))
     rows = [
-        ("held-out loss", f"{held_out:.3f} nats/token, {held_out / unigram:.2f} of the unigram entropy ({unigram:.3f})"),
+        (
+            "held-out loss",
+            f"{held_out:.3f} nats/token, {held_out / unigram:.2f} of the unigram entropy ({unigram:.3f})",
+        ),
         ("time", f"{seconds:.0f} s in all, first step {first_step:.1f} s (compiling)"),
     ]
     if step_seconds:

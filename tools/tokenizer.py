@@ -1,6 +1,6 @@
 """A byte-pair tokeniser that is trained on the training files themselves, in a second or two of plain Python.
 
-Bytes are the base alphabet, so every input encodes and decodes without loss, whatever its encoding; nothing is downloaded.
+Bytes are the base alphabet, so every input encodes and decodes without loss; nothing is downloaded.
 Training works on the *distinct* words with their counts, keeps the pair counts up to date merge by merge, and finds the
 best pair with a lazy heap: its time grows with the vocabulary of the text, not with its length.
 """
@@ -11,14 +11,14 @@ import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 Pair = tuple[int, int]
 
-# Words never grow past their bounds, so text without spaces (base64, minified code) cannot make one merge loop quadratic.
+# Words are bounded, so text without spaces (base64, minified code) cannot make one merge loop quadratic.
 WORD = re.compile(rb"\n[ \t]{0,64}| ?[A-Za-z_\x80-\xff]{1,32}| ?[0-9]{1,3}| ?[^\sA-Za-z0-9_\x80-\xff]{1,16}|\s")
 
 
@@ -53,7 +53,7 @@ class Tokenizer:
     def _encode_word(self, word: bytes) -> list[int]:
         ids, rank_of, none = list(word), self._ranks.get, len(self._ranks)
         while len(ids) > 1:
-            rank = min([rank_of(pair, none) for pair in zip(ids, ids[1:], strict=False)])
+            rank = min([rank_of(pair, none) for pair in pairwise(ids)])
             if rank == none:
                 break
             ids = _replace(ids, self.merges[rank], 256 + rank)
@@ -61,14 +61,14 @@ class Tokenizer:
 
 
 def train_tokenizer(text: bytes, vocab: int) -> Tokenizer:
-    """Learn at most ``vocab - 256`` merges from ``text`` (fewer if no pair is left that occurs twice); deterministic."""
+    """Learn at most ``vocab - 256`` merges from ``text`` (fewer if no pair occurs twice); deterministic."""
     counted = sorted((word, count) for word, count in Counter(WORD.findall(text)).items() if count >= RARE)
     words = [list(word) for word, _ in counted]
     weights = [count for _, count in counted]
     totals: Counter[Pair] = Counter()
     places: defaultdict[Pair, set[int]] = defaultdict(set)
     for index, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in pairwise(word):
             totals[pair] += weights[index]
             places[pair].add(index)
     heap = [(-count, pair) for pair, count in totals.items()]
@@ -86,10 +86,10 @@ def train_tokenizer(text: bytes, vocab: int) -> Tokenizer:
         for index in places.pop(pair):
             old = words[index]
             word = words[index] = _replace(old, pair, new)
-            for gone in zip(old, old[1:], strict=False):
+            for gone in pairwise(old):
                 totals[gone] -= weights[index]
                 changed.add(gone)
-            for made in zip(word, word[1:], strict=False):
+            for made in pairwise(word):
                 totals[made] += weights[index]
                 places[made].add(index)
                 changed.add(made)

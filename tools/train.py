@@ -1,8 +1,8 @@
-"""``dscompile train``: the main job. A small GPT learns to write Python, through ``torch.compile(backend="dscompile")``.
+"""``dscompile train``, the main job: a small GPT learns to write Python through ``torch.compile``.
 
-The model is the unchanged single-device one of :mod:`dscompile.tools.gpt`; nothing in the loop knows about the compiler. A run
-is a directory that can be resumed at any step with the same losses: batches are a function of (seed, step), and the
-checkpoint holds model, optimizer and random state.
+The model is the unchanged single-device one of :mod:`dscompile.tools.gpt`; nothing in the loop knows about the
+compiler. A run is a directory that can be resumed at any step with the same losses: batches are a function of (seed,
+step), and the checkpoint holds model, optimizer and random state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dscompile.errors import ConfigError, RunError, nearest
 from dscompile.report import REPORTS
 from dscompile.tools.data import Batches, Corpus, held_out_batches, load_corpus
 from dscompile.tools.gpt import GPT, SIZES
-from dscompile.tools.run_dir import MetricsLog, RunDir, create_run, find_run
+from dscompile.tools.run_dir import RunDir, create_run, find_run
 from dscompile.tools.summary import show_summary
 from dscompile.tools.tokenizer import Tokenizer
 
@@ -230,7 +230,9 @@ class Run:
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
         if not math.isfinite(norm):
-            bad = next(n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+            bad = next(
+                n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+            )
             self._stop(f"the gradient of {bad} is not finite")
         self.optimizer.step()
         self.step += 1
@@ -317,4 +319,3 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

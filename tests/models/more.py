@@ -49,7 +49,8 @@ def whisper() -> Built:
     config = WhisperConfig(
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20,
-        max_target_positions=16, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        max_target_positions=16, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
     )  # fmt: skip
     sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
     return WhisperForConditionalGeneration(config), {"input_features": sound, "labels": _tokens(seq=6)}

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from more import MORE  # noqa: E402
-from parity import assert_matches_eager  # noqa: E402
+from more import MORE
+from parity import assert_matches_eager
 from zoo import ZOO
 
 FAST = ("llama", "bert")

@@ -54,8 +54,8 @@ class Settings:
 
 def train(
     model: Annotated[str, typer.Option(help=f"Size: {', '.join(SIZES)}.")] = "gpt-1m",
-    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 120,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 24,
+    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 300,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
     data: Annotated[Path | None, typer.Option(help="Text file or directory (default: Python's library).")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of dscompile options.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run (default: model and time).")] = None,
@@ -83,7 +83,7 @@ def train(
         where = find_run(run_dir, None if resume == "last" else resume)
         state = where.load()
         settings = _settings(where, state["settings"])
-        if steps != 120:
+        if steps != 300:
             settings = replace(settings, steps=steps)
         tokenizer = Tokenizer([tuple(pair) for pair in state["merges"]])
         source = Path(settings.data) if settings.data is not None else None

@@ -37,6 +37,8 @@ class GemmChoice:
         if option == "default":
             return GemmChoice(False, "gemm='default'")
         accurate, gain, error = _probe()
+        if not gain:
+            return GemmChoice(False, "oneDNN's fp32 products need AVX-512")
         if not accurate:
             return GemmChoice(False, f"oneDNN is not fp32-accurate here (error {error:.0f} x MKL's)")
         if option == "onednn":
@@ -47,8 +49,8 @@ class GemmChoice:
 @functools.cache
 def _probe() -> tuple[bool, float, float]:
     """(is oneDNN fp32-accurate, its speed over MKL's, its error over MKL's), measured on one product of each kind."""
-    if not torch.backends.mkldnn.is_available():
-        return False, 0.0, float("inf")
+    if not torch.backends.mkldnn.is_available() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False, 0.0, float("inf")  # without AVX-512 the switch selects nothing and the probe measures noise
     with no_modes(), torch.no_grad():
         return _measure()
 

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> Path:
             [
                 row["layers"],
                 ours["regions"],
-                ours["unique_regions"],
+                ours["compiled_regions"],
                 ours["wall"],
                 theirs["wall"],
                 ours["wall"] / theirs["wall"],

@@ -87,7 +87,7 @@ def _report(spec: Spec) -> dict[str, Any]:
         stages.update(report.seconds)  # passes and checks are the frame's: both graphs of a frame repeat them
     return {
         "regions": sum(r.facts["regions"] for r in reports),
-        "unique_regions": sum(r.facts["unique_regions"] for r in reports),
+        "compiled_regions": sum(r.facts["compiled_regions"] for r in reports),
         "fallbacks": [reason for r in reports for reason in r.fallbacks],
         "cached": all(r.cached for r in reports),
         "gemm": reports[-1].gemm,

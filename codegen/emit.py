@@ -160,7 +160,7 @@ def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dic
     return {
         "nodes": len(graph.graph.nodes),
         "regions": sum(not r.inline for r in regions),
-        "unique_regions": len(set(program.calls.values())),
+        "compiled_regions": len(compiled),
         "aten_regions": sum(r.key not in compiled and not r.inline for r in regions),
         "inline_nodes": sum(len(r.nodes) for r in regions if r.inline),
         "donated_inputs": sum(len(r.donated) for r in regions),

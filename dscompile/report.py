@@ -33,7 +33,7 @@ class GraphReport:
         """One line: what, how many regions, how it was checked, how long it took."""
         facts = self.facts
         parts = [f"{self.graph} {self.kind}: {facts.get('nodes', 0)} nodes"]
-        parts.append(f"{facts.get('regions', 0)} regions ({facts.get('unique_regions', 0)} compiled)")
+        parts.append(f"{facts.get('regions', 0)} regions ({facts.get('compiled_regions', 0)} compiled)")
         if self.verdict:
             parts.append(self.verdict)
         parts.append("from the cache" if self.cached else f"{sum(self.seconds.values()):.1f} s")

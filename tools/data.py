@@ -21,7 +21,7 @@ from torch import Tensor
 from dscompile.errors import RunError, nearest
 from dscompile.tools.tokenizer import Tokenizer, train_tokenizer
 
-TRAIN_BYTES = 1_500_000
+TRAIN_BYTES = 1_250_000
 HELD_OUT_BYTES = 80_000
 HELD_OUT_EVERY = 10  # one file in ten is held out; fewer than ten files: the last tenth of each
 IGNORED_TARGET = -100  # cross_entropy's default ignore_index
@@ -68,6 +68,9 @@ def load_corpus(path: Path | None, vocab: int, tokenizer: Tokenizer | None = Non
     """
     texts, held_out = _read_texts(path)
     train_text, held_out_text = END_OF_FILE.join(texts), END_OF_FILE.join(held_out)
+    if len(held_out_text) < 2:
+        where = f"--data {path}" if path is not None else sysconfig.get_path("stdlib")
+        raise RunError(f"{where}: too little text: {len(train_text)} bytes to train on, {len(held_out_text)} held out.")
     tokenizer = tokenizer or train_tokenizer(train_text, vocab)
     return Corpus(
         tokenizer=tokenizer,

@@ -24,6 +24,7 @@ class GPTConfig:
 
 
 SIZES: dict[str, GPTConfig] = {
+    "gpt-500k": GPTConfig(vocab=512, layers=2, width=128, heads=4, context=64),
     "gpt-1m": GPTConfig(vocab=256, layers=4, width=128, heads=4, context=128),
     "gpt-3m": GPTConfig(vocab=1024, layers=4, width=256, heads=4, context=128),
     "gpt-30m": GPTConfig(vocab=8192, layers=6, width=512, heads=8, context=256),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import pickle
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import torch
 
@@ -25,7 +26,7 @@ from dscompile.errors import RunError, nearest
 FORMAT = 1
 COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "seconds", "tokens_per_s", "peak_mib", "held_out_loss")
 _FREE_SPACE = "Free some space, or choose another place with --run-dir."
-_REQUIRED = ("settings", "step", "model", "optimizer", "rng", "merges", "corpus", "fingerprints")
+_REQUIRED = ("settings", "step", "model", "optimizer", "rng", "merges", "corpus")
 
 
 class RunDir:
@@ -72,10 +73,13 @@ class RunDir:
     def load(self) -> dict[str, Any]:
         """Read the checkpoint. Raises :class:`RunError` naming the file if it is missing, damaged or foreign."""
         try:
-            state = torch.load(self.checkpoint, weights_only=True)
+            with self.checkpoint.open("rb") as file:
+                file.read(1)
         except OSError as error:
             raise RunError(f"{self.checkpoint}: cannot read the checkpoint: {_reason(error)}.") from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError):
+        try:
+            state = torch.load(self.checkpoint, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError):
             raise RunError(f"{self.checkpoint}: the checkpoint is damaged; start a new run.") from None
         if not isinstance(state, dict) or state.get("format") != FORMAT or any(key not in state for key in _REQUIRED):
             raise RunError(f"{self.checkpoint}: not a checkpoint of 'dscompile train' (format {FORMAT}).")
@@ -85,14 +89,16 @@ class RunDir:
     def log_metrics(self, after_step: int) -> Iterator[MetricsLog]:
         """Append rows to ``metrics.csv``; rows after ``after_step`` (not saved) are dropped first."""
         try:
-            rows = [row for row in self.read_metrics() if int(row["step"]) <= after_step]
-            file = self.metrics.open("w", newline="", encoding="utf-8")
+            kept = io.StringIO(newline="")
+            writer = csv.DictWriter(kept, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row in self.read_metrics() if int(row["step"]) <= after_step)
+            write_whole(self.metrics, kept.getvalue(), hint=_FREE_SPACE)
+            file = self.metrics.open("a", newline="", encoding="utf-8")
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot write: {_reason(error)}. {_FREE_SPACE}") from None
-        with contextlib.closing(file):
-            log = MetricsLog(self.metrics, csv.DictWriter(file, COLUMNS), file.flush)
-            log.start(rows)
-            yield log
+        with file:
+            yield MetricsLog(self.metrics, file)
 
     def read_metrics(self) -> list[dict[str, str]]:
         """Rows of ``metrics.csv`` as written; a last row that a crash cut short is left out."""
@@ -103,29 +109,20 @@ class RunDir:
 
 
 class MetricsLog:
-    """Writes one row a step, each on disk (or an error) before the next step."""
+    """Writes one row a step, each handed to the system (or an error) before the next step."""
 
-    def __init__(self, path: Path, writer: csv.DictWriter[str], flush: Any) -> None:
-        self._path, self._writer, self._flush = path, writer, flush
-
-    def start(self, rows: list[dict[str, str]]) -> None:
-        """Write the header and the rows that are kept."""
-        with self._errors():
-            self._writer.writeheader()
-            self._writer.writerows(rows)
-            self._flush()
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self._writer = csv.DictWriter(file, COLUMNS)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row; columns it lacks stay empty."""
-        with self._errors():
-            self._writer.writerow(row)
-            self._flush()
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
         try:
-            yield
+            self._writer.writerow(row)
+            self._file.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # else what is buffered fails once more
+                self._file.close()
             raise RunError(f"{self._path}: cannot write: {_reason(error)}. {_FREE_SPACE}") from None
 
 
@@ -179,7 +176,8 @@ def _sync_folder(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line: the system's words for an OSError, else the first line of the message."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    """One line: the system's words for an OSError (which torch hides in a RuntimeError), else the message's own."""
+    for cause in (error, error.__context__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -52,8 +52,11 @@ def show_summary(
 def _compiler_rows(reports: Sequence[GraphReport]) -> list[tuple[str, str]]:
     if not reports:
         return [("compiler", "dscompile compiled nothing")]
-    rows = [
-        (f"{report.graph} {report.kind}", f"{_regions(report)}, {report.verdict or 'unchecked'}") for report in reports
+    rows = [(f"{report.graph} {report.kind}", _graph(report)) for report in reports]
+    rows += [
+        ("pass", f"{item['call']}: {item['verdict']}, {item['edits']} edits, {item['seconds'] * 1e3:.0f} ms")
+        for report in reports
+        for item in report.passes
     ]
     rows.append(("matrix products", reports[0].gemm))
     fallbacks = [reason for report in reports for reason in report.fallbacks]
@@ -61,6 +64,10 @@ def _compiler_rows(reports: Sequence[GraphReport]) -> list[tuple[str, str]]:
     return rows
 
 
-def _regions(report: GraphReport) -> str:
+def _graph(report: GraphReport) -> str:
     facts = report.facts
-    return f"{facts['nodes']} nodes, {facts['regions']} regions, {facts['unique_regions']} compiled"
+    how = "from the cache" if report.cached else f"{sum(report.seconds.values()):.1f} s"
+    return (
+        f"{facts['nodes']} nodes, {facts['regions']} regions, {facts['compiled_regions']} compiled, "
+        f"{report.verdict or 'unchecked'}, {how}"
+    )

@@ -1,0 +1,296 @@
+"""One training run of ``dscompile train``: model, optimizer, position and files, and the loop over them.
+
+The model is the unchanged single-device one of :mod:`dscompile.tools.gpt`; nothing in the loop knows about the
+compiler. Every forward pass, the held-out ones too, has one shape and runs with gradients enabled, so that one
+training graph is all that is ever compiled. A resumed run has the same losses: batches and learning rates are
+functions of (seed, step), and the checkpoint holds model, optimizer and random state.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from dscompile.errors import RunError
+from dscompile.report import REPORTS
+from dscompile.tools.data import Batches, Corpus, held_out_batches
+from dscompile.tools.gpt import GPT, SIZES
+from dscompile.tools.interrupts import Interrupted, Interrupts
+from dscompile.tools.run_dir import MetricsLog, RunDir
+from dscompile.tools.summary import show_summary
+
+WARMUP = 0.05  # share of the steps
+FINAL_LR = 0.05  # of the peak
+EMBEDDING_LR = 10.0  # times the others': an embedding row gets a gradient only where its token occurs
+WEIGHT_DECAY = 0.1
+CLIP = 1.0
+EVALUATIONS = 4
+CHECKPOINT_SECONDS = 30.0
+DEFAULT_PLACE = Path("runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run is: stored in its checkpoint, so that ``--resume`` needs no options."""
+
+    model: str
+    steps: int
+    batch: int
+    seed: int
+    lr: float
+    data: str | None
+    backend: str
+    config: dict[str, Any]
+
+
+class Run:
+    """One training run. ``state`` is the checkpoint of the run to go on with, or ``None``."""
+
+    def __init__(
+        self, settings: Settings, corpus: Corpus, batches: Batches, where: RunDir, state: Mapping[str, Any] | None
+    ) -> None:
+        self.settings, self.corpus, self.batches, self.where = settings, corpus, batches, where
+        torch.manual_seed(settings.seed)
+        self.model = GPT(SIZES[settings.model])
+        self.optimizer = torch.optim.AdamW(_groups(self.model), lr=settings.lr, betas=(0.9, 0.95), fused=True)
+        self.step = 0
+        self.first_step_seconds = 0.0
+        self.step_seconds: list[float] = []
+        if state is not None:
+            self._restore(state)
+        self._saved_step = -1
+        self.compiled = self._compile()
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            self.step = int(state["step"])
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            raise RunError(
+                f"{self.where.checkpoint}: the checkpoint does not fit its model; start a new run."
+            ) from None
+
+    def _compile(self) -> Callable[..., Tensor]:
+        backend = self.settings.backend
+        if backend == "eager":
+            return self.model
+        options = None
+        if backend == "dscompile":
+            options = {"dump": str(self.where.path / "graphs"), "summary": False, **self.settings.config}
+        compiled: Callable[..., Tensor] = torch.compile(self.model, backend=backend, options=options)
+        return compiled
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "merges": [list(pair) for pair in self.corpus.tokenizer.merges],
+            "corpus": self.corpus.digest,
+        }
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def go(self, console: Console) -> int:
+        """Train to the last step, or to a signal; returns the exit status (128 + the signal's number).
+
+        Raises:
+            RunError: a loss or gradient that is not finite, or a file that cannot be written.
+        """
+        REPORTS.clear()
+        settings, start, held_out = self.settings, time.perf_counter(), math.nan
+        self.where.write_config({**asdict(settings), "parameters": self.parameters, "torch": torch.__version__})
+        self._save()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with (
+            self.where.log_metrics(self.step) as log,
+            Interrupts() as interrupts,
+            Progress(*columns, console=console, transient=not console.is_terminal) as progress,
+        ):
+            task = progress.add_task("compiling", total=settings.steps, completed=self.step)
+            try:
+                held_out = self._loop(log, interrupts, progress, task)
+            except Interrupted:  # while compiling: no parameter has changed since the last whole step
+                self.optimizer.zero_grad(set_to_none=True)
+            self._save()
+        if interrupts.caught is not None and self.step < settings.steps:
+            parent = self.where.path.parent
+            place = "" if parent == DEFAULT_PLACE else f" --run-dir {parent}"
+            console.print(
+                f"Stopped after step {self.step} of {settings.steps}, checkpoint kept. Go on with: "
+                f"dscompile train --resume {self.where.name}{place}",
+                soft_wrap=True,
+                markup=False,
+            )
+            return 128 + interrupts.caught
+        show_summary(
+            console,
+            run=self.where,
+            held_out=held_out,
+            unigram=self.corpus.unigram_nats,
+            tokens_per_step=settings.batch * SIZES[settings.model].context,
+            step_seconds=self.step_seconds,
+            first_step=self.first_step_seconds,
+            seconds=time.perf_counter() - start,
+            peak_mib=peak_mib(),
+            sample=self.sample(),
+        )
+        return 0
+
+    def _loop(self, log: MetricsLog, interrupts: Interrupts, progress: Progress, task: TaskID) -> float:
+        """Train until the end or a signal; returns the last held-out loss (not a number if there was none)."""
+        settings = self.settings
+        held_out, saved = math.nan, time.perf_counter()
+        while self.step < settings.steps and interrupts.caught is None:
+            row = self._train_step(interrupts)
+            if self.step % math.ceil(settings.steps / EVALUATIONS) == 0 or self.step == settings.steps:
+                row["held_out_loss"] = held_out = self.held_out_loss()
+                share = held_out / self.corpus.unigram_nats
+                progress.console.print(
+                    f"step {self.step}: loss {row['loss']:.3f}, held-out {held_out:.3f} ({share:.2f} of unigram), "
+                    f"{row['tokens_per_s']:,} tokens/s, peak {row['peak_mib']:,} MiB"
+                )
+            log.add(row)
+            progress.update(
+                task,
+                completed=self.step,
+                description=f"loss {row['loss']:.3f}  {row['tokens_per_s']:,} tokens/s  peak {row['peak_mib']:,} MiB",
+            )
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                self._save()
+                saved = time.perf_counter()
+        return held_out
+
+    def _train_step(self, interrupts: Interrupts) -> dict[str, Any]:
+        start = time.perf_counter()
+        inputs, targets = self.batches(self.step)
+        rate = learning_rate(self.step, self.settings.steps, self.settings.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        self.optimizer.zero_grad(set_to_none=True)
+        # The first step compiles, for up to a minute: a signal need not wait for its end.
+        with nullcontext() if self.first_step_seconds else interrupts.at_once():
+            loss = self.compiled(inputs, targets)
+            value = float(loss.detach())
+            loss.backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            self._stop(f"the loss is {value}, the gradients' norm {norm}")
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), CLIP, total)
+        self.optimizer.step()
+        self.step += 1
+        seconds = time.perf_counter() - start
+        if self.first_step_seconds:
+            self.step_seconds.append(seconds)
+        else:
+            self.first_step_seconds = seconds
+        return {
+            "step": self.step,
+            "tokens": self.step * inputs.numel(),
+            "loss": value,
+            "grad_norm": norm,
+            "lr": rate,
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(inputs.numel() / seconds),
+            "peak_mib": round(peak_mib()),
+        }
+
+    def _save(self) -> None:
+        """Write the checkpoint, unless this step's is there or the model no longer gives a finite loss."""
+        if self.step == self._saved_step:
+            return
+        if self.first_step_seconds:
+            value = float(self.compiled(*self.batches(self.step)).detach())
+            if not math.isfinite(value):
+                self._stop(f"the loss is {value}")
+        self.where.save(self.state())
+        self._saved_step = self.step
+
+    def _stop(self, what: str) -> NoReturn:
+        named = [
+            f"; {kind} that is not finite: {name}"
+            for kind, values in (
+                ("first parameter", ((n, p) for n, p in self.model.named_parameters())),
+                ("first gradient", ((n, p.grad) for n, p in self.model.named_parameters())),
+            )
+            if (name := next((n for n, v in values if v is not None and not v.isfinite().all()), None))
+        ]
+        raise RunError(
+            f"step {self.step + 1}: {what}{''.join(named)}. The checkpoint of step {self._saved_step} is kept in "
+            f"{self.where.path}; start a new run with a lower --lr than {self.settings.lr:g}, or look at the data."
+        )
+
+    def held_out_loss(self) -> float:
+        """Mean loss over all held-out tokens, nats per token."""
+        # Not under no_grad: that would compile a second graph. GPT has no dropout, so training mode changes nothing.
+        context, total, tokens = SIZES[self.settings.model].context, 0.0, 0
+        for inputs, targets, count in held_out_batches(
+            self.corpus.held_out, batch=self.settings.batch, context=context
+        ):
+            total += float(self.compiled(inputs, targets).detach()) * count
+            tokens += count
+        if not math.isfinite(total):
+            self._stop(f"the held-out loss is {total / tokens}")
+        return total / tokens
+
+    @torch.no_grad()
+    def sample(self, length: int = 160, temperature: float = 0.7) -> str:
+        """Text that the model writes after ``def``, token by token, by the eager model (its shapes grow)."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        context, tokenizer = SIZES[self.settings.model].context, self.corpus.tokenizer
+        ids = [int(i) for i in tokenizer.encode(b"\ndef ")]
+        for _ in range(length):
+            logits = self.model(torch.tensor([ids[-context:]]))[0, -1, : tokenizer.vocab]
+            ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+        return tokenizer.decode(ids).decode(errors="replace").replace("\0", "\n")
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices decay; embeddings do not and learn faster; vectors do neither."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = [p for p in model.parameters() if id(p) in embeddings]
+    rest = [p for p in model.parameters() if id(p) not in embeddings]
+    return [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": tables, "weight_decay": 0.0, "lr_scale": EMBEDDING_LR},
+    ]
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then a cosine down to :data:`FINAL_LR` of the peak."""
+    warmup = max(int(steps * WARMUP), 1)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(steps - warmup, 1)
+    return peak * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def peak_mib() -> float:
+    """The process's largest resident size so far, MiB."""
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)

@@ -8,17 +8,18 @@ share code.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from dscompile.codegen.repeats import segments
+from dscompile.blocks import blocks, describe_arguments, describe_value
+from dscompile.comm import comm_role
 from dscompile.config import Config
 from dscompile.effects import Root, Storages, constant
-from dscompile.graph import Role, StepGraph, info
+from dscompile.graph import EXPLICIT, Role, StepGraph, info
 from dscompile.torch_compat import fake_like, fake_mode_of, free_symbol_names, tensor_bytes
 
 
@@ -54,11 +55,9 @@ def cut(graph: StepGraph, config: Config, *, donatable: frozenset[str] = frozens
     body = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     if not body:
         return []
-    if config.regions == "auto":
-        pieces = segments([_colour(n) for n in body], _crossing_bytes(body))
-    else:
-        pieces = [(0, len(body))]
-    regions = [_region(graph, body[start:stop]) for start, stop in pieces]
+    compute = [n for n in body if comm_role(n) is None]
+    pieces = blocks(compute) if config.regions == "auto" else [(0, len(compute))]
+    regions = [_region(graph, nodes) for nodes in _runs(body, compute, pieces)]
     if config.donate:
         _donate(graph, regions, donatable)
     for region in regions:
@@ -67,62 +66,18 @@ def cut(graph: StepGraph, config: Config, *, donatable: frozenset[str] = frozens
     return regions
 
 
+def _runs(body: list[fx.Node], compute: list[fx.Node], pieces: list[tuple[int, int]]) -> list[list[fx.Node]]:
+    """Consecutive nodes that one region takes: of one piece, and not across communication, which stands alone."""
+    piece_of = {compute[i]: number for number, (start, stop) in enumerate(pieces) for i in range(start, stop)}
+    return [list(nodes) for _, nodes in itertools.groupby(body, lambda n: piece_of.get(n, -1))]
+
+
 def _is_free(node: fx.Node) -> bool:
-    return info(node).role in (Role.VIEW, Role.SYMBOL)
+    return info(node).role in _INLINE
 
 
-def _describe(value: object) -> str:
-    """Shape, dtype, strides and device of a fake value, as text."""
-    if isinstance(value, torch.Tensor):
-        layout = value.stride() if value.layout is torch.strided else value.layout
-        return f"{value.dtype}{tuple(value.shape)}{layout}@{value.device}+{_offset(value)}"
-    if isinstance(value, (list, tuple)):
-        return "(" + ",".join(map(_describe, value)) + ")"
-    return f"{type(value).__name__}:{value}"
-
-
-def _offset(value: torch.Tensor) -> object:
-    return value.storage_offset() if value.layout is torch.strided else 0
-
-
-def _constant(value: object) -> str:
-    return f"{type(value).__name__}:{value!r}"
-
-
-def _arguments(node: fx.Node, name: Callable[[fx.Node], str]) -> str:
-    def show(argument: object) -> str:
-        if isinstance(argument, fx.Node):
-            return name(argument)
-        if isinstance(argument, (list, tuple)):
-            return "[" + ",".join(map(show, argument)) + "]"
-        if isinstance(argument, dict):
-            return "{" + ",".join(f"{k}={show(v)}" for k, v in argument.items()) + "}"
-        return _constant(argument)
-
-    return show(node.args) + show(node.kwargs)
-
-
-def _colour(node: fx.Node) -> int:
-    return hash((str(node.target), _arguments(node, lambda _: "%"), _describe(node.meta.get("val"))))
-
-
-def _crossing_bytes(body: list[fx.Node]) -> Callable[[int], float]:
-    """Bytes of body values alive across each boundary; infinite where a tuple would be cut from its getitems."""
-    position = {node: index for index, node in enumerate(body)}
-    change = [0.0] * (len(body) + 2)
-    forbidden = [0.0] * (len(body) + 2)
-    for index, node in enumerate(body):
-        last = max((position[u] for u in node.users if u in position), default=index)
-        value = node.meta.get("val")
-        is_tuple = isinstance(value, (list, tuple))
-        target, size = (forbidden, 1.0) if is_tuple else (change, tensor_bytes(value) + 1.0)
-        target[index + 1] += size
-        target[last + 1] -= size
-    total, blocked, crossing = 0.0, 0.0, []
-    for step, bar in zip(change, forbidden, strict=True):
-        total, blocked = total + step, blocked + bar
-        crossing.append(float("inf") if blocked else total)
-    return crossing.__getitem__
+_INLINE = EXPLICIT | {Role.VIEW, Role.SYMBOL}
+"""Roles of nodes that run where they stand: they compute nothing that a compiler could improve."""
 
 
 def _region(graph: StepGraph, nodes: list[fx.Node]) -> Region:
@@ -186,12 +141,12 @@ def _owns_storage(node: fx.Node) -> bool:
 def _key(region: Region) -> str:
     """SHA-256 of the region's structure."""
     names: dict[fx.Node, str] = {node: f"i{index}" for index, node in enumerate(region.inputs)}
-    lines = [f"{name}:{_describe(node.meta.get('val'))}" for node, name in names.items()]
+    lines = [f"{name}:{describe_value(node.meta.get('val'))}" for node, name in names.items()]
     for index, node in enumerate(region.nodes):
         names[node] = f"n{index}"
-        arguments = _arguments(node, lambda n: names.get(n) or f"module:{id(constant(n))}")
+        arguments = describe_arguments(node, lambda n: names.get(n) or f"module:{id(constant(n))}")
         target = "getitem" if node.target is operator.getitem else str(node.target)
-        lines.append(f"{names[node]}={target}{arguments}:{_describe(node.meta.get('val'))}")
+        lines.append(f"{names[node]}={target}{arguments}:{describe_value(node.meta.get('val'))}")
     lines.append("out " + ",".join(names[n] for n in region.outputs))
     lines.append(f"donated {region.donated}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dscompile.comm import REFRESH, ROLES, WAIT
 from dscompile.graph import INFO, GraphKind, NodeInfo, Phase, StepGraph, fake_value
 from dscompile.torch_compat import HigherOrderOperator, OpOverload, storage_key
 
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 Root = fx.Node | tuple[fx.Node, Any]
 """Identity of a storage: the node that made it, with the output number for an operator of several outputs."""
 
-_SHARES_UNANNOTATED = frozenset({aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_chunk.default})
+_SHARES_UNANNOTATED = frozenset({aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_chunk.default, WAIT})
 """Operators whose schema says "fresh" although the result shares its operand's storage."""
 
 _MAY_SHARE = frozenset(
@@ -83,6 +84,8 @@ def traits(target: OpOverload) -> Traits:
 
 def _impure(target: OpOverload) -> bool:
     """Whether FX would refuse to remove an unused call of ``target`` for a reason other than randomness."""
+    if target in ROLES:  # PyTorch calls a wait impure; whoever reads the value reads the wait's result
+        return False
     probe = fx.Graph().call_function(target)
     return probe.is_impure(impure_random=False)
 
@@ -276,6 +279,8 @@ def shared_operand(node: fx.Node) -> fx.Node | None:
         source = node.args[0]
         if not isinstance(source, fx.Node) or not isinstance(source.target, OpOverload):
             return None
+        if source.target is REFRESH:  # the resident copy that the shard is a view into
+            return source.args[0][node.args[1]]  # type: ignore[index,return-value]
         return shared_operand(source) if traits(source.target).lists else None
     if not isinstance(node.target, OpOverload):
         return None

@@ -31,7 +31,7 @@ class Phase(StrEnum):
 
 
 class Role(StrEnum):
-    """What a node is for. Later passes add roles for communication and memory movement."""
+    """What a node is for. The last five are communication: each runs by itself, between compiled regions."""
 
     INPUT = "input"
     COMPUTE = "compute"
@@ -40,6 +40,15 @@ class Role(StrEnum):
     EFFECT = "effect"
     SYMBOL = "symbol"
     OUTPUT = "output"
+    GATHER = "gather"
+    REDUCE = "reduce"
+    WAIT = "wait"
+    PACK = "pack"
+    UNPACK = "unpack"
+
+
+EXPLICIT = frozenset({Role.GATHER, Role.REDUCE, Role.WAIT, Role.PACK, Role.UNPACK})
+"""Roles of communication nodes."""
 
 
 class InputKind(StrEnum):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dscompile.comm import comm_role
 from dscompile.effects import is_effect, is_random, shared_operand
 from dscompile.graph import INFO, GraphInput, GraphKind, GraphOutput, InputKind, NodeInfo, Phase, Role, StepGraph
 from dscompile.torch_compat import duplicate_sources, source_names
@@ -201,6 +202,9 @@ def role_of(node: fx.Node) -> Role:
         return Role.OUTPUT
     if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return Role.SYMBOL
+    communication = comm_role(node)
+    if communication is not None:
+        return communication
     if is_effect(node):
         return Role.EFFECT
     if is_random(node):

@@ -73,7 +73,7 @@ def _needs_torch_partitioner(graph: StepGraph) -> str:
     for node in graph.nodes:
         if "recompute" in node.meta:
             return "torch default partitioner (user checkpointing)"
-        if node.op != "output" and is_opaque(node):
+        if is_opaque(node) and (node.op != "placeholder" or any(user.op != "output" for user in node.users)):
             return "torch default partitioner (opaque values)"
     return ""
 

@@ -6,6 +6,7 @@ depend on it. A new operator adds an entry to :data:`RULES`; ``tests/test_equiva
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dscompile.comm_terms import COMM_RULES, Several
 from dscompile.effects import is_plain
 from dscompile.torch_compat import OpOverload, is_backed, symbolic_expression
 
@@ -55,6 +57,8 @@ class Op:
         self.plain = is_plain(target)
         self.creates = False
         self.symbolic = not isinstance(target, OpOverload)
+        if target is operator.getitem:
+            self.rule = _getitem
         if isinstance(target, OpOverload):
             schema = target._schema
             self.rule = RULES.get(target)
@@ -160,13 +164,21 @@ def _unknown_inside(key: tuple[Any, ...]) -> bool:
         if type(part) is Term:
             if part.unknown:
                 return True
-        elif type(part) is tuple and _unknown_inside(part):
+        elif isinstance(part, tuple) and _unknown_inside(part):
             return True
     return False
 
 
 Rule = Callable[[TermTable, tuple[Key, ...], Mapping[str, Key], fx.Node], Key | None]
 """``rule(table, args, kwargs, node)`` gives the term of a call, or None to hash it as it is written."""
+
+
+def _getitem(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
+    """One of several results whose terms are known."""
+    values, index = args
+    if isinstance(values, Several) and index[0] is int and 0 <= index[1] < len(values):
+        return values[index[1]]
+    return None
 
 
 def _identity(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
@@ -320,6 +332,7 @@ RULES: Mapping[OpOverload, Rule] = MappingProxyType(
         aten.zeros.default: _filled((int, 0)),
         aten.ones.default: _filled((int, 1)),
         aten.full.default: _filled((object, None)),
+        **COMM_RULES,
     }
 )
 """Operator -> rule: the whole algebra of the proof, apart from storage versions and draws (:mod:`dscompile.terms`)."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from dscompile.comm import comm_role
 from dscompile.effects import is_effect, is_random, phase_of, traits
-from dscompile.graph import INFO, GraphKind, InputKind, NodeInfo, Phase, Role, fake_value
+from dscompile.graph import EXPLICIT, INFO, GraphKind, InputKind, NodeInfo, Phase, Role, fake_value
 from dscompile.torch_compat import HigherOrderOperator, OpOverload, without_guards
 from dscompile.verify import Check, signature
 
@@ -245,11 +246,13 @@ def _roles(node: fx.Node) -> frozenset[Role]:
         return frozenset({Role.OUTPUT})
     if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return frozenset({Role.SYMBOL})
+    if (communication := comm_role(node)) is not None:
+        return frozenset({communication})
     if is_effect(node):
         return frozenset({Role.EFFECT})
     if is_random(node):
         return frozenset({Role.RANDOM})
-    return frozenset(Role) - {Role.INPUT, Role.OUTPUT, Role.EFFECT, Role.RANDOM}
+    return frozenset(Role) - {Role.INPUT, Role.OUTPUT, Role.EFFECT, Role.RANDOM} - EXPLICIT
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(

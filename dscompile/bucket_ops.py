@@ -1,0 +1,211 @@
+"""Operators around a collective: shards and gradients in and out of one flat buffer.
+
+A planned graph gathers a bucket of parameters as ``pack_shards -> all_gather_into_tensor -> wait_tensor ->
+unpack_params`` and reduces a bucket of gradients as ``pack_grads -> all_to_all_single -> wait_tensor -> sum_ranks ->
+unpack_shards``. The collectives are PyTorch's functional ones; what is here only copies, on any device.
+
+``layouts`` is :func:`~dscompile.shard_layout.encode` of the bucket's tensors, in the order of their payload.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscompile.shard_layout import ShardLayout, decode
+from dscompile.torch_compat import group_rank
+
+_LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
+
+
+def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dscompile::{name}", fake, lib=_LIBRARY)
+
+
+def _total(layouts: Sequence[ShardLayout]) -> int:
+    return sum(layout.piece_numel for layout in layouts)
+
+
+def _offsets(layouts: Sequence[ShardLayout]) -> list[tuple[ShardLayout, int, int]]:
+    """Each layout with where its piece begins and ends in one rank's part of a flat buffer."""
+    found, start = [], 0
+    for layout in layouts:
+        found.append((layout, start, start + layout.piece_numel))
+        start += layout.piece_numel
+    return found
+
+
+# -- gathers ---------------------------------------------------------------------------------------------------------
+
+
+def pack_shards(shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    """Copy this rank's shards, padded, into one flat buffer: ``[sum of piece_numel]``, dtype of the shards."""
+    found = decode(layouts, world)
+    flat = shards[0].new_empty(_total(found))
+    for shard, (layout, start, stop) in zip(shards, _offsets(found), strict=True):
+        piece = flat[start:stop].view(layout.piece)
+        source = shard.reshape(layout.grid) if layout.dim < 0 else shard
+        rows = source.shape[layout.axis]
+        piece.narrow(layout.axis, 0, rows).copy_(source)
+        if rows < layout.chunk:
+            piece.narrow(layout.axis, rows, layout.chunk - rows).zero_()
+    return flat
+
+
+def _pack_shards_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    return shards[0].new_empty(_total(decode(layouts, world)))
+
+
+def unpack_params(gathered: Tensor, layouts: Sequence[int], world: int) -> list[Tensor]:
+    """The full tensors of a gathered flat buffer ``[world * sum of piece_numel]``, each in memory of its own."""
+    found = decode(layouts, world)
+    ranks = gathered.view(world, -1)
+    return [_assemble(ranks[:, start:stop], layout, gathered) for layout, start, stop in _offsets(found)]
+
+
+def _assemble(pieces: Tensor, layout: ShardLayout, like: Tensor) -> Tensor:
+    """The tensor whose padded pieces are the rows of ``pieces`` (``[world, piece_numel]``)."""
+    full = like.new_empty(layout.shape)
+    _fill(full, pieces, layout)
+    return full
+
+
+def _fill(full: Tensor, pieces: Tensor, layout: ShardLayout) -> None:
+    """Write padded pieces (``[world, piece_numel]``) into the full tensor."""
+    grid = full.view(layout.grid)
+    pieces = pieces.view(layout.world, *layout.piece)
+    if layout.grid[layout.axis] == layout.world * layout.chunk:
+        split = (*layout.grid[: layout.axis], layout.world, layout.chunk, *layout.grid[layout.axis + 1 :])
+        grid.view(split).copy_(pieces.movedim(0, layout.axis))
+        return
+    for rank in range(layout.world):
+        first, stop = layout.rows(rank)
+        if stop > first:
+            grid.narrow(layout.axis, first, stop - first).copy_(pieces[rank].narrow(layout.axis, 0, stop - first))
+
+
+def _unpack_params_fake(gathered: Tensor, layouts: Sequence[int], world: int) -> list[Tensor]:
+    return [gathered.new_empty(layout.shape) for layout in decode(layouts, world)]
+
+
+# -- reductions ------------------------------------------------------------------------------------------------------
+
+
+def pack_grads(grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    """Copy full gradients into one flat buffer, rank-major and padded: ``[world * sum of piece_numel]``."""
+    found = decode(layouts, world)
+    flat = grads[0].new_empty(world * _total(found))
+    ranks = flat.view(world, -1)
+    for grad, (layout, start, stop) in zip(grads, _offsets(found), strict=True):
+        pieces = ranks[:, start:stop].view(world, *layout.piece)
+        grid = grad.reshape(layout.grid)
+        if layout.grid[layout.axis] == world * layout.chunk:
+            split = (*layout.grid[: layout.axis], world, layout.chunk, *layout.grid[layout.axis + 1 :])
+            pieces.copy_(grid.reshape(split).movedim(layout.axis, 0))
+            continue
+        pieces.zero_()
+        for rank in range(world):
+            first, stop_row = layout.rows(rank)
+            if stop_row > first:
+                part = grid.narrow(layout.axis, first, stop_row - first)
+                pieces[rank].narrow(layout.axis, 0, stop_row - first).copy_(part)
+    return flat
+
+
+def _pack_grads_fake(grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    return grads[0].new_empty(world * _total(decode(layouts, world)))
+
+
+def sum_ranks(exchanged: Tensor, world: int) -> Tensor:
+    """The mean over ranks of a buffer that holds one part from each rank, ``[world * n] -> [n]``.
+
+    Parts are added in the order of ranks and the sum is multiplied by ``1 / world``: every rank, and every run, gets
+    the same bits.
+    """
+    parts = exchanged.view(world, -1)
+    total = parts[0].clone()
+    for rank in range(1, world):
+        total += parts[rank]
+    return total.mul_(1.0 / world)
+
+
+def _sum_ranks_fake(exchanged: Tensor, world: int) -> Tensor:
+    return exchanged.new_empty(exchanged.shape[0] // world)
+
+
+def unpack_shards(flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
+    """This rank's pieces of a reduced flat buffer ``[sum of piece_numel]``, without padding, each its own tensor."""
+    shards = []
+    for layout, start, stop in _offsets(decode(layouts, world)):
+        first, stop_row = layout.rows(rank)
+        piece = flat[start:stop].view(layout.piece).narrow(layout.axis, 0, stop_row - first)
+        shards.append(piece.clone(memory_format=torch.contiguous_format))
+    return shards
+
+
+def _unpack_shards_fake(flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
+    return [flat.new_empty(layout.local_shape(rank)) for layout in decode(layouts, world)]
+
+
+# -- resident parameters ---------------------------------------------------------------------------------------------
+
+
+def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:
+    """The full parameters whose rows the shards are, other ranks' rows gathered if the shards were written since.
+
+    A shard of ZeRO stage 1 or 2 is a view into a resident buffer of the full shape. The results share its memory: they
+    hold until the next refresh. Whether ranks agree that a bucket is stale is the optimizer's doing: all of them step.
+    A shard that is no such view (its parameter was replaced) gives a fresh full tensor.
+    """
+    found = decode(layouts, world)
+    rank = group_rank(group)
+    fulls = [_resident(shard, layout, rank) for shard, layout in zip(shards, found, strict=True)]
+    if all(full is not None and getattr(s, _FRESH, None) == s._version for s, full in zip(shards, fulls, strict=True)):
+        return [full for full in fulls if full is not None]
+    gather = torch.ops._c10d_functional
+    flat = pack_shards(shards, layouts, world)
+    gathered = gather.wait_tensor(gather.all_gather_into_tensor(flat, world, group)).view(world, -1)
+    results = []
+    for shard, full, (layout, start, stop) in zip(shards, fulls, _offsets(found), strict=True):
+        if full is None:
+            results.append(_assemble(gathered[:, start:stop], layout, flat))
+            continue
+        _fill(full, gathered[:, start:stop], layout)
+        setattr(shard, _FRESH, shard._version)
+        results.append(full)
+    return results
+
+
+_FRESH = "dscompile_fresh"
+"""Attribute of a shard: its version when its resident buffer was last brought up to date."""
+
+
+def _resident(shard: Tensor, layout: ShardLayout, rank: int) -> Tensor | None:
+    """The whole buffer that ``shard`` is a view into, or None if its storage has not that size."""
+    strides = torch.empty(layout.shape, device="meta").stride()
+    offset = shard.storage_offset() - layout.rows(rank)[0] * strides[layout.axis]
+    needed = (offset + math.prod(layout.shape)) * shard.element_size()
+    if offset < 0 or shard.untyped_storage().nbytes() < needed or shard.stride() != strides:
+        return None
+    return shard.as_strided(layout.shape, strides, offset)
+
+
+def _refresh_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:
+    return [shard.new_empty(layout.shape) for shard, layout in zip(shards, decode(layouts, world), strict=True)]
+
+
+_define("refresh(Tensor[] shards, int[] layouts, int world, str group) -> Tensor[]", refresh, _refresh_fake)
+_define("pack_shards(Tensor[] shards, int[] layouts, int world) -> Tensor", pack_shards, _pack_shards_fake)
+_define("unpack_params(Tensor gathered, int[] layouts, int world) -> Tensor[]", unpack_params, _unpack_params_fake)
+_define("pack_grads(Tensor[] grads, int[] layouts, int world) -> Tensor", pack_grads, _pack_grads_fake)
+_define("sum_ranks(Tensor exchanged, int world) -> Tensor", sum_ranks, _sum_ranks_fake)
+_define(
+    "unpack_shards(Tensor flat, int[] layouts, int world, int rank) -> Tensor[]", unpack_shards, _unpack_shards_fake
+)

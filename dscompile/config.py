@@ -9,13 +9,42 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dscompile.errors import ConfigError, nearest
 
 Choice = Literal["auto", "on", "off"]
+
+
+def _whole(value: Any) -> Any:
+    """``5e8`` is how DeepSpeed's files write an integer, and JSON reads it as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Elements = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+"""A number of elements (not bytes), as DeepSpeed counts them."""
+
+
+class ZeroConfig(BaseModel):
+    """How parameters are sharded, in the names of DeepSpeed's ``zero_optimization`` where it has the key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        3, description="0 replicates; 1 and 2 shard masters and optimizer state (2: gradients too); 3 parameters too."
+    )
+    reduce_bucket_size: Elements = Field(500_000_000, description="Most elements reduced by one collective.")
+    allgather_bucket_size: Elements = Field(500_000_000, description="Most elements gathered by one collective.")
+    stage3_prefetch_bucket_size: Elements = Field(50_000_000, description="Most elements gathered ahead of their use.")
+    stage3_param_persistence_threshold: Elements = Field(
+        100_000, description="Parameters of fewer elements stay gathered between forward and backward."
+    )
+    stage3_max_live_parameters: Elements = Field(
+        1_000_000_000, description="Most gathered elements alive at once per rank."
+    )
+    overlap_comm: bool = Field(True, description="Launch collectives early and wait for them late.")
 
 
 class Config(BaseModel):
@@ -54,6 +83,7 @@ class Config(BaseModel):
     buffers: Choice = Field(
         "auto", description="Reuse large CPU buffers from step to step instead of returning them to the system."
     )
+    zero: ZeroConfig = Field(default_factory=ZeroConfig, description="Sharding of parameters over ranks (ZeRO).")
     cache: bool = Field(True, description="Keep compiled programs on disk, shared by later processes.")
     summary: bool = Field(True, description="Log one line for each compiled graph.")
 
@@ -71,12 +101,7 @@ class Config(BaseModel):
             where = str(source)
             source = _read_json(Path(source))
         values = dict(source or {})
-        for key in values:
-            if key not in cls.model_fields:
-                raise ConfigError(
-                    f"{where}: unknown option {key!r}.{nearest(str(key), cls.model_fields)} "
-                    f"Valid options: {', '.join(cls.model_fields)}."
-                )
+        _reject_unknown(where, "", values, cls)
         try:
             return cls(**values)
         except ValidationError as error:
@@ -92,6 +117,20 @@ class Config(BaseModel):
             if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("output_only")
         }
         return hashlib.sha256(self.model_dump_json(exclude=unrelated).encode()).hexdigest()
+
+
+def _reject_unknown(where: str, prefix: str, values: dict[str, Any], model: type[BaseModel]) -> None:
+    """Name the nearest valid key of the first unknown one, in nested sections too."""
+    for key, value in values.items():
+        if key not in model.model_fields:
+            valid = [prefix + name for name in model.model_fields]
+            raise ConfigError(
+                f"{where}: unknown option {prefix + str(key)!r}.{nearest(prefix + str(key), valid)} "
+                f"Valid options: {', '.join(valid)}."
+            )
+        section = model.model_fields[key].annotation
+        if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, dict):
+            _reject_unknown(where, f"{prefix}{key}.", value, section)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -40,6 +40,10 @@ class VerifyError(DscompileError, AssertionError):
     """A pass broke a rule of :mod:`dscompile.verify` or changed the meaning (:mod:`dscompile.equivalence`)."""
 
 
+class ShardingError(DscompileError, RuntimeError):
+    """A sharded parameter used in a way that would lose a write, a gradient or a shard; names it and the remedy."""
+
+
 class RunError(DscompileError, RuntimeError):
     """A training run that cannot go on (unwritable directory, damaged checkpoint, disk full, NaN loss)."""
 

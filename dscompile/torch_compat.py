@@ -116,6 +116,35 @@ def donated_saved_values() -> tuple[int, ...]:
     return tuple(indices or ())
 
 
+# -- process groups --------------------------------------------------------------------------------------------------
+
+
+def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
+    """Let ``_c10d_functional`` operators find ``group`` under ``name``; replaces an earlier group of that name.
+
+    Stands on ``torch._C._distributed_c10d._register_process_group``. ``destroy_process_group`` forgets all names.
+    """
+    registered = torch._C._distributed_c10d
+    with contextlib.suppress(RuntimeError):  # nothing registered under this name
+        if registered._resolve_process_group(name) is group:
+            return
+        registered._unregister_process_group(name)
+    registered._register_process_group(name, group)
+
+
+def process_group(name: str) -> torch.distributed.ProcessGroup:
+    """The process group registered under a logical name.
+
+    Raises ``RuntimeError`` if there is none. Stands on ``_resolve_process_group``.
+    """
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def group_backend(name: str, device: torch.device) -> str:
+    """``"gloo"``, ``"nccl"``, ``"fake"``, ...: what carries a group's collectives on ``device``."""
+    return str(process_group(name)._get_backend(device).name())
+
+
 # -- splitting and sizes ---------------------------------------------------------------------------------------------
 
 

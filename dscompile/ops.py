@@ -1,0 +1,224 @@
+"""The logical operators of sharded parameters: what a graph says before a pass decides how bytes move.
+
+``unshard`` turns this rank's shard of a parameter into the full value, ``reduce_grad`` turns a full gradient into the
+mean over ranks of this rank's shard; each is the other's derivative. A backend that knows them lowers them to bucketed,
+overlapped collectives; under any other backend, and in eager mode, the kernels below run the collectives in place, so
+a sharded model is right everywhere.
+
+Layout, as ``torch.chunk``: along ``dim`` of full size ``n``, rank ``r`` of ``w`` holds rows ``[min(r*c, n), min((r+1)*c,
+n))`` with ``c = ceil(n / w)``; trailing ranks may hold none. ``dim == -1`` means replicated. ``group`` is a *logical*
+name (:mod:`dscompile.world`), equal on every rank, so graphs and cache keys are too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscompile.torch_compat import group_backend, process_group
+
+REPLICATED = -1
+"""The value of ``dim`` for a parameter that every rank holds whole."""
+
+LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
+LIBRARY.define(
+    "unshard(Tensor shard, Tensor? leaf, Tensor? accumulated, int dim, SymInt size, int world, str group) -> Tensor"
+)
+LIBRARY.define("reduce_grad(Tensor grad, int dim, SymInt local, int world, str group) -> Tensor")
+
+_c10d = torch.ops._c10d_functional
+
+
+def chunk_rows(size: int, world: int) -> int:
+    """Rows of a full chunk: ``ceil(size / world)``, what rank 0 holds and every rank sends."""
+    return -(-size // world)
+
+
+def local_rows(size: int, world: int, rank: int) -> int:
+    """Rows that ``rank`` holds of ``size``; 0 for a rank past the end."""
+    chunk = chunk_rows(size, world)
+    return max(0, min((rank + 1) * chunk, size) - rank * chunk)
+
+
+def unshard(
+    shard: Tensor,
+    dim: int,
+    size: int,
+    world: int,
+    group: str,
+    leaf: Tensor | None = None,
+    accumulated: Tensor | None = None,
+) -> Tensor:
+    """The full value of a sharded parameter, contiguous and in fresh memory.
+
+    Args:
+        shard: this rank's rows, ``[..., local, ...]``; may be empty.
+        dim: the sharded dimension, or ``REPLICATED`` (a copy of ``shard``).
+        size: full size of ``dim``.
+        world: ranks in the group.
+        group: logical group name.
+        leaf: a tensor of the full shape that takes the *unreduced* gradient instead (``no_sync``); never read.
+        accumulated: unreduced gradient of earlier micro-batches, full shape, that joins this one's reduction. However
+            often a parameter is used in one backward pass, it joins once.
+    """
+    out: Tensor = torch.ops.dscompile.unshard.default(shard, leaf, accumulated, dim, size, world, group)
+    return out
+
+
+def reduce_grad(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+    """Mean over the group's ranks of ``grad`` (full shape), of which this rank keeps its ``local`` rows along ``dim``.
+
+    On gloo the sum runs in rank order whatever the layout, so it is reproducible to the last bit, equal on every rank,
+    and the same at every ZeRO stage; elsewhere the order is the library's own. It is computed in ``grad``'s dtype.
+    """
+    out: Tensor = torch.ops.dscompile.reduce_grad.default(grad, dim, local, world, group)
+    return out
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _unshard_kernel(
+    shard: Tensor, leaf: Tensor | None, accumulated: Tensor | None, dim: int, size: int, world: int, group: str
+) -> Tensor:
+    if world == 1 or dim == REPLICATED:
+        return shard.clone(memory_format=torch.contiguous_format)
+    return _gather(shard, dim, size, world, group)
+
+
+def _gather(shard: Tensor, dim: int, size: int, world: int, group: str) -> Tensor:
+    chunk = chunk_rows(size, world)
+    missing = chunk - shard.shape[dim]
+    if missing:
+        padding = list(shard.shape)
+        padding[dim] = missing
+        shard = torch.cat([shard, shard.new_zeros(padding)], dim)
+    shard = shard.contiguous()
+    gathered = _c10d.wait_tensor(_c10d.all_gather_into_tensor(shard.view(1, -1), world, group))
+    if dim == 0:
+        return gathered.view(world * chunk, *shard.shape[1:]).narrow(0, 0, size)
+    parts = gathered.view(world, *shard.shape)
+    return torch.cat([parts[r].narrow(dim, 0, local_rows(size, world, r)) for r in range(world)], dim)
+
+
+def _reduce_kernel(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+    if world == 1:
+        return grad.clone(memory_format=torch.contiguous_format)
+    ordered = group_backend(group, grad.device) == "gloo"
+    if dim == REPLICATED:
+        return _all_reduce_in_order(grad, world, group) if ordered else _all_reduce(grad, world, group)
+    if ordered:
+        return _sum_in_order(grad, dim, local, world, group)
+    return _reduce_scatter(grad, dim, local, world, group)
+
+
+def _sum_in_order(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+    """Reduce-scatter as one all-to-all and a sum by rank: gloo's own is an all-reduce, twice the bytes."""
+    size = grad.shape[dim]
+    rows = [local_rows(size, world, r) for r in range(world)]
+    width = grad.numel() // size if size else 0
+    if dim == 0:
+        flat = grad.contiguous().view(-1)
+    else:
+        flat = torch.cat([part.reshape(-1) for part in grad.split(rows, dim)])
+    send, receive = [n * width for n in rows], [local * width] * world
+    got = _c10d.wait_tensor(_c10d.all_to_all_single(flat, receive, send, group))
+    shape = list(grad.shape)
+    shape[dim] = local
+    parts = got.view(world, *shape)
+    total = parts[0] + parts[1]
+    for rank in range(2, world):
+        total += parts[rank]
+    return total.mul_(1 / world)
+
+
+def _all_reduce_in_order(grad: Tensor, world: int, group: str) -> Tensor:
+    flat = grad.reshape(-1)
+    rank = process_group(group).rank()
+    part = _sum_in_order(flat, 0, local_rows(flat.numel(), world, rank), world, group)
+    return _gather(part, 0, flat.numel(), world, group).view(grad.shape)
+
+
+def _all_reduce(grad: Tensor, world: int, group: str) -> Tensor:
+    total: Tensor = _c10d.wait_tensor(_c10d.all_reduce(grad.contiguous(), "sum", group))
+    return total.mul_(1 / world)
+
+
+def _reduce_scatter(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+    size, chunk = grad.shape[dim], chunk_rows(grad.shape[dim], world)
+    shape = list(grad.shape)
+    if world * chunk != size:
+        shape[dim] = world * chunk - size
+        grad = torch.cat([grad, grad.new_zeros(shape)], dim)
+    shape[dim] = chunk
+    flat = grad.contiguous().view(world, -1) if dim == 0 else torch.stack(grad.split(chunk, dim)).view(world, -1)
+    part = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(flat, "sum", world, group))
+    return part.view(shape).narrow(dim, 0, local).mul(1 / world)
+
+
+LIBRARY.impl("unshard", _unshard_kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("reduce_grad", _reduce_kernel, "CompositeExplicitAutograd")
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dscompile::unshard", lib=LIBRARY)
+def _unshard_fake(
+    shard: Tensor, leaf: Tensor | None, accumulated: Tensor | None, dim: int, size: int, world: int, group: str
+) -> Tensor:
+    shape = list(shard.shape)
+    if dim != REPLICATED:
+        shape[dim] = size
+    return shard.new_empty(shape)
+
+
+@torch.library.register_fake("dscompile::reduce_grad", lib=LIBRARY)
+def _reduce_fake(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+    shape = list(grad.shape)
+    if dim != REPLICATED:
+        shape[dim] = local
+    return grad.new_empty(shape)
+
+
+# -- derivatives -----------------------------------------------------------------------------------------------------
+
+
+def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    shard, leaf, accumulated, ctx.dim, _, ctx.world, ctx.group = inputs
+    ctx.local = 0 if ctx.dim == REPLICATED else shard.shape[ctx.dim]
+    ctx.to_leaf = leaf is not None
+    ctx.save_for_backward(accumulated)
+
+
+def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    nothing = (None,) * 4
+    if ctx.to_leaf:
+        return None, grad, None, *nothing
+    (accumulated,) = ctx.saved_tensors
+    # A tied parameter has several unshard nodes, and autograd sums their gradients: the accumulated one must join only
+    # one of them. The mark lives on the tensor, so it holds for one backward pass in eager mode (the accumulator is
+    # dropped at its end) and for one trace of the joint graph, where these are fake tensors.
+    if accumulated is not None and not getattr(accumulated, _JOINED, False):
+        setattr(accumulated, _JOINED, True)
+        grad = grad + accumulated
+    return reduce_grad(grad, ctx.dim, ctx.local, ctx.world, ctx.group), None, None, *nothing
+
+
+_JOINED = "dscompile_joined"
+
+
+def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, ctx.dim, _, ctx.world, ctx.group = inputs
+    ctx.size = 0 if ctx.dim == REPLICATED else grad.shape[ctx.dim]
+
+
+def _reduce_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    full = unshard(grad, ctx.dim, ctx.size, ctx.world, ctx.group) / ctx.world
+    return full, None, None, None, None
+
+
+torch.library.register_autograd("dscompile::unshard", _unshard_backward, setup_context=_unshard_setup, lib=LIBRARY)
+torch.library.register_autograd("dscompile::reduce_grad", _reduce_backward, setup_context=_reduce_setup, lib=LIBRARY)

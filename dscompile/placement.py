@@ -1,0 +1,117 @@
+"""Where a parameter lives: which dimension is cut, which rows a rank holds, and the facts every pass may rely on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dscompile.ops import REPLICATED, chunk_rows, local_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dscompile.config import Config
+
+_SPEC = "dscompile_spec"
+_RESIDENT = "dscompile_resident"
+_CONFIG = "dscompile_config"
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """How one parameter is placed. Equal on every rank: sizes are of the whole parameter, never of a shard.
+
+    Attributes:
+        fqn: fully qualified name; of a tied parameter, the first.
+        shape: shape of the full parameter.
+        dim: the sharded dimension, or -1 for a replicated parameter.
+        world: ranks in the group.
+        group: logical group name (:mod:`dscompile.world`).
+        stage: ZeRO stage, 0 to 3.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    dim: int
+    world: int
+    group: str
+    stage: int
+
+    @property
+    def size(self) -> int:
+        """Full size of the sharded dimension; 0 if replicated."""
+        return 0 if self.dim == REPLICATED else self.shape[self.dim]
+
+    def rows(self, rank: int) -> tuple[int, int]:
+        """First row and number of rows along ``dim`` that a rank holds."""
+        return min(rank * chunk_rows(self.size, self.world), self.size), local_rows(self.size, self.world, rank)
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of a rank's shard."""
+        if self.dim == REPLICATED:
+            return self.shape
+        return (*self.shape[: self.dim], self.rows(rank)[1], *self.shape[self.dim + 1 :])
+
+    def shard_of(self, full: Tensor, rank: int) -> Tensor:
+        """A rank's rows of the full value, as a view."""
+        return full if self.dim == REPLICATED else full.narrow(self.dim, *self.rows(rank))
+
+
+def choose_dim(shape: tuple[int, ...], world: int, stage: int) -> int:
+    """The dimension to cut: fewest ranks left empty, then least padding, then the lowest.
+
+    At stages 1 and 2 the shard is a view into a resident full buffer, so dimension 0, whose rows are contiguous, wins
+    unless it leaves ranks empty that another dimension would fill. Stage 0, scalars and empty tensors are replicated.
+    """
+    if stage == 0 or not shape or 0 in shape:
+        return REPLICATED
+
+    def cost(dim: int) -> tuple[int, int, int]:
+        chunk = chunk_rows(shape[dim], world)
+        padding = (chunk * world - shape[dim]) / shape[dim]
+        return world - -(-shape[dim] // chunk), 0 if stage < 3 else padding, dim  # type: ignore[return-value]
+
+    return min(range(len(shape)), key=cost)
+
+
+# -- what a parameter carries ------------------------------------------------------------------------------------------
+
+
+def spec_of(param: Tensor) -> ShardSpec | None:
+    """The placement of a parameter that ``distribute`` placed, or None. The optimizer's steps leave it alone."""
+    spec = getattr(param, _SPEC, None)
+    return spec if isinstance(spec, ShardSpec) else None
+
+
+def resident_of(param: Tensor) -> Tensor | None:
+    """The full buffer that a parameter's shard is a view of (stages 1 and 2), else None.
+
+    After an optimizer step only this rank's rows are current; whoever reads the others gathers them first.
+    """
+    resident = getattr(param, _RESIDENT, None)
+    return resident if isinstance(resident, Tensor) else None
+
+
+def config_of(params: Iterable[Tensor]) -> Config | None:
+    """The configuration that ``distribute`` was given for the first of ``params`` that it placed, or None."""
+    for param in params:
+        config: Config | None = getattr(param, _CONFIG, None)
+        if config is not None:
+            return config
+    return None
+
+
+def mark(param: Tensor, spec: ShardSpec, config: Config, resident: Tensor | None) -> None:
+    """Attach a placement to a parameter."""
+    setattr(param, _SPEC, spec)
+    setattr(param, _CONFIG, config)
+    if resident is not None:
+        setattr(param, _RESIDENT, resident)
+
+
+def resident_buffer(full: Tensor) -> Tensor:
+    """Memory of its own for the resident copy of a full value, contiguous."""
+    return torch.empty(full.shape, dtype=full.dtype, device=full.device).copy_(full)

@@ -29,6 +29,7 @@ from dscompile.program import check_lifetimes
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.code import ProgramCode
 from dscompile.runtime.gemm import GemmChoice
+from dscompile.sharded import Sharding
 from dscompile.split import split
 from dscompile.torch_compat import (
     OutputCode,
@@ -59,12 +60,14 @@ def dscompile(
         UnsupportedError: a device or ``mode`` that this version does not handle.
         VerifyError: a pass broke a rule.
     """
-    config = Config.load(options)
+    inputs = frame_inputs(gm, example_inputs)
+    sharding = Sharding.of(inputs, example_inputs)
+    config = Config.load(options) if sharding.config is None else sharding.config.updated(options)
     if mode not in (None, "default"):
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
     _check_devices(example_inputs)
-    frame = Frame(config, frame_inputs(gm, example_inputs), f"graph{next(_COUNTER)}")
-    with our_cache_key(cache.key(config), regions=config.cache, programs=config.cache and config.dump is None):
+    frame = Frame(config, inputs, f"graph{next(_COUNTER)}", sharding)
+    with our_cache_key(cache.key(config, sharding.key()), regions=config.cache, programs=config.cache and config.dump is None):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_forward),
             bw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_backward),
@@ -85,8 +88,9 @@ def _check_devices(example_inputs: Sequence[Any]) -> None:
 class Frame:
     """One compilation of one Dynamo frame, from its joint graph to its programs."""
 
-    def __init__(self, config: Config, inputs: FrameInputs, name: str) -> None:
+    def __init__(self, config: Config, inputs: FrameInputs, name: str, sharding: Sharding | None = None) -> None:
         self.config = config
+        self.sharding = sharding or Sharding()
         self.inputs = inputs
         self.name = name
         self.halves: dict[GraphKind, StepGraph] = {}
@@ -149,20 +153,31 @@ class Frame:
 
     def run_passes(self, graph: StepGraph) -> None:
         """Run the configured pipeline on a traced graph, verified and proved; keeps the records."""
-        calls = parse_pipeline(self.config.pipeline)
+        self.sharding.check(graph)
+        calls = parse_pipeline(self._pipeline())
         if self.writer is not None:
             self.writer.traced(graph)
         on_pass = self.writer.after_pass if self.writer is not None else None
         start = time.perf_counter()
         self.reference = snapshot(graph) if self.config.verify != "off" else None
         self.seconds["check"] = time.perf_counter() - start
-        context = PassContext(self.config)
+        context = PassContext(self.config, groups=self.sharding.groups)
         self.records = run_pipeline(graph, calls, context, reference=self.reference, on_pass=on_pass)
+        self.reference = context.reference
         self.seconds["passes"] = sum(r.seconds for r in self.records)
         self.seconds["check"] += sum(r.check_seconds for r in self.records)
         for record in self.records:
             self._merge(record.verdict)
         graph.module.recompile()
+
+    def _pipeline(self) -> str:
+        """The configured pipeline; the default one of a sharded model is that of its ZeRO stage."""
+        stage = self.sharding.stage
+        if self.config.pipeline != "default" or stage is None:
+            return self.config.pipeline
+        from dscompile.passes import zero_pipeline
+
+        return zero_pipeline(stage, self.config.zero)
 
     def _merge(self, verdict: str) -> None:
         """The weakest verdict of a compilation is its verdict."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dscompile.shard_layout import ShardLayout, decode
-from dscompile.torch_compat import group_rank
+from dscompile.torch_compat import process_group
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 
@@ -165,7 +165,7 @@ def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group:
     A shard that is no such view (its parameter was replaced) gives a fresh full tensor.
     """
     found = decode(layouts, world)
-    rank = group_rank(group)
+    rank = torch.distributed.get_rank(process_group(group))
     fulls = [_resident(shard, layout, rank) for shard, layout in zip(shards, found, strict=True)]
     if all(full is not None and getattr(s, _FRESH, None) == s._version for s, full in zip(shards, fulls, strict=True)):
         return [full for full in fulls if full is not None]

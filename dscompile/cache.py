@@ -18,9 +18,12 @@ import dscompile
 from dscompile.config import Config
 
 
-def key(config: Config) -> str:
-    """SHA-256 over the configuration, versions of dscompile, PyTorch and Python, and dscompile's source files."""
-    parts = [config.digest(), dscompile.__version__, torch.__version__, platform.python_version(), source_digest()]
+def key(config: Config, placements: str = "") -> str:
+    """SHA-256 over the configuration, versions of dscompile, PyTorch and Python, and dscompile's source files.
+
+    ``placements`` says how a frame's parameters are sharded, and which rank this is.
+    """
+    parts = [placements, config.digest(), dscompile.__version__, torch.__version__, platform.python_version(), source_digest()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -44,6 +44,9 @@ class ZeroConfig(BaseModel):
     stage3_max_live_parameters: Elements = Field(
         1_000_000_000, description="Most gathered elements alive at once per rank."
     )
+    keep_elements: Elements = Field(
+        0, description="Gathered elements that may stay between forward and backward, beyond the small and last ones."
+    )
     overlap_comm: bool = Field(True, description="Launch collectives early and wait for them late.")
 
 
@@ -108,6 +111,13 @@ class Config(BaseModel):
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             raise ConfigError(f"{where}: option {name!r}: {first['msg']} (got {first['input']!r}).") from None
+
+    def updated(self, options: dict[str, Any] | None) -> Config:
+        """This configuration with some options replaced. Raises :class:`ConfigError` as :meth:`load` does."""
+        if not options:
+            return self
+        given = Config.load(options)
+        return self.model_copy(update={name: getattr(given, name) for name in given.model_fields_set})
 
     def digest(self) -> str:
         """SHA-256 of the whole object, except fields marked ``output_only``, which say only where files are written."""

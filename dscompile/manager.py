@@ -10,13 +10,14 @@ import ast
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from torch import fx
 
+from dscompile.comm import Group
 from dscompile.config import Config
 from dscompile.equivalence import Snapshot, Verdict, prove, snapshot
 from dscompile.errors import PipelineError, VerifyError, nearest
@@ -45,11 +46,21 @@ class Decision:
 
 @dataclass
 class PassContext:
-    """What a pass may read (the configuration) and where it leaves its decisions."""
+    """What a pass may read (configuration, process groups) and where it leaves its decisions.
+
+    ``reference`` is what the graph meant after the last pass that may change numbers; later passes are proved equal
+    to it.
+    """
 
     config: Config
     decisions: list[Decision] = field(default_factory=list)
     current_pass: str = ""
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    reference: Snapshot | None = None
+
+    def group(self, name: str, size: int) -> Group:
+        """The process group of that name; for a graph read from text, a gloo group seen from rank 0."""
+        return self.groups.get(name) or Group(name, size)
 
     def decide(self, node: fx.Node | str, choice: str, reason: str, **facts: Any) -> None:
         """Record a choice about ``node`` with its reason."""
@@ -225,6 +236,8 @@ def run_pipeline(
         start = time.perf_counter()
         if rules is not None and reference is not None and (when == "each" or last):
             verdict = check(graph, spec, rules, reference)
+            if verdict is not Verdict.PROVED and spec.numerics is not Numerics.BITWISE:
+                reference = snapshot(graph)
         record = PassRecord(
             name=spec.name,
             call=str(call),
@@ -242,6 +255,7 @@ def run_pipeline(
             on_pass(record, graph)
         if spec.name == stop_after:
             break
+    ctx.reference = reference
     return records
 
 

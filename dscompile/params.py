@@ -118,6 +118,8 @@ def _graph_input(node: fx.Node, frame: FrameInputs) -> GraphInput:
         found = frame.named(target)
         if found is not None:
             return GraphInput(node.name, found.kind, found.fqn, found.aliases, found.trainable)
+    if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt, torch.SymFloat, int, float)):
+        return GraphInput(node.name, InputKind.OPAQUE)
     index = _index(descriptor)
     if index is not None and index < len(frame.inputs) and "SyntheticBase" not in name and target is None:
         found = frame.inputs[index]

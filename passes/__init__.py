@@ -5,10 +5,30 @@ A pipeline is one readable line. Order matters and is checked against each pass'
 
 from __future__ import annotations
 
-from dscompile.passes import canonicalise as _canonicalise  # noqa: F401  (registers itself)
+from dscompile.config import ZeroConfig
+from dscompile.passes import bucket as _bucket  # noqa: F401  (each registers itself)
+from dscompile.passes import canonicalise as _canonicalise  # noqa: F401
+from dscompile.passes import prefetch as _prefetch  # noqa: F401
+from dscompile.passes import unshard as _unshard  # noqa: F401
+from dscompile.passes import zero as _zero  # noqa: F401
 
 PIPELINES: dict[str, str] = {
     "default": "canonicalise",
     "none": "",
+    "zero0": "canonicalise,merge_ties,zero0,bucket",
+    "zero1": "canonicalise,merge_ties,zero1,bucket",
+    "zero2": "canonicalise,merge_ties,zero2,bucket",
+    "zero3": "canonicalise,merge_ties,zero3,selective_unshard,bucket,prefetch",
 }
-"""Named pipelines. ``default`` is what ``torch.compile(model, backend="dscompile")`` runs."""
+"""Named pipelines. ``default`` is what ``torch.compile(model, backend="dscompile")`` runs on an unsharded model; on a
+sharded one it is the pipeline of the ZeRO stage, with the sizes of the ``zero`` configuration."""
+
+
+def zero_pipeline(stage: int, zero: ZeroConfig) -> str:
+    """The default pipeline of a ZeRO stage with the configured sizes (elements, as DeepSpeed's keys)."""
+    options = {
+        "bucket": f"(gather={zero.allgather_bucket_size}, reduce={zero.reduce_bucket_size})",
+        "selective_unshard": f"(threshold={zero.stage3_param_persistence_threshold}, budget={zero.keep_elements})",
+        "prefetch": f"(elements={zero.stage3_prefetch_bucket_size if zero.overlap_comm else 0})",
+    }
+    return ",".join(name + options.get(name, "") for name in PIPELINES[f"zero{stage}"].split(","))

@@ -12,7 +12,7 @@ No pass here emits a collective: :mod:`dscompile.passes.bucket` does.
 
 from __future__ import annotations
 
-from typing import Any
+import operator
 
 import torch
 from torch import fx
@@ -158,8 +158,6 @@ def read_resident(graph: StepGraph, ctx: PassContext) -> None:
 
 def take(graph: StepGraph, values: fx.Node, index: int, like: fx.Node, *, before: fx.Node) -> fx.Node:
     """``values[index]`` as a node that stands for ``like``."""
-    import operator
-
     node = graph.insert_call(before, operator.getitem, (values, index), like=like)
     annotate(node, role=info(values).role, phase=info(like).phase)
     return node
@@ -180,5 +178,3 @@ def _read_in_graph(marker: Marker, graph: StepGraph) -> bool:
     """Whether anything but the output reads a reduced gradient."""
     return any(user is not graph.output_node for user in marker.node.users)
 
-
-__all__: list[Any] = ["drop_identity_views", "merge_ties", "regather", "take", "zero0", "zero1", "zero2", "zero3"]

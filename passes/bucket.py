@@ -1,0 +1,211 @@
+"""Bucket: markers become collectives over flat buffers, at the boundaries of blocks.
+
+Gathers of one block (and of one dtype and group) share a buffer and one ``all_gather``; gradients of one block of
+backward share a buffer and one reduction. Payload is in the order of first use. Buckets begin and end with the repeated
+blocks that regions are cut at, so no collective splits a compiled region, and hold at most the given number of
+elements (DeepSpeed's ``allgather_bucket_size`` and ``reduce_bucket_size`` count elements too).
+
+On gloo, whose reduce-scatter is an all-reduce in disguise, a reduction is one all-to-all and a sum in the order of
+ranks: ``(N - 1) / N`` of the bytes instead of twice that, and the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from dscompile.comm import REDUCE_GRAD, REFRESH, ROLES, WAIT, Group, c10d, ours
+from dscompile.graph import Phase, StepGraph, annotate, info
+from dscompile.manager import PassContext, graph_pass
+from dscompile.passes.markers import Marker, Sections, is_local, reduces, unshards
+from dscompile.passes.zero import take
+from dscompile.shard_layout import REPLICATED, decode, encode
+
+
+@graph_pass("bucket", after={"zero0", "zero1", "zero2", "zero3", "selective_unshard"}, provides={"collectives"})
+def bucket(graph: StepGraph, ctx: PassContext, *, gather: int = 500_000_000, reduce: int = 500_000_000) -> None:
+    """Lower every marker: one flat buffer and one collective for the gathers or gradients of a block.
+
+    Args:
+        graph: with markers.
+        ctx: knows the groups' backends.
+        gather: most elements gathered by one collective.
+        reduce: most elements reduced by one collective.
+    """
+    for phase in (Phase.FORWARD, Phase.BACKWARD):
+        _gather_phase(graph, ctx, phase, gather)
+    _refresh_all(graph, ctx, gather)
+    _reduce_backward(graph, ctx, reduce)
+
+
+# -- gathers ---------------------------------------------------------------------------------------------------------
+
+
+def _gather_phase(graph: StepGraph, ctx: PassContext, phase: Phase, cap: int) -> None:
+    sections = Sections(graph, phase)
+    wanted: dict[tuple[object, ...], list[Marker]] = {}
+    for marker in unshards(graph):
+        if info(marker.node).phase is not phase or is_local(marker):
+            continue
+        block = sections.first_use(marker.node)
+        if block is None:
+            continue  # nothing but an output reads it: the marker's own kernel gathers
+        if marker.operand.op != "placeholder":
+            _lower_gather(graph, ctx, [marker], marker.node)
+            continue
+        wanted.setdefault((block, *_kind(marker)), []).append(marker)
+    for (block, *_), markers in wanted.items():
+        assert isinstance(block, int)
+        for members in _capped(markers, cap):
+            _lower_gather(graph, ctx, members, sections.start(block))
+
+
+def _kind(marker: Marker) -> tuple[object, ...]:
+    """What members of a bucket have in common."""
+    value = marker.operand.meta["val"]
+    return value.dtype, value.device, marker.layout.world, marker.group, marker.layout.dim == REPLICATED
+
+
+def _capped(markers: Iterable[Marker], cap: int) -> list[list[Marker]]:
+    """Consecutive markers of at most ``cap`` elements together; a larger one stands alone."""
+    groups: list[list[Marker]] = []
+    total = 0
+    for marker in markers:
+        if not groups or total + marker.elements > cap:
+            groups.append([])
+            total = 0
+        groups[-1].append(marker)
+        total += marker.elements
+    return groups
+
+
+def _lower_gather(graph: StepGraph, ctx: PassContext, members: list[Marker], before: fx.Node) -> None:
+    first = members[0]
+    if not graph.edit("bucket gather", first.node, why=f"{len(members)} parameters, one collective"):
+        return
+    world, layouts = first.layout.world, encode([m.layout for m in members])
+    flat = _insert(graph, before, ours.pack_shards.default, ([m.operand for m in members], layouts, world), first)
+    launch = _insert(graph, before, c10d.all_gather_into_tensor.default, (flat, world, first.group), first)
+    ready = _insert(graph, before, WAIT, (launch,), first)
+    fulls = _insert(graph, before, ours.unpack_params.default, (ready, layouts, world), first)
+    for index, marker in enumerate(members):
+        graph.replace(marker.node, take(graph, fulls, index, marker.node, before=before))
+    elements = sum(m.elements for m in members)
+    names = [m.fqn for m in members]
+    ctx.decide(launch, "one gather", "the parameters of one block", elements=elements, parameters=names)
+
+
+def _insert(graph: StepGraph, before: fx.Node, target: object, args: tuple[object, ...], like: Marker) -> fx.Node:
+    node = graph.insert_call(before, target, args, like=like.node)
+    annotate(node, role=ROLES[target], phase=info(like.node).phase)
+    return node
+
+
+def _refresh_all(graph: StepGraph, ctx: PassContext, cap: int) -> None:
+    """Merge the refreshes of resident parameters, in program order, into as few collectives as ``cap`` allows."""
+    nodes = graph.graph.find_nodes(op="call_function", target=REFRESH, sort=True)
+    groups: dict[tuple[object, ...], list[list[fx.Node]]] = {}
+    sizes: dict[int, int] = {}
+    for node in nodes:
+        shards, layouts, world, group = node.args
+        value = shards[0].meta["val"]  # type: ignore[index,union-attr]
+        elements = sum(full.numel() for full in node.meta["val"])
+        open_ = groups.setdefault((value.dtype, value.device, world, group, info(node).phase), [])
+        if not open_ or sizes[id(open_[-1])] + elements > cap:
+            open_.append([])
+            sizes[id(open_[-1])] = 0
+        open_[-1].append(node)
+        sizes[id(open_[-1])] += elements
+    for group in (g for lists in groups.values() for g in lists):
+        if len(group) > 1:
+            _merge_refreshes(graph, ctx, group)
+
+
+def _merge_refreshes(graph: StepGraph, ctx: PassContext, nodes: list[fx.Node]) -> None:
+    first = nodes[0]
+    if not graph.edit("bucket refresh", first, why=f"{len(nodes)} resident parameters, one collective"):
+        return
+    _, _, world, group = first.args
+    shards = [s for n in nodes for s in n.args[0]]  # type: ignore[union-attr]
+    layouts = [number for n in nodes for number in n.args[1]]  # type: ignore[union-attr]
+    merged = graph.insert_call(first, REFRESH, (shards, layouts, world, group), like=first)
+    index = 0
+    for node in nodes:
+        count = len(decode(node.args[1], world))  # type: ignore[arg-type]
+        for user in list(node.users):
+            new = take(graph, merged, index + user.args[1], user, before=first)  # type: ignore[operator]
+            graph.replace(user, new)
+        index += count
+    for node in nodes:
+        graph.erase(node)
+    ctx.decide(merged, "one refresh", "resident parameters are gathered together after a step", parameters=index)
+
+
+# -- reductions ------------------------------------------------------------------------------------------------------
+
+
+def _reduce_backward(graph: StepGraph, ctx: PassContext, cap: int) -> None:
+    sections = Sections(graph, Phase.BACKWARD)
+    wanted: dict[tuple[object, ...], list[Marker]] = {}
+    late = _marked_late(graph, sections)
+    for marker in reduces(graph):
+        if is_local(marker):
+            continue
+        block = len(sections.spans) - 1 if marker.node in late else sections.of(marker.operand)
+        if block is None or any(user is not graph.output_node for user in marker.node.users):
+            _lower_reduce(graph, ctx, [marker], marker.node)
+            continue
+        wanted.setdefault((block, *_kind(marker)), []).append(marker)
+    for (block, *_), markers in wanted.items():
+        assert isinstance(block, int)
+        for members in _capped(markers, cap):
+            _lower_reduce(graph, ctx, members, sections.after(block, graph))
+
+
+def _marked_late(graph: StepGraph, sections: Sections) -> set[fx.Node]:
+    """Markers that stand after the last compute node: a pass moved them there, so they are reduced there."""
+    if not sections.compute:
+        return set()
+    last = sections.compute[-1]
+    found: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node is last:
+            break
+        if node.target is REDUCE_GRAD:
+            found.add(node)
+    return found
+
+
+def _lower_reduce(graph: StepGraph, ctx: PassContext, members: list[Marker], before: fx.Node) -> None:
+    first = members[0]
+    if not graph.edit("bucket reduce", first.node, why=f"{len(members)} gradients, one collective"):
+        return
+    group = ctx.group(first.group, first.layout.world)
+    world, layouts = group.size, encode([m.layout for m in members])
+    flat = _insert(graph, before, ours.pack_grads.default, ([m.operand for m in members], layouts, world), first)
+    reduced = _launch_reduce(graph, before, flat, group, first)
+    if first.layout.dim == REPLICATED:  # every rank needs the whole: gather what was reduced in pieces
+        launch = _insert(graph, before, c10d.all_gather_into_tensor.default, (reduced, world, group.name), first)
+        whole = _insert(graph, before, WAIT, (launch,), first)
+        grads = _insert(graph, before, ours.unpack_params.default, (whole, layouts, world), first)
+    else:
+        grads = _insert(graph, before, ours.unpack_shards.default, (reduced, layouts, world, group.rank), first)
+    for index, marker in enumerate(members):
+        graph.replace(marker.node, take(graph, grads, index, marker.node, before=before))
+    elements = sum(m.elements for m in members)
+    ctx.decide(reduced, "one reduction", "the gradients of one block", elements=elements)
+
+
+def _launch_reduce(graph: StepGraph, before: fx.Node, flat: fx.Node, group: Group, like: Marker) -> fx.Node:
+    """A mean over ranks of a rank-major flat buffer, this rank's part of it."""
+    world = group.size
+    if group.backend == "gloo":
+        part = flat.meta["val"].numel() // world
+        sizes = [part] * world
+        launch = _insert(graph, before, c10d.all_to_all_single.default, (flat, sizes, sizes, group.name), like)
+        ready = _insert(graph, before, WAIT, (launch,), like)
+        return _insert(graph, before, ours.sum_ranks.default, (ready, world), like)
+    launch = _insert(graph, before, c10d.reduce_scatter_tensor.default, (flat, "avg", world, group.name), like)
+    return _insert(graph, before, WAIT, (launch,), like)
+

@@ -208,4 +208,3 @@ def _launch_reduce(graph: StepGraph, before: fx.Node, flat: fx.Node, group: Grou
         return _insert(graph, before, ours.sum_ranks.default, (ready, world), like)
     launch = _insert(graph, before, c10d.reduce_scatter_tensor.default, (flat, "avg", world, group.name), like)
     return _insert(graph, before, WAIT, (launch,), like)
-

@@ -75,7 +75,8 @@ def zero3(graph: StepGraph, ctx: PassContext) -> None:
 
 def drop_identity_views(graph: StepGraph) -> None:
     """Drop views that change nothing right after a reduction (DTensor's ``to_local`` leaves them), so that only the
-    output reads a reduced gradient and the reduction may stand anywhere after its block."""
+    output reads a reduced gradient and the reduction may stand anywhere after its block.
+    """
     for marker in reduces(graph):
         node = marker.node
         for user in list(node.users):
@@ -177,4 +178,3 @@ def reduce_at_end(graph: StepGraph, ctx: PassContext) -> None:
 def _read_in_graph(marker: Marker, graph: StepGraph) -> bool:
     """Whether anything but the output reads a reduced gradient."""
     return any(user is not graph.output_node for user in marker.node.users)
-

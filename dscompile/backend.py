@@ -68,9 +68,8 @@ def dscompile(
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
     _check_devices(example_inputs)
     frame = Frame(config, inputs, f"graph{next(_COUNTER)}", sharding)
-    with our_cache_key(
-        cache.key(config, sharding.key()), regions=config.cache, programs=config.cache and config.dump is None
-    ):
+    key = cache.key(config, sharding.key())
+    with our_cache_key(key, regions=config.cache, programs=config.cache and config.dump is None):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_forward),
             bw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_backward),

@@ -51,8 +51,8 @@ class Sharding:
                 plain.append(known.fqn)
         if specs and plain:
             raise ShardingError(
-                f"parameter {plain[0]!r} is not sharded although {next(iter(specs))!r} is, so its gradient would not be "
-                f"reduced over ranks ({len(plain)} such parameters). It was added after distribute(): call "
+                f"parameter {plain[0]!r} is not sharded although {next(iter(specs))!r} is, so its gradient would not "
+                f"be reduced over ranks ({len(plain)} such parameters). It was added after distribute(): call "
                 "distribute(model) again."
             )
         groups = {
@@ -86,8 +86,8 @@ class Sharding:
             found = (node.args[3], node.args[4], node.args[5], node.args[6])
             if spec is not None and found != (spec.dim, spec.size, spec.world, spec.group):
                 raise VerifyError(
-                    f"rule placement: %{node.name} gathers {spec.fqn!r} as (dim, size, world, group) {found}, but it is "
-                    f"placed as {(spec.dim, spec.size, spec.world, spec.group)}.\n  {describe(node)}"
+                    f"rule placement: %{node.name} gathers {spec.fqn!r} as (dim, size, world, group) {found}, but it "
+                    f"is placed as {(spec.dim, spec.size, spec.world, spec.group)}.\n  {describe(node)}"
                 )
 
 

@@ -10,6 +10,7 @@ from dscompile.comm import LAUNCHES, REDUCE_GRAD, REFRESH, UNSHARD, WAIT, comm_r
 from dscompile.effects import execution_order, written
 from dscompile.errors import VerifyError
 from dscompile.graph import StepGraph, info
+from dscompile.shard_layout import REPLICATED
 from dscompile.source import describe
 from dscompile.torch_compat import tensor_bytes
 from dscompile.verify import Check
@@ -60,6 +61,8 @@ def check_saved(forward: StepGraph, saved: Iterable[str]) -> None:
         if node.op != "call_function":
             continue
         if comm_role(node) is not None:
+            if node.target is UNSHARD and (node.args[3] == REPLICATED or node.args[5] == 1):
+                continue  # nothing is gathered
             if node.target is not REFRESH and all(o.target is not REFRESH for o in node.all_input_nodes):
                 gathered.add(node)
         elif node.all_input_nodes and all(operand in gathered for operand in node.all_input_nodes):

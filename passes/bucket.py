@@ -108,7 +108,7 @@ def _refresh_all(graph: StepGraph, ctx: PassContext, cap: int) -> None:
     groups: dict[tuple[object, ...], list[list[fx.Node]]] = {}
     sizes: dict[int, int] = {}
     for node in nodes:
-        shards, layouts, world, group = node.args
+        shards, _, world, group = node.args
         value = shards[0].meta["val"]  # type: ignore[index,union-attr]
         elements = sum(full.numel() for full in node.meta["val"])
         open_ = groups.setdefault((value.dtype, value.device, world, group, info(node).phase), [])

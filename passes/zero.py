@@ -1,7 +1,7 @@
 """ZeRO as decisions on markers: what is gathered again, what stays, and when gradients are reduced.
 
-A sharded model is traced with ``unshard(shard)`` where it reads a parameter and ``reduce_grad(gradient)`` where autograd
-delivers one. The stages differ in what lies between forward and backward (Rajbhandari et al., ZeRO, 2020):
+A sharded model is traced with ``unshard(shard)`` where it reads a parameter and ``reduce_grad(gradient)`` where
+autograd delivers one. The stages differ in what lies between forward and backward (Rajbhandari et al., ZeRO, 2020):
 
 - stage 0 and 1 keep gradients whole until the end of backward, stage 2 and 3 reduce them as they are made;
 - stage 1 and 2 read a resident copy that is refreshed after each optimizer step, stage 3 gathers for forward, lets go,

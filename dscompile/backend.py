@@ -29,7 +29,7 @@ from dscompile.program import check_lifetimes
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.code import ProgramCode
 from dscompile.runtime.gemm import GemmChoice
-from dscompile.sharded import Sharding
+from dscompile.sharding import Sharding
 from dscompile.split import split
 from dscompile.torch_compat import (
     OutputCode,

@@ -1,7 +1,8 @@
 """Run a test function on N gloo ranks, each its own process: results in rank order, failures with their traceback.
 
-Children are forked from a server that has imported torch once and run nothing, so a rank starts in well under a second.
-Every child runs one OpenMP thread, has an initialised gloo process group, and is killed when the time is up.
+Children are forked from a server that has imported torch and dscompile once and run nothing, so a rank starts in well
+under a second. Every child runs one OpenMP thread, has the caller's environment and an initialised gloo process group,
+and is killed when the time is up. (What a module reads from the environment at import, it read when the server started.)
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def rank_outcomes(
 ) -> list[Outcome]:
     """As :func:`run_ranks`, but failures are part of the result. ``grace``: seconds the others get after the first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    context.set_forkserver_preload(["torch", "torch.distributed", "dscompile.backend", __name__])
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store == "parent" else None
     port = server.port if server is not None else _free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,9 +99,10 @@ def rank_outcomes(
         for rank in range(world):
             reader, writer = context.Pipe(duplex=False)
             settings = (rank, world, port, server is None and rank == 0, timeout, f"{folder}/{rank}.err", writer)
-            child = context.Process(target=_child, args=(fn, args, *settings), name=f"rank {rank}")
             with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"):
-                child.start()  # the first start also starts the server, which keeps this environment
+                environ = dict(os.environ)  # the server keeps the environment of its own start
+                child = context.Process(target=_child, args=(fn, args, environ, *settings), name=f"rank {rank}")
+                child.start()
             writer.close()
             pipes.append(reader)
             children.append(child)
@@ -153,6 +155,7 @@ def _collect(
 def _child(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
+    environ: dict[str, str],
     rank: int,
     world: int,
     port: int,
@@ -167,7 +170,8 @@ def _child(
     faulthandler.enable(sys.stderr)
     faulthandler.dump_traceback_later(max(timeout - 1, timeout / 2), file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.clear()
+    os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     limit = timedelta(seconds=timeout)
     try:

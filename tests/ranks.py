@@ -2,7 +2,7 @@
 
 Children are forked from a server that has imported torch and dscompile once and run nothing, so a rank starts in well
 under a second. Every child runs one OpenMP thread, has the caller's environment and an initialised gloo process group,
-and is killed when the time is up. (What a module reads from the environment at import, it read when the server started.)
+and is killed when the time is up. (What a module reads from the environment at import, it read at the server's start.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,101 @@
+"""What one rank knows of another, and whether the other still lives.
+
+Silence is not death: a rank that compiles or sorts for minutes beats late. The order of evidence is: its own goodbye or
+failure; its process is gone (:mod:`dscompile.runtime.pulse`); only where that cannot be asked, silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dscompile.runtime.board import Record
+from dscompile.runtime.pulse import Probe
+
+Verdict = Literal["alive", "gone", "frozen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """All in seconds, from one ``timeout``: the time within which a rank ends after another one broke.
+
+    ``interval`` between beats; ``quiet``: silence after which the process is probed; ``silence``: after which a rank
+    that cannot be probed counts as gone; ``frozen``: after which one that exists but never beats does; ``probe``: to
+    connect; ``settle``: how long a rank stays blocked beside one that is gone before it is ended (gloo should raise by
+    itself); ``last``: how long the main thread may stay blocked after a finding before the process is ended.
+    """
+
+    timeout: float
+    interval: float
+    quiet: float
+    silence: float
+    frozen: float
+    probe: float
+    settle: float
+    last: float
+
+    @staticmethod
+    def of(timeout: float, interval: float | None = None) -> Limits:
+        """The limits that keep ``silence + last`` and every other path below ``timeout``."""
+        beat = min(1.0, timeout / 10) if interval is None else interval
+        return Limits(
+            timeout=timeout,
+            interval=beat,
+            quiet=max(timeout / 6, 3 * beat),
+            silence=timeout / 2,
+            frozen=10 * timeout,
+            probe=min(2.0, timeout / 6),
+            settle=timeout / 10,
+            last=timeout / 3,
+        )
+
+
+class Peer:
+    """Another rank: its newest record, how long it has been silent, and a probe of its process."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.record: Record | None = None
+        self.silent = 0.0
+        self.gone_at: float | None = None
+        self.probed: bool | None = None  # whether its process ever answered a probe: only then a refusal means death
+        self._probe: Probe | None = None
+
+    def heard(self, record: Record, seconds: float) -> None:
+        """Take a record that was read ``seconds`` after the last one.
+
+        Silence counts the time in which *we* looked, so that our own pauses do not make others look dead.
+        """
+        fresh = self.record is None or record.beat != self.record.beat
+        self.silent = 0.0 if fresh else self.silent + seconds
+        self.record = record
+
+    def judge(self, now: float, limits: Limits, *, suspected: bool) -> Verdict:
+        """Whether it lives. ``suspected``: a collective failed or the store is gone, so ask without waiting."""
+        record = self.record
+        if record is None or record.state == "bye":
+            return "alive"
+        if self.probed is None:
+            self.probed = record.pulse is not None and self._ask(record, limits)
+        if not suspected and self.silent < limits.quiet:
+            self.close()
+            self.gone_at = None
+            return "alive"
+        gone = not self._ask(record, limits) if self.probed else self.silent >= limits.silence
+        if not gone:
+            self.gone_at = None
+            return "frozen" if self.silent >= limits.frozen else "alive"
+        self.gone_at = now if self.gone_at is None else self.gone_at
+        return "gone"
+
+    def close(self) -> None:
+        """Drop the probe's connection."""
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+
+    def _ask(self, record: Record, limits: Limits) -> bool:
+        assert record.pulse is not None
+        if self._probe is None:
+            self._probe = Probe(record.pulse, limits.probe)
+        return self._probe.alive()

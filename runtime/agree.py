@@ -41,7 +41,8 @@ def compare(mine: Sequence[str], theirs: Sequence[str], *, names: tuple[str, str
     """What differs between two lists of collectives: the first difference with both lines; ``""`` if they are equal.
 
     Args:
-        mine, theirs: lines as :func:`signature` takes them.
+        mine: lines as :func:`signature` takes them.
+        theirs: the other side's.
         names: how the message calls the two sides, for example ``("rank 0", "rank 1")``.
     """
     if tuple(mine) == tuple(theirs):

@@ -1,8 +1,8 @@
 """What ranks tell each other through the c10d store: records, one shared alarm, the listings behind signatures.
 
-Keys, under ``dscompile/watch/NAME/START/``: ``rank/R`` the newest record of rank R (JSON), ``alarm`` the first finding of
-any rank (JSON; written once), ``text/S`` the lines behind signature S, ``links/R`` the connections of rank R (only after
-an alarm), ``ended`` how many ranks said goodbye or failed.
+Keys, under ``dscompile/watch/NAME/START/``: ``rank/R`` the newest record of rank R (JSON), ``alarm`` the first finding
+of any rank (JSON; written once), ``text/S`` the lines behind signature S, ``links/R`` the connections of rank R (only
+after an alarm), ``ended`` how many ranks said goodbye or failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch.distributed import Store
 
 from dscompile.runtime.links import Link
 from dscompile.runtime.pulse import Address
-
 
 State = Literal["run", "bye", "failed"]
 READ_ALL = 16
@@ -35,7 +34,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one rank publishes. ``recent`` are its last calls, oldest first; ``inside`` whether the last one still runs."""
+    """What one rank publishes.
+
+    ``recent`` are its last calls, oldest first; ``inside`` whether the last one still runs; ``at`` its last known place;
+    ``error`` why it failed; ``process`` its process for people; ``stack`` and ``pulse`` where it can be probed.
+    """
 
     rank: int
     beat: int = 0
@@ -45,6 +48,7 @@ class Record:
     recent: tuple[Call, ...] = ()
     error: str = ""
     process: str = ""
+    stack: str = ""
     pulse: Address | None = None
 
     @property
@@ -118,9 +122,7 @@ class Board:
     def alarm(self, finding: Finding | None) -> Finding | None:
         """The first finding of any rank, after offering ``finding`` as such."""
         if finding is not None:
-            return Finding.load(
-                self._store.compare_set(f"{self._prefix}alarm", "", json.dumps(asdict(finding)))
-            )
+            return Finding.load(self._store.compare_set(f"{self._prefix}alarm", "", json.dumps(asdict(finding))))
         return Finding.load(self._get("alarm")) if self._has("alarm") else None
 
     def list_texts(self, signature: str, texts: Iterable[str]) -> None:

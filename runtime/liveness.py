@@ -6,11 +6,12 @@ failure; its process is gone (:mod:`dscompile.runtime.pulse`); only where that c
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 from dscompile.runtime.board import Record
-from dscompile.runtime.pulse import Probe
+from dscompile.runtime.pulse import Probe, is_loopback, network_stack
 
 Verdict = Literal["alive", "gone", "frozen"]
 
@@ -58,17 +59,29 @@ class Peer:
         self.record: Record | None = None
         self.silent = 0.0
         self.gone_at: float | None = None
-        self.probed: bool | None = None  # whether its process ever answered a probe: only then a refusal means death
+        self.probed: bool | None = None
+        """Whether its process can be probed (None: not tried yet). Only then a refusal means death."""
         self._probe: Probe | None = None
+        self._fresh_at = 0.0
 
-    def heard(self, record: Record, seconds: float) -> None:
-        """Take a record that was read ``seconds`` after the last one.
+    def heard(self, record: Record, seconds: float) -> bool:
+        """Take a record that was read ``seconds`` after the last one; True if it is the first.
 
         Silence counts the time in which *we* looked, so that our own pauses do not make others look dead.
         """
+        first = self.record is None
         fresh = self.record is None or record.beat != self.record.beat
         self.silent = 0.0 if fresh else self.silent + seconds
+        self._fresh_at = time.monotonic() if fresh else self._fresh_at
         self.record = record
+        return first
+
+    def last_seen(self) -> str:
+        """Its position at its last beat, for people."""
+        if self.record is None:
+            return f"rank {self.rank} has published nothing yet"
+        age = time.monotonic() - self._fresh_at
+        return f"rank {self.rank}, at its last beat {age:.1f} s ago, was {self.record.position()}"
 
     def judge(self, now: float, limits: Limits, *, suspected: bool) -> Verdict:
         """Whether it lives. ``suspected``: a collective failed or the store is gone, so ask without waiting."""
@@ -76,7 +89,7 @@ class Peer:
         if record is None or record.state == "bye":
             return "alive"
         if self.probed is None:
-            self.probed = record.pulse is not None and self._ask(record, limits)
+            self.probed = self._reachable(record, limits)
         if not suspected and self.silent < limits.quiet:
             self.close()
             self.gone_at = None
@@ -93,6 +106,13 @@ class Peer:
         if self._probe is not None:
             self._probe.close()
             self._probe = None
+
+    def _reachable(self, record: Record, limits: Limits) -> bool:
+        if record.pulse is None:
+            return False
+        if record.stack and record.stack == network_stack():
+            return True
+        return not is_loopback(record.pulse[0]) and self._ask(record, limits)
 
     def _ask(self, record: Record, limits: Limits) -> bool:
         assert record.pulse is not None

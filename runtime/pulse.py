@@ -1,17 +1,20 @@
 """Is a process alive, whatever it is doing? A listening socket that the kernel answers for it.
 
-Heartbeats come from a Python thread, and a thread cannot beat while another holds the interpreter lock: a long sort, a C
-extension. The kernel accepts a TCP connection to a listening socket without the process, and resets it when the process
-dies. So before a silent rank is called dead, it is probed: connection refused, reset or unreachable means dead;
-connected means busy. A probe is evidence only if the same address answered before (firewalls, several networks).
+Heartbeats come from a Python thread, and a thread cannot beat while another holds the interpreter lock: a long sort, a
+C extension. The kernel accepts a TCP connection to a listening socket without the process, and resets it when the
+process dies. So before a silent rank is called dead, it is probed: connection refused, reset or unreachable means dead;
+connected means busy. A probe is evidence only if the same address answered before (firewalls, several networks), or
+lies in the same network stack.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 import weakref
+from pathlib import Path
 
 BACKLOG = 4096
 """Connections the kernel may hold while this process cannot accept: one for each rank that probes it."""
@@ -23,7 +26,7 @@ Address = tuple[str, int]
 
 
 class Pulse:
-    """This process's listening socket. ``address`` is what the others probe."""
+    """A listening socket of this process. ``address`` is what the others probe."""
 
     def __init__(self, host: str) -> None:
         """Listen on a free port of ``host``, one of this machine's addresses; raises ``OSError``."""
@@ -70,19 +73,33 @@ class Probe:
         return self._socket is not None
 
     def close(self) -> None:
+        """Drop the connection; :meth:`alive` is False from now on."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
 
 def local_address(host: str, port: int) -> str:
-    """This machine's address on the way to ``host`` (the store's); the loopback address if it cannot be told."""
+    """The machine's own address on the way to ``host`` (the store's); the loopback address if it cannot be told."""
     with contextlib.suppress(OSError):
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)  # a datagram socket: this sends nothing
             return str(probe.getsockname()[0])
     return "127.0.0.1"
+
+
+def network_stack() -> str:
+    """Equal in two processes only if they reach each other's loopback address; ``""`` where that cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+    except OSError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address means another machine on every machine."""
+    return ipaddress.ip_address(host).is_loopback
 
 
 def _open(connection: socket.socket) -> bool:

@@ -9,9 +9,12 @@ from collections.abc import Callable
 
 from dscompile.runtime import findings
 from dscompile.runtime.board import Board
-from dscompile.runtime.links import cut, links, reverse
+from dscompile.runtime.links import Link, links
 from dscompile.runtime.liveness import Limits, Peer
 from dscompile.runtime.progress import Progress
+
+LINKS_EVERY = 10
+"""Beats between looks at this process's connections: new process groups make new ones."""
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ class Beat:
         self._skip = () if store_port is None else (store_port,)
         self._changed = changed
         self._count = 0
+        self._links: set[Link] = set()
+        self._links_version = 0
         self._done = False
         self._stop = False
         self._wake = threading.Event()
@@ -84,9 +89,11 @@ class Beat:
             self._wake.wait(self._limits.interval if met else self._limits.interval / 10)
 
     def _exchange(self) -> None:
-        """Listings, this rank's record, the others' records, the alarm; after a finding, the connections."""
+        """Connections, listings, this rank's record; the others' records; the alarm."""
         me = self._me
-        record = me.record(self._count)
+        if self._count % LINKS_EVERY == 0 or me.finding is not None or me.state != "run":
+            self._publish_links()
+        record = me.record(self._count, self._links_version)
         for signature in me.unlisted():  # before the record that names them
             if texts := getattr(signature, "texts", ()):
                 self._board.list_texts(signature, texts)
@@ -94,7 +101,10 @@ class Beat:
         now = time.monotonic()
         elapsed = min(now - self.read_began, 2 * self._limits.interval) if self.read_began else 0.0
         for rank, theirs in self._board.read().items():
-            if self._peers[rank].heard(theirs, elapsed):
+            peer = self._peers[rank]
+            if peer.links_version != theirs.links:
+                peer.links, peer.links_version = self._board.links(rank), theirs.links
+            if peer.heard(theirs, elapsed):
                 self._changed()
             common = me.common(theirs.recent)
             if me.finding is None and common and common[-1][0].chain != common[-1][1].chain:
@@ -103,10 +113,15 @@ class Beat:
         first = self._board.alarm(me.finding)
         if first is not None:
             me.found(first, replace=True)  # the first finding of any rank is nearest to the cause
-            mine = links(self._skip)
-            cut(mine & {reverse(link) for link in self._board.exchange_links(mine)})
         if record.state != "run":
             if not self._done:
                 self._done = True
                 self._board.end()
             self.ended = self._board.ended()
+
+    def _publish_links(self) -> None:
+        mine = links(self._skip)
+        if mine != self._links:
+            self._board.publish_links(mine)
+            self._links = mine
+            self._links_version += 1

@@ -1,8 +1,8 @@
 """What ranks tell each other through the c10d store: records, one shared alarm, the listings behind signatures.
 
 Keys, under ``dscompile/watch/NAME/START/``: ``rank/R`` the newest record of rank R (JSON), ``alarm`` the first finding
-of any rank (JSON; written once), ``text/S`` the lines behind signature S, ``links/R`` the connections of rank R (only
-after an alarm), ``ended`` how many ranks said goodbye or failed.
+of any rank (JSON; written once), ``text/S`` the lines behind signature S, ``links/R`` the connections of rank R,
+``ended`` how many ranks said goodbye or failed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Call:
 class Record:
     """What one rank publishes.
 
-    ``recent`` are its last calls, oldest first; ``inside`` whether the last one still runs; ``at`` its last known place;
-    ``error`` why it failed; ``process`` its process for people; ``stack`` and ``pulse`` where it can be probed.
+    ``recent`` are its last calls, oldest first; ``inside`` whether the last one still runs; ``at`` its last known
+    place; ``error`` why it failed; ``process`` its process for people; ``stack`` and ``pulse`` where it can be probed;
+    ``links`` the version of its published connections.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Record:
     error: str = ""
     process: str = ""
     stack: str = ""
+    links: int = 0
     pulse: Address | None = None
 
     @property
@@ -136,14 +138,13 @@ class Board:
         key = f"text/{signature}"
         return tuple(json.loads(self._get(key))) if self._has(key) else None
 
-    def exchange_links(self, mine: set[Link]) -> set[Link]:
-        """Publish this rank's connections and return those that the peers have published so far."""
+    def publish_links(self, mine: set[Link]) -> None:
+        """Replace this rank's connections; before the record that names their version."""
         self._store.set(f"{self._prefix}links/{self._rank}", json.dumps(sorted(mine)))
-        found: set[Link] = set()
-        for peer in self.peers:
-            if self._has(f"links/{peer}"):
-                found |= {(str(a), int(b), str(c), int(d)) for a, b, c, d in json.loads(self._get(f"links/{peer}"))}
-        return found
+
+    def links(self, peer: int) -> set[Link]:
+        """The connections of a rank whose record names a version."""
+        return {(str(a), int(b), str(c), int(d)) for a, b, c, d in json.loads(self._get(f"links/{peer}"))}
 
     def end(self) -> None:
         """Count this rank among those that are done."""

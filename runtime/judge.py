@@ -12,6 +12,7 @@ import time
 from dscompile.runtime import findings
 from dscompile.runtime.beat import Beat
 from dscompile.runtime.board import Finding
+from dscompile.runtime.links import cut, reverse
 from dscompile.runtime.liveness import Limits, Peer
 from dscompile.runtime.progress import Progress
 from dscompile.runtime.pulse import Pulse
@@ -49,8 +50,10 @@ class Judge:
                 found = self._inspect(time.monotonic()) if self._me.state == "run" else None
                 if found is not None:
                     self._me.found(found)
-            elif self._me.blocked() and time.monotonic() - self._me.found_at > self._limits.last:
-                self._end_process(finding)
+            else:
+                cut({reverse(link) for peer in self._peers.values() for link in peer.links})
+                if self._me.blocked() and time.monotonic() - self._me.found_at > self._limits.last:
+                    self._end_process(finding)
             self._wake.wait(self._limits.interval)
         for peer in self._peers.values():
             peer.close()

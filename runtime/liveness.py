@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dscompile.runtime.board import Record
+from dscompile.runtime.links import Link
 from dscompile.runtime.pulse import Probe, is_loopback, network_stack
 
 Verdict = Literal["alive", "gone", "frozen"]
@@ -38,14 +39,14 @@ class Limits:
     @staticmethod
     def of(timeout: float, interval: float | None = None) -> Limits:
         """The limits that keep ``silence + last`` and every other path below ``timeout``."""
-        beat = min(1.0, timeout / 10) if interval is None else interval
+        beat = min(1.0, timeout / 20) if interval is None else interval
         return Limits(
             timeout=timeout,
             interval=beat,
             quiet=max(timeout / 6, 3 * beat),
-            silence=timeout / 2,
+            silence=0.45 * timeout,
             frozen=10 * timeout,
-            probe=min(2.0, timeout / 6),
+            probe=min(2.0, timeout / 15),
             settle=timeout / 10,
             last=timeout / 3,
         )
@@ -61,6 +62,9 @@ class Peer:
         self.gone_at: float | None = None
         self.probed: bool | None = None
         """Whether its process can be probed (None: not tried yet). Only then a refusal means death."""
+        self.links: set[Link] = set()
+        """Its connections, in version ``links_version``."""
+        self.links_version = 0
         self._probe: Probe | None = None
         self._fresh_at = 0.0
 

@@ -66,7 +66,7 @@ class Progress:
                     self._known.add(signature)
                     self._unlisted.append(signature)
 
-    def record(self, beat: int = 0) -> Record:
+    def record(self, beat: int = 0, links: int = 0) -> Record:
         """What to publish now."""
         with self._lock:
             self.fold()
@@ -81,6 +81,7 @@ class Progress:
                 error=self.failure,
                 process=self._process,
                 stack=self._stack,
+                links=links,
                 pulse=self._pulse,
             )
 

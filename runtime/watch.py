@@ -12,13 +12,13 @@ call ``timeout / 3`` later, the process prints the reason and every thread's sta
 Liveness is heartbeats and the kernel's word, not progress: a rank may compile for as long as it likes. Limits:
 
 - A process that exists but does not run Python for ``10 * timeout`` (stopped, or one C call that keeps the interpreter
-  lock) counts as frozen. Where its address cannot be probed (a firewall), silence of ``timeout / 2`` counts as death.
+  lock) counts as frozen. Where its address cannot be probed (a firewall), silence for ``0.45 * timeout`` is death.
 - Ranks that block each other *outside* programs (a barrier that only one of them calls) are alive and agree: no alarm.
 - Two ranks whose programs differ, but whose first collectives fit each other, exchange wrong values for up to one beat.
 - A rank that dies before it published its first record is only known by the collective that fails: kind ``unknown``.
 - If the store is lost alone, ranks still see deaths, but neither different programs nor why a rank raised; a call
-  without progress for ``timeout / 2`` is then ended.
-- Connections are found in ``/proc``, and cut for TCP (gloo). Elsewhere the last resort remains.
+  without progress for ``0.45 * timeout`` is then ended.
+- Connections are found in ``/proc`` and are TCP (gloo): elsewhere only the last resort remains.
 - A process that ends without Python's exit handlers (``multiprocessing`` children) must call :meth:`Watch.stop`.
 """
 
@@ -92,7 +92,7 @@ class Watch:
             rank: this rank.
             world: how many there are; one alone is not watched.
             timeout: seconds within which a rank ends after another one broke.
-            interval: seconds between beats; ``min(1, timeout / 10)`` by default.
+            interval: seconds between beats; ``min(1, timeout / 20)`` by default.
             name: of the process group; each group has its own watch and counts its own calls. Every rank starts the
                 watches of a name equally often.
         """

@@ -145,8 +145,9 @@ def raises(rank: int, world: int, linger: float) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_rank_that_raises(world: int) -> None:
-    outcomes = rank_outcomes(raises, world, 8.0, timeout=40)
+    outcomes = rank_outcomes(raises, world, 4.0, timeout=40)
     assert isinstance(outcomes[1].error, KeyError)
+    assert max(outcomes, key=lambda o: o.seconds).rank == 1, "the others ended because it did"
     for outcome in (outcomes[0], *outcomes[2:]):
         here = f"rank {outcome.rank} (this one) is in call 3 (step 1 forward) at wte.weight"
         there = "rank 1 was in call 3 (step 1 forward) at h.3.attn"
@@ -264,17 +265,17 @@ def test_long_work_raises_no_alarm() -> None:
 
 
 def frozen(rank: int, world: int) -> None:
-    with begin(rank, world, timeout=1.0) as watch:
+    with Watch.start(default_store(), rank, world, timeout=0.6, interval=0.1) as watch:
         step(watch, 0)
         if rank == 1:
-            time.sleep(3 * INTERVAL)
+            time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGSTOP)
         timed_steps(watch, 1)
 
 
 def test_stopped_process_counts_as_frozen() -> None:
-    zero, one = rank_outcomes(frozen, 2, timeout=25)
-    assert_named(zero, "frozen", (1,), "exists but has not run", within=16.0)
+    zero, one = rank_outcomes(frozen, 2, timeout=40, grace=1)
+    assert_named(zero, "frozen", (1,), "exists but has not run", within=10.0)
     assert one.timed_out
 
 

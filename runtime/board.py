@@ -101,7 +101,8 @@ class Board:
     """A connection of our own to the store. Every method may block, or raise what the store raises when it is gone."""
 
     def __init__(self, store: Store, rank: int, world: int, name: str) -> None:
-        self._store = store.clone()  # a client serves one request at a time, and the main thread may wait in one
+        # A client serves one request at a time, and the main thread may wait in one. (PyTorch's stub lacks `clone`.)
+        self._store: Store = store.clone()  # type: ignore[attr-defined]
         self._rank = rank
         start = self._store.add(f"dscompile/watch/{name}/starts/{rank}", 1)
         self._prefix = f"dscompile/watch/{name}/{start}/"

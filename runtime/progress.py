@@ -69,13 +69,14 @@ class Progress:
     def record(self, beat: int = 0, links: int = 0) -> Record:
         """What to publish now."""
         with self._lock:
+            state, inside = self.state, self.inside  # before the calls: a goodbye must not come with too few of them
             self.fold()
             length = len(self._history)
             return Record(
                 rank=self.rank,
                 beat=beat,
-                state=self.state,
-                inside=self.inside,
+                state=state,
+                inside=inside,
                 at=self.at,
                 recent=tuple(self._history[i] for i in range(max(0, length - RECENT), length)),
                 error=self.failure,

@@ -13,6 +13,8 @@ Liveness is heartbeats and the kernel's word, not progress: a rank may compile f
 
 - A process that exists but does not run Python for ``10 * timeout`` (stopped, or one C call that keeps the interpreter
   lock) counts as frozen. Where its address cannot be probed (a firewall), silence for ``0.45 * timeout`` is death.
+- A rank between programs (compiling, saving) is not interrupted: it ends when it starts the next one. A collective of
+  its own that it is blocked in there is cut too, and raises gloo's error: hand that to :meth:`Watch.explain`.
 - Ranks that block each other *outside* programs (a barrier that only one of them calls) are alive and agree: no alarm.
 - Two ranks whose programs differ, but whose first collectives fit each other, exchange wrong values for up to one beat.
 - A rank that dies before it published its first record is only known by the collective that fails: kind ``unknown``.

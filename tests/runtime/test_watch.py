@@ -154,6 +154,26 @@ def test_rank_that_raises(world: int) -> None:
         assert_named(outcome, "raised", (1,), "rank 1 raised KeyError: 'planted'", there, here)
 
 
+def barrier_outside_programs(rank: int, world: int) -> str:
+    with begin(rank, world) as watch:
+        step(watch, 0)
+        if rank == 1:
+            watch.failed(OSError("disk full"))
+            time.sleep(4)
+            return ""
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            return str(watch.explain(error))
+        return "the barrier returned"
+
+
+def test_blocked_outside_programs() -> None:
+    text = run_ranks(barrier_outside_programs, 2)[0]
+    assert text.startswith("rank 1 raised OSError: disk full\n  rank 1 was after call 2 (step 0 backward)")
+    assert "rank 0 (this one) is after call 2 (step 0 backward) at wte.weight" in text
+
+
 def differs(rank: int, world: int, odd: int) -> None:
     with begin(rank, world) as watch:
         step(watch, 0)
@@ -218,6 +238,24 @@ def test_rank_that_is_done_alarms_nobody() -> None:
     outcomes = rank_outcomes(ends_while_others_work, 2)
     assert [o.value for o in outcomes] == ["done", "done"]
     assert [o.stderr for o in outcomes] == ["", ""]
+
+
+def last_call_is_longer(rank: int, world: int) -> str:
+    """Rank 0, whose process serves the store, is done; rank 1 still computes in the same call."""
+    with begin(rank, world, timeout=9.0) as watch:
+        step(watch, 0)
+        with watch.call(FORWARD, "step 1 forward"):
+            dist.all_reduce(torch.ones(4096))
+            time.sleep(2.0 * rank)
+        with watch.call("", "save"):
+            pass
+    return "done"
+
+
+def test_store_outlives_the_rank_that_serves_it() -> None:
+    outcomes = rank_outcomes(last_call_is_longer, 2, store="rank0")
+    assert [(o.value, o.stderr) for o in outcomes] == [("done", ""), ("done", "")]
+    assert outcomes[0].seconds > 2.0
 
 
 @pytest.mark.parametrize("store", ["parent", "rank0"])

@@ -67,6 +67,7 @@ class Slot:
         full: the gathered value while a ``gathered`` context is open.
         writable: that context writes ``full`` back.
         reads: eager reads so far, each of which gathered.
+        fresh: version of ``param`` when its resident copy was last gathered (:mod:`dscompile.resident`), else None.
     """
 
     def __init__(self, param: DTensor, spec: ShardSpec, config: Config) -> None:
@@ -78,7 +79,9 @@ class Slot:
         self.full: Tensor | None = None
         self.writable = False
         self.reads = 0
+        self.fresh: int | None = None
         self._hooked = False
+        self._watched: DTensor | None = None
         self.renew(param)
 
     def renew(self, param: DTensor | None = None) -> None:
@@ -90,6 +93,7 @@ class Slot:
         param = self.param
         self._local = local_of(param)
         resident = self._resident()
+        self._expect_writes(resident)
         if param.requires_grad:
             with torch.enable_grad():
                 self.shard: Tensor = Attach.apply(param)  # type: ignore[no-untyped-call]
@@ -103,6 +107,17 @@ class Slot:
         self.silent = alias(self._local)
         set_mark(self.silent, mark)
         self.publish()
+
+    def _expect_writes(self, resident: Tensor | None) -> None:
+        """A resident copy is stale from its first gradient on: an optimizer step follows."""
+        self.fresh = None
+        if resident is not None and self.param.requires_grad and self._watched is not self.param:
+            self._watched = self.param
+            stale = weakref.WeakMethod(self._set_stale)
+            self.param.register_post_accumulate_grad_hook(lambda _: (m := stale()) and m())
+
+    def _set_stale(self) -> None:
+        self.fresh = None
 
     def _resident(self) -> Tensor | None:
         """At stages 1 and 2 the shard must be a view of a full buffer: the one it already lies in, or a new one."""

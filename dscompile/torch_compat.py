@@ -39,6 +39,7 @@ from torch._ops import OpOverload as OpOverload
 from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.distributed import Store, distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -503,3 +504,12 @@ def export_joint(
     with tracing(context):
         joint = aot_export_joint_with_descriptors(stack, captured, args)
     return joint.graph_module, (*joint.params_spec, *joint.buffers_spec)
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def default_store() -> Store:
+    """The c10d store of the default process group. Stands on ``distributed_c10d._get_default_store``."""
+    store: Store = distributed_c10d._get_default_store()
+    return store

@@ -29,6 +29,9 @@ _PUBLIC = {
     "trace_step": "step",
     "compile_step": "step",
     "last_report": "report",
+    "deferred_init": "deferred",
+    "is_deferred": "deferred",
+    "materialise": "deferred",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

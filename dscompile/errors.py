@@ -44,6 +44,10 @@ class RunError(DscompileError, RuntimeError):
     """A training run that cannot go on (unwritable directory, damaged checkpoint, disk full, NaN loss)."""
 
 
+class DeferredError(DscompileError, RuntimeError):
+    """A tensor of :func:`dscompile.deferred_init` was used for its values before ``materialise`` gave it any."""
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the candidate nearest to ``word``, or an empty string."""
     match = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

@@ -10,11 +10,13 @@ values that steer the constructor (``trunc_normal_``'s rejection loop) computed 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import nn
 from torch.nn.modules.module import (
@@ -22,9 +24,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from dscompile.deferred_log import Cell
-from dscompile.deferred_record import DeferredTensor, Recorder, real_twin, user_line
-from dscompile.deferred_slots import find_slots
+from dscompile.deferred_log import WORTH_RETURNING, Cell, return_memory
+from dscompile.deferred_record import Recorder
+from dscompile.deferred_slots import Slot, find_slots
+from dscompile.deferred_tensor import DeferredTensor, real_twin, user_line
 from dscompile.torch_compat import dispatch_modes, no_modes, swap_contents
 
 Place = Callable[[str, torch.Tensor, bool], torch.Tensor]
@@ -96,6 +99,30 @@ def is_deferred(value: nn.Module | torch.Tensor) -> bool:
     return any(isinstance(slot.tensor, DeferredTensor) for slot in find_slots(value))
 
 
+def build_deferred(model_fn: Callable[[], nn.Module]) -> tuple[nn.Module, str | None]:
+    """``model_fn()`` under :func:`deferred_init`, or for real if that cannot be.
+
+    A constructor that fails when deferred is run again without, from the same random states (PyTorch's, Python's and
+    NumPy's); its own errors come out of that second run.
+
+    Returns:
+        The model, and None or the reason why it was built for real.
+    """
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        with deferred_init():
+            return model_fn(), None
+    except Exception as error:  # whatever it is, the real build decides whether it is the user's
+        reason = f"{type(error).__name__}: {error}"
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    for index, state in enumerate(gpus):
+        torch.cuda.set_rng_state(state, index)
+    return model_fn(), reason
+
+
 def materialise(model: nn.Module, place: Place | None = None) -> DeferredReport:
     """Fill a deferred model: bit for bit what its constructor would have built from the same seed.
 
@@ -114,25 +141,33 @@ def materialise(model: nn.Module, place: Place | None = None) -> DeferredReport:
     Raises:
         UnsupportedError: an operation's real result is laid out otherwise than its fake kernel promised.
     """
-    slots = find_slots(model)
-    tensors = list({id(slot.tensor): slot.tensor for slot in slots}.values())
+    places: dict[int, list[Slot]] = {}
+    for slot in find_slots(model):
+        places.setdefault(id(slot.tensor), []).append(slot)
+    tensors = [holders[0].tensor for holders in places.values()]
     recorders = list(dict.fromkeys(t.recorder for t in tensors if isinstance(t, DeferredTensor)))
     filler = _Filler([t for t in tensors if isinstance(t, DeferredTensor)])
     given = 0
     for tensor in tensors:
-        holders = [slot for slot in slots if slot.tensor is tensor]
+        holders = places[id(tensor)]
         first = holders[0]
         if first.kind == "attribute" and not isinstance(tensor, DeferredTensor):
             continue
         full = filler.fill(tensor) if isinstance(tensor, DeferredTensor) else tensor
         given += full is tensor
-        result = full if place is None or first.kind == "attribute" else place(first.fqn, full, first.kind == "parameter")
+        result = (
+            full if place is None or first.kind == "attribute" else place(first.fqn, full, first.kind == "parameter")
+        )
         if result is not full:
             for slot in holders:
                 slot.assign(result)
         elif isinstance(tensor, DeferredTensor):
             filler.keep(tensor, full)
+        size = full.untyped_storage().nbytes() if full is not tensor else 0
+        replaced = result is not full
         del full, result
+        if replaced and size >= WORTH_RETURNING:
+            return_memory()
     fallbacks = tuple(reason for recorder in recorders for reason in recorder.fallbacks)
     reads: Counter[str] = sum((recorder.value_reads for recorder in recorders), Counter())
     logs = [recorder.log for recorder in recorders]

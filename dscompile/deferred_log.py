@@ -7,18 +7,21 @@ each storage is computed by itself, from the operations it depends on and no oth
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from dscompile.errors import UnsupportedError
-from dscompile.torch_compat import OpOverload
+from dscompile.torch_compat import OpOverload, pytree
 
 ALL = 1 << 62
 """A time after every logged operation."""
+
+WORTH_RETURNING = 1 << 20
+"""Bytes of a freed storage from which the allocator is asked to return memory to the system."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A tensor as a window on a cell: sizes, strides and offset in elements of ``dtype``; the lazy conjugate bit."""
+    """A tensor as a window on a cell: sizes, strides and offset in elements of ``dtype``; the lazy bits."""
 
     cell: Cell
     dtype: torch.dtype
@@ -48,12 +51,14 @@ class Ref:
     stride: tuple[int, ...]
     offset: int
     conj: bool = False
+    neg: bool = False
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The real tensor: this window on ``storage``."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor.set_(storage, self.offset, self.size, self.stride)
-        return tensor.conj() if self.conj else tensor
+        tensor = tensor.conj() if self.conj else tensor
+        return torch.ops.aten._neg_view.default(tensor) if self.neg else tensor
 
     def whole(self) -> bool:
         """Whether the window covers every byte of its cell exactly once."""
@@ -120,6 +125,7 @@ class Log:
         self.peak = 0
         self.largest = 0
         self._cache: Env = {}
+        self._steering = 0
 
     def add(self, op: Op) -> None:
         """Append ``op``; forget what it makes unreachable."""
@@ -164,28 +170,36 @@ class Log:
         """Drop every cached value."""
         self._cache = {}
 
+    def _room(self) -> int:
+        """Bytes that values kept for later may take: twice the largest storage, or what a rejection loop works on.
+
+        ``trunc_normal_`` itself holds four tensors of its argument's size, and with less its loop would be run again
+        from its start for every ``mask.any()``.
+        """
+        return max(2 * self.largest, 4 * self._steering)
+
     def _trim(self, incoming: int) -> None:
-        """Evict the oldest cached values until they and ``incoming`` bytes fit in twice the largest storage."""
-        room = 2 * self.largest - incoming
+        """Evict the values that were used least recently until the others and ``incoming`` bytes fit."""
+        room = self._room() - incoming
         held = sum(kept.storage.nbytes() for kept in self._cache.values())
         for cell in list(self._cache):
             if held <= room:
                 break
             held -= self._cache.pop(cell).storage.nbytes()
+            if cell.nbytes >= WORTH_RETURNING:
+                return_memory()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluate(self, wanted: Sequence[Cell], before: int, cache: Env, *, ends: bool) -> Env:
-        """Compute ``wanted`` as they stood before ``before``. With ``ends``, each intermediate is freed at its last use.
+        """Compute ``wanted`` as they stood before ``before``, from ``cache``, which is used up.
 
-        Without, it is freed only for lack of room. ``cache`` is used up.
+        With ``ends``, each intermediate is freed at its last use; without, only for lack of room.
         """
         plan = _slice(wanted, before, cache)
-        if plan is None:  # an older version of a cached cell is needed: start from nothing
-            cache.clear()
-            plan = _slice(wanted, before, cache)
-            assert plan is not None
         env = cache
+        if not ends:
+            self._steering = max([self._steering, *(cell.nbytes for op in plan for cell in (*op.reads, *op.writes))])
         last = {cell: position for position, op in enumerate(plan) for cell in (*op.reads, *op.writes)}
         modes = _States()
         try:
@@ -194,7 +208,7 @@ class Log:
                 done = [cell for cell in env if last.get(cell, -1) <= position and cell not in wanted]
                 held = sum(kept.storage.nbytes() for kept in env.values())
                 for cell in done:
-                    if ends or held > 2 * self.largest:
+                    if ends or held > self._room():
                         held -= env.pop(cell).storage.nbytes()
         finally:
             modes.restore()
@@ -207,8 +221,7 @@ class Log:
     def _run(self, op: Op, env: Env, *, live: bool, modes: _States | None = None) -> list[Any]:
         """Run one operation on the storages of ``env``, and leave what it wrote there."""
         for cell in op.reads:
-            if cell not in env:
-                env[cell] = _initial(cell)
+            env[cell] = env.pop(cell) if cell in env else _initial(cell)
         for cell in op.writes:
             kept = env.get(cell)
             if kept is not None and kept.storage is cell.given:
@@ -233,7 +246,9 @@ class Log:
         return outputs
 
     def _note(self, env: Env) -> None:
-        self.peak = max(self.peak, sum(kept.storage.nbytes() for cell, kept in env.items() if kept.storage is not cell.given))
+        self.peak = max(
+            self.peak, sum(kept.storage.nbytes() for cell, kept in env.items() if kept.storage is not cell.given)
+        )
 
 
 def _initial(cell: Cell) -> _Kept:
@@ -242,8 +257,8 @@ def _initial(cell: Cell) -> _Kept:
     return _Kept(storage, -1)
 
 
-def _slice(wanted: Sequence[Cell], before: int, cache: Env) -> list[Op] | None:
-    """The operations that ``wanted`` depend on, in order; None if ``cache`` is too new for one of them."""
+def _slice(wanted: Sequence[Cell], before: int, cache: Env) -> list[Op]:
+    """The operations that ``wanted`` depend on, in order. Drops from ``cache`` what is too new for one of them."""
     needed: dict[int, Op] = {}
     oldest: dict[Cell, int] = {}
     stack = [(cell, before) for cell in wanted]
@@ -256,8 +271,11 @@ def _slice(wanted: Sequence[Cell], before: int, cache: Env) -> list[Op] | None:
             continue
         needed[op.seq] = op
         stack += [(read, op.seq) for read in op.reads]
-    if any(cell in cache and version < cache[cell].version for cell, version in oldest.items()):
-        return None
+    too_new = [cell for cell, version in oldest.items() if cell in cache and version < cache[cell].version]
+    if too_new:
+        for cell in too_new:
+            del cache[cell]
+        return _slice(wanted, before, cache)
     return [needed[seq] for seq in sorted(needed)]
 
 
@@ -269,6 +287,13 @@ def _check(op: Op, output: torch.Tensor, ref: Ref) -> None:
             f"deferred_init: {op.func} at {op.where} gave (dtype, shape, strides, offset) {real}, but its fake kernel "
             f"promised {(ref.dtype, ref.size, ref.stride, ref.offset)}. Build this model without deferred_init."
         )
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, as glibc keeps blocks of up to 32 MB (no other C library needs it)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _States:
@@ -311,5 +336,5 @@ def default_generator(device: torch.device) -> torch.Generator:
         generator: torch.Generator = torch.cuda.default_generators[index]
         return generator
     raise UnsupportedError(
-        f"deferred_init: random numbers on {device.type!r} are not supported. Build on the CPU, or without deferred_init."
+        f"deferred_init: random numbers on {device.type!r} are not supported. Build on the CPU, or without it."
     )

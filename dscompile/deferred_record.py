@@ -1,4 +1,4 @@
-"""Recording a construction: the tensor that has no data yet, and the mode that logs what is done to it.
+"""Recording a construction: the mode that logs what is done to tensors instead of doing it.
 
 Shapes come from fake tensors. Random operations are also run for real, on scratch, as they are met: the global
 generators are then at every moment where they would be without deferral, so seeds, ``fork_rng`` and
@@ -12,26 +12,26 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from dscompile.deferred_log import Cell, Draw, Log, Op, Ref, default_generator
+from dscompile.deferred_tensor import DeferredTensor, real_twin, user_line
 from dscompile.effects import traits
-from dscompile.errors import DeferredError, UnsupportedError
+from dscompile.errors import UnsupportedError
 from dscompile.torch_compat import (
     FakeTensor,
-    FakeTensorMode,
     OpOverload,
     TorchDispatchMode,
+    forget_conversions,
     no_modes,
+    pytree,
     storage_key,
+    strict_fake_mode,
     swap_contents,
-    tensor_hooks,
 )
 
 _ATEN = torch.ops.aten
@@ -45,83 +45,8 @@ _FILLS = frozenset(
 )  # fmt: skip
 """In-place operators that write every element of their first operand and read none."""
 
+_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _READS_VALUES = frozenset({_ATEN._local_scalar_dense.default, _ATEN.equal.default})
-_AFTERWARDS = frozenset({_ATEN.clone.default, _ATEN._to_copy.default, _ATEN.detach.default})
-"""What may still be recorded after the block, with views: ``model.to(dtype)``, ``deepcopy``, ``state_dict()``."""
-
-
-class DeferredTensor(FakeTensor):
-    """A tensor of known shape, dtype and device whose values are still a recipe in a :class:`Recorder`'s log."""
-
-    recorder: Recorder
-    owner: str = ""
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        own = next(t for t in found if isinstance(t, DeferredTensor))
-        if own.recorder.faking or func is torch.ops.prim.device.default:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        harmless = func in _AFTERWARDS or (traits(func).shares is not None and not traits(func).writes)
-        if not harmless or len(found) != 1:
-            raise DeferredError(own.complaint(f"{func} needs its values"))
-        return own.recorder.record(func, args, kwargs or {})
-
-    def complaint(self, what: str) -> str:
-        """The sentence of an error: which tensor, why, and what to do."""
-        name = f"{self.owner} " if self.owner else ""
-        return (
-            f"{name}(shape {tuple(self.shape)}) has no values yet: it was built under dscompile.deferred_init() at "
-            f"{self.recorder.where}, and {what}. Call dscompile.distribute(model) or dscompile.materialise(model) first"
-            " (a tensor held outside the model's modules is not filled: take it from the model afterwards)."
-        )
-
-    def real(self, what: str) -> torch.Tensor:
-        """A copy with the values it has at this point of the construction; an error after it."""
-        if not self.recorder.active:
-            raise DeferredError(self.complaint(f"{what} needs its values"))
-        return self.recorder.read(self)
-
-    def tolist(self) -> Any:
-        return self.real("tolist()").tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        array = self.real("numpy()").numpy(force=force)
-        array.flags.writeable = False  # a write would be lost: NumPy raises instead
-        return array
-
-    def data_ptr(self) -> int:
-        """An address that is equal for equal memory, as ties are told by it; nothing may be read there."""
-        ref = self.recorder.ref(self)
-        return (id(ref.cell) << 8) + ref.offset * ref.dtype.itemsize
-
-    @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        if not isinstance(value, DeferredTensor):
-            self.recorder.become(self, value)
-            return
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.fake_device = value.fake_device
-
-    def __repr__(self, **_: Any) -> str:
-        kind = "Parameter" if isinstance(self, nn.Parameter) else "Tensor"
-        grad = ", requires_grad=True" if self.requires_grad else ""
-        return f"{kind}(deferred, size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{grad})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if id(self) in memo:
-            return memo[id(self)]
-        memo[id(self)] = copied = self.recorder.deepcopy(self, memo)
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise DeferredError(self.complaint("saving it needs its values"))
 
 
 class Recorder(TorchDispatchMode):
@@ -143,7 +68,7 @@ class Recorder(TorchDispatchMode):
         self.log = Log()
         self.value_reads: Counter[str] = Counter()
         self.fallbacks: list[str] = []
-        self._fake = FakeTensorMode()
+        self._fake = strict_fake_mode()
         self._cells: dict[int, Cell] = {}
         self._names = frozenset[str]()
 
@@ -155,17 +80,20 @@ class Recorder(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], DeferredTensor) else func(*args, **kwargs)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if not any(isinstance(t, DeferredTensor) for t in tensors):
-            # Work on real tensors stays real. So does an empty tensor (lazy modules build on one) and what is on "meta".
+            # Work on real tensors stays real; so do an empty tensor (lazy modules build on one) and "meta".
             if tensors or not _makes_data(func, args, kwargs):
                 return func(*args, **kwargs)
         elif any(t.recorder is not self for t in tensors if isinstance(t, DeferredTensor)):
             raise UnsupportedError(
-                f"deferred_init: {func} at {user_line()} uses a tensor that another deferred_init block built. Build the "
-                "whole model in one block, or materialise the first part before."
+                f"deferred_init: {func} at {user_line()} uses a tensor that another deferred_init block built. Build "
+                "the whole model in one block, or materialise the first part before."
             )
+        elif func is _ATEN.detach.default:
+            _refuse_parameter_class()
         written = _written(func, args, kwargs)
-        if any(not isinstance(t, DeferredTensor) for t in written):
-            return self._write_outside(func, args, kwargs, written)
+        odd = next((t for t in tensors if not _plain(t)), None)
+        if odd is not None or any(not isinstance(t, DeferredTensor) for t in written):
+            return self._compute(func, args, kwargs, written, odd)
         return self.record(func, args, kwargs)
 
     # -- one operation -----------------------------------------------------------------------------------------------
@@ -194,8 +122,11 @@ class Recorder(TorchDispatchMode):
             outputs = pytree.tree_leaves(result)
             op.creates = self._created(outputs)
             op.writes = tuple(dict.fromkeys((*op.writes, *(ref.cell for _, ref in op.creates))))
-            if not op.writes and not seeded:
-                return result  # a view, or a question about shapes
+            if not op.writes and not seeded:  # a view, or a question about shapes
+                for output in outputs:
+                    if isinstance(output, DeferredTensor):
+                        output.owner = output.owner or next(x.owner for x in leaves if isinstance(x, DeferredTensor))
+                return result
             if seeded:
                 self.log.run_now(op)
             self.log.add(op)
@@ -228,13 +159,19 @@ class Recorder(TorchDispatchMode):
                 result = func(*args, **kwargs)
         finally:
             self.faking = False
-        for leaf in pytree.tree_leaves(result):
-            if type(leaf) is FakeTensor:
-                self._defer(leaf)
+        forget_conversions(self._fake)
+        fresh = [leaf for leaf in pytree.tree_leaves(result) if type(leaf) is FakeTensor]
+        for leaf in fresh:
+            if not _plain(leaf):
+                raise UnsupportedError(f"its result is a {_kind(leaf)}")
+        for leaf in fresh:
+            self._defer(leaf)
         return result
 
     def _run_real(self, op: Op, leaves: list[Any], failure: Exception) -> Any:
         """Run ``op`` on its real operands, as no fake kernel can tell the result's shape or value."""
+        if traits(op.func).shares is not None and not op.writes:  # a view of what the evaluation throws away
+            raise UnsupportedError(f"deferred_init: {op.func} at {op.where} cannot be recorded: {failure}") from failure
         outputs = self.log.run_now(op)
         self.value_reads[f"{op.func} at {op.where}"] += 1
         if op.writes:
@@ -246,34 +183,44 @@ class Recorder(TorchDispatchMode):
             raise UnsupportedError(f"deferred_init: {op.func} at {op.where} cannot be recorded: {failure}") from failure
         results: list[Any] = []
         for position, output in enumerate(outputs):
-            if isinstance(output, torch.Tensor) and output.layout is torch.strided:
+            if isinstance(output, torch.Tensor) and _plain(output):
                 deferred = self._empty_like(output)
                 op.creates += ((position, self.ref(deferred)),)
                 results.append(deferred)
                 continue
             if isinstance(output, torch.Tensor):
-                self.fallbacks.append(f"{op.func} at {op.where} gives a {output.layout} tensor")
+                self.fallbacks.append(f"{op.func} at {op.where} gives a {_kind(output)}")
             results.append(output)
         op.writes = tuple(ref.cell for _, ref in op.creates)
         if op.writes:
             self.log.add(op)
-        single = len(op.func._schema.returns) == 1 and not str(op.func._schema.returns[0].type).startswith("List")
-        return results[0] if single else tuple(results)
+        if traits(op.func).lists:
+            return results
+        return results[0] if len(results) == 1 else tuple(results)
 
-    def _write_outside(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]
+    def _compute(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        written: list[torch.Tensor],
+        odd: torch.Tensor | None,
     ) -> Any:
-        """A real tensor is written from deferred ones: compute those now, and write."""
+        """Run ``func`` for real now: it writes a real tensor from deferred ones, or an operand cannot be deferred."""
+        where = f"{func} at {user_line()}"
         if any(isinstance(t, DeferredTensor) for t in written) or traits(func).reshapes:
             raise UnsupportedError(
-                f"deferred_init: {func} at {user_line()} mixes a deferred tensor with one that has values in a way that "
-                "cannot be recorded. Build this model without deferred_init."
+                f"deferred_init: {where} mixes a deferred tensor with one that has values in a way that cannot be "
+                "recorded. Build this model without deferred_init."
             )
+        if odd is None:
+            self.value_reads[where] += 1
+        else:
+            self.fallbacks.append(f"{where} has a {_kind(odd)} operand")
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with no_modes():
             leaves = [self.read(x) if isinstance(x, DeferredTensor) else x for x in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
-            self.value_reads[f"{func} at {user_line()}"] += 1
             return func(*args, **kwargs)
 
     def _state(self, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draw:
@@ -288,8 +235,6 @@ class Recorder(TorchDispatchMode):
 
     def ref(self, tensor: DeferredTensor) -> Ref:
         """The window that ``tensor`` is now, on a known or new cell."""
-        if tensor.is_neg():
-            raise UnsupportedError(f"deferred_init: a lazily negated tensor at {user_line()} is not supported.")
         return Ref(
             self._cell(tensor),
             tensor.dtype,
@@ -297,6 +242,7 @@ class Recorder(TorchDispatchMode):
             tuple(tensor.stride()),
             int(tensor.storage_offset()),
             tensor.is_conj(),
+            tensor.is_neg(),
         )
 
     def read(self, tensor: DeferredTensor) -> torch.Tensor:
@@ -315,7 +261,7 @@ class Recorder(TorchDispatchMode):
             swap_contents(tensor, real_twin(tensor, value.detach()))
 
     def deepcopy(self, tensor: DeferredTensor, memo: dict[int, Any]) -> DeferredTensor:
-        """A recorded copy. Plain tensors that share memory share it after the copy too, as ``Tensor.__deepcopy__`` does."""
+        """A recorded copy. Plain tensors that share memory still do, as with ``Tensor.__deepcopy__``."""
         with torch.no_grad():
             if isinstance(tensor, nn.Parameter):
                 result: DeferredTensor = tensor.detach().clone(memory_format=torch.preserve_format)
@@ -335,8 +281,7 @@ class Recorder(TorchDispatchMode):
 
     def _cell(self, tensor: DeferredTensor) -> Cell:
         key = storage_key(tensor)
-        if key is None:
-            raise UnsupportedError(f"deferred_init: a {tensor.layout} tensor at {user_line()} cannot be deferred.")
+        assert key is not None, "only plain tensors are deferred"
         if key not in self._cells:
             storage = tensor.untyped_storage()
             self._cells[key] = Cell(tensor.fake_device, storage.nbytes(), storage)
@@ -354,11 +299,6 @@ class Recorder(TorchDispatchMode):
         """A real operand as a deferred one that holds a copy of its present values."""
         if isinstance(tensor, DeferredTensor):
             return tensor
-        if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
-            raise UnsupportedError(
-                f"deferred_init: a {type(tensor).__name__} ({tensor.layout}) is combined with a deferred tensor at "
-                f"{user_line()}; only plain dense tensors can be. Build this model without deferred_init."
-            )
         copied = tensor.detach().clone()
         deferred = self._empty_like(copied)
         self._cell(deferred).given = copied.untyped_storage()
@@ -378,14 +318,30 @@ class Recorder(TorchDispatchMode):
         return deferred
 
 
-def real_twin(tensor: DeferredTensor, real: torch.Tensor) -> torch.Tensor:
-    """``real`` in the class, with the ``requires_grad`` and the attributes that ``tensor`` would have had undeferred."""
-    if tensor_hooks(tensor):
-        raise UnsupportedError(tensor.complaint("gradient hooks were registered on it: register them afterwards"))
-    grad = tensor.requires_grad and tensor.is_leaf
-    twin = nn.Parameter(real, requires_grad=grad) if isinstance(tensor, nn.Parameter) else real.requires_grad_(grad)
-    twin.__dict__.update(tensor.recorder.own_attributes(tensor))
-    return twin
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a window on a storage, as the log knows them."""
+    own = isinstance(tensor, FakeTensor) or type(tensor) in (torch.Tensor, nn.Parameter)
+    return own and tensor.layout is torch.strided and tensor.dtype not in _QUANTIZED
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.dtype in _QUANTIZED:
+        return "quantized tensor"
+    return f"{type(tensor).__name__} of {tensor.layout} layout"
+
+
+def _refuse_parameter_class() -> None:
+    """``class Mine(nn.Parameter)`` on a deferred tensor would silently come out as a plain parameter: refuse it."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(12):
+        if frame is None:
+            return
+        if frame.f_code is nn.Parameter.__new__.__code__ and frame.f_locals["cls"] is not nn.Parameter:
+            raise UnsupportedError(
+                f"deferred_init: {frame.f_locals['cls'].__name__} at {user_line()} is a class of parameters; only "
+                "nn.Parameter itself can be deferred. Build this model without deferred_init."
+            )
+        frame = frame.f_back
 
 
 def _makes_data(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -408,15 +364,3 @@ def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _draws(func: OpOverload) -> bool:
     """Whether the call may advance a generator. Only ATen's tags are complete: others are taken to."""
     return traits(func).seeded or func.namespace not in ("aten", "prim", "prims")
-
-
-def user_line() -> str:
-    """``file.py:line`` of the innermost frame that is neither PyTorch's nor ours."""
-    ours, torches = str(Path(__file__).parent / "deferred"), str(Path(torch.__file__).parent)
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((ours, torches, "<")) and not name.endswith("contextlib.py"):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown line"

@@ -44,9 +44,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.utils import _pytree
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+pytree = _pytree
 
 # -- fake tensors ----------------------------------------------------------------------------------------------------
 
@@ -85,6 +88,23 @@ def storage_key(value: Any) -> int | None:
 def dispatch_modes() -> list[TorchDispatchMode]:
     """The dispatch modes that are active in this thread, innermost last (``_get_current_dispatch_mode_stack``)."""
     return list(_get_current_dispatch_mode_stack())
+
+
+def strict_fake_mode() -> FakeTensorMode:
+    """A fake mode whose storages raise when asked for an address, where others warn and answer 0.
+
+    Stands on ``functorch.config.fake_tensor_allow_unsafe_data_ptr_access``, read when the mode is made.
+    """
+    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode()
+
+
+def forget_conversions(mode: FakeTensorMode) -> None:
+    """Drop the weak references a fake mode keeps of tensors it has seen: ``swap_tensors`` refuses tensors with any.
+
+    Stands on ``FakeTensorConverter.meta_converter`` and its ``tensor_memo``.
+    """
+    mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
 
 
 def swap_contents(left: torch.Tensor, right: torch.Tensor) -> None:

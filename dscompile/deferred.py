@@ -45,7 +45,8 @@ class DeferredReport:
         replayed: operations run to get values, those run during the construction included.
         materialised: tensors filled from the record.
         given: tensors of the model that came with their values (``torch.tensor``, NumPy) and were never deferred.
-        value_reads: how often the constructor asked for a value, by ``operator at file.py:line``.
+        value_reads: how often a value was computed during the construction, as the constructor asked for it or as no
+            fake kernel tells its shape, by ``operator at file.py:line``.
         peak_bytes: the most bytes of full-size storages alive at once, in the construction or here: the tensor being
             filled, what it is computed from, and full tensors that ``place`` kept; not the shards it returned.
         largest_bytes: the largest storage of the model's construction.

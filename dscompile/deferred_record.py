@@ -56,12 +56,13 @@ class Recorder(TorchDispatchMode):
         where: ``file.py:line`` of the block.
         active: inside the block.
         log: what was recorded.
-        value_reads: how often Python asked for a value, by ``operator at file.py:line``.
+        value_reads: what was computed during the construction because Python asked for its value or no fake kernel
+            tells its shape, by ``operator at file.py:line``.
         fallbacks: tensors that were built for real because they cannot be logged, with the reason.
     """
 
     def __init__(self, where: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.where = where
         self.active = True
         self.faking = False
@@ -111,8 +112,8 @@ class Recorder(TorchDispatchMode):
             failure: Exception | None = None
             result: Any = None
             try:
-                if func in _READS_VALUES:
-                    raise UnsupportedError("its result is a Python value")
+                if func in _READS_VALUES or _custom(func):
+                    raise UnsupportedError("it is run for real")
                 result = self._run_fake(func, args, kwargs)
             except Exception as error:  # a fake kernel's failure or the user's: the real operation tells which
                 failure = error
@@ -260,15 +261,15 @@ class Recorder(TorchDispatchMode):
         with no_modes():
             swap_contents(tensor, real_twin(tensor, value.detach()))
 
-    def deepcopy(self, tensor: DeferredTensor, memo: dict[int, Any]) -> DeferredTensor:
+    def deepcopy(self, tensor: DeferredTensor, memo: dict[Any, Any]) -> Any:
         """A recorded copy. Plain tensors that share memory still do, as with ``Tensor.__deepcopy__``."""
         with torch.no_grad():
             if isinstance(tensor, nn.Parameter):
-                result: DeferredTensor = tensor.detach().clone(memory_format=torch.preserve_format)
+                result: Any = tensor.detach().clone(memory_format=torch.preserve_format)
                 result._is_param = True
             else:
                 ref = self.ref(tensor)
-                key = hash((id(ref.cell), ref.dtype))
+                key = (id(ref.cell), ref.dtype, ref.conj, ref.neg)
                 if key not in memo:
                     count = ref.cell.nbytes // ref.dtype.itemsize
                     memo[key] = tensor.detach().as_strided((count,), (1,), 0).clone()
@@ -361,6 +362,11 @@ def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
 
 
+def _custom(func: OpOverload) -> bool:
+    """Whether the operator is not PyTorch's own: its tags need not say that it draws, nor its fake kernel be right."""
+    return func.namespace not in ("aten", "prim", "prims")
+
+
 def _draws(func: OpOverload) -> bool:
-    """Whether the call may advance a generator. Only ATen's tags are complete: others are taken to."""
-    return traits(func).seeded or func.namespace not in ("aten", "prim", "prims")
+    """Whether the call may advance a generator."""
+    return traits(func).seeded or _custom(func)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,10 @@ class DeferredTensor(FakeTensor):
     owner: str = ""
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: OpOverload, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         found = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         own = next(t for t in found if isinstance(t, DeferredTensor))
         if own.recorder.faking or func is torch.ops.prim.device.default:
@@ -39,7 +40,7 @@ class DeferredTensor(FakeTensor):
         harmless = func in _AFTERWARDS or (traits(func).shares is not None and not traits(func).writes)
         if not harmless or len(found) != 1:
             raise DeferredError(own.complaint(f"{func} needs its values"))
-        return own.recorder.record(func, args, kwargs or {})
+        return own.recorder.record(func, tuple(args), dict(kwargs))
 
     def complaint(self, what: str) -> str:
         """The sentence of an error: which tensor, why, and what to do."""
@@ -50,7 +51,7 @@ class DeferredTensor(FakeTensor):
             " (a tensor held outside the model's modules is not filled: take it from the model afterwards)."
         )
 
-    def real(self, what: str) -> torch.Tensor:
+    def present(self, what: str) -> torch.Tensor:
         """A copy with the values it has at this point of the construction; an error after it."""
         if not self.recorder.active:
             raise DeferredError(self.complaint(f"{what} needs its values"))
@@ -58,11 +59,11 @@ class DeferredTensor(FakeTensor):
 
     def tolist(self) -> Any:
         """Its present values, inside the block."""
-        return self.real("tolist()").tolist()
+        return self.present("tolist()").tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Its present values, inside the block, as an array that cannot be written."""
-        array = self.real("numpy()").numpy(force=force)
+        array = self.present("numpy()").numpy(force=force)
         array.flags.writeable = False  # a write would be lost: NumPy raises instead
         return array
 
@@ -72,7 +73,7 @@ class DeferredTensor(FakeTensor):
         return (id(ref.cell) << 8) + ref.offset * ref.dtype.itemsize
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """As of any tensor. Assigning a real tensor makes this one real."""
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
 
@@ -84,12 +85,12 @@ class DeferredTensor(FakeTensor):
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.fake_device = value.fake_device
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         kind = "Parameter" if isinstance(self, nn.Parameter) else "Tensor"
         grad = ", requires_grad=True" if self.requires_grad else ""
         return f"{kind}(deferred, size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{grad})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         if id(self) in memo:
             return memo[id(self)]
         memo[id(self)] = copied = self.recorder.deepcopy(self, memo)

@@ -91,12 +91,13 @@ def dispatch_modes() -> list[TorchDispatchMode]:
 
 
 def strict_fake_mode() -> FakeTensorMode:
-    """A fake mode whose storages raise when asked for an address, where others warn and answer 0.
+    """A fake mode that never runs a real kernel, and whose storages raise when asked for an address.
 
+    Others run an operator without a fake kernel on zeros, which may draw random numbers, and answer 0 with a warning.
     Stands on ``functorch.config.fake_tensor_allow_unsafe_data_ptr_access``, read when the mode is made.
     """
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-        return FakeTensorMode()
+        return FakeTensorMode(allow_fallback_kernels=False)
 
 
 def forget_conversions(mode: FakeTensorMode) -> None:

@@ -116,7 +116,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 def test_layers(name: str) -> None:
     _, _, report = both(LAYERS[name])
     assert report.route == "deferred"
-    assert not report.value_reads
+    assert all("geqrf" in read for read in report.value_reads)  # orthogonal's: it has no fake kernel
 
 
 def test_recurrent_layer_runs() -> None:
@@ -191,10 +191,13 @@ def rotary(module: Any) -> None:
     module.register_buffer("turn", torch.polar(torch.ones_like(angles), angles), persistent=False)
     module.register_buffer("back", module.turn.conj())
     module.register_buffer("imaginary", module.turn.conj().imag)
+    module.register_buffer("cosine", module.turn.real)
     module.register_buffer("pairs", torch.view_as_real(module.turn))
     module.register_buffer("positions", torch.arange(12).expand((1, -1)))
     module.register_buffer("causal", torch.tril(torch.ones(5, 5, dtype=torch.bool)).view(1, 1, 5, 5))
     module.register_buffer("none", None)
+    copied = copy.deepcopy(nn.ParameterDict({"turn": nn.Parameter(module.turn), "back": nn.Parameter(module.back)}))
+    module.copied = copied
 
 
 def precisions(module: Any) -> None:
@@ -460,14 +463,28 @@ def test_lazy_modules_stay_lazy() -> None:
     assert model.layer(torch.ones(1, 2)).shape == (1, 3)  # type: ignore[operator]
 
 
-def test_wrong_fake_layout_is_an_error() -> None:
-    """A fake kernel that lies about strides must not give wrong values."""
+def test_custom_operators_are_run_for_real() -> None:
+    """The one here draws without saying so, and its fake kernel lies about the strides."""
     with torch.library._scoped_library("deferred_test", "FRAGMENT") as library:
-        library.define("flip(Tensor x) -> Tensor")
-        library.impl("flip", lambda x: x.t().contiguous().t(), "CompositeExplicitAutograd")
-        torch.library.register_fake("deferred_test::flip", torch.empty_like, lib=library)
-        with pytest.raises(UnsupportedError, match="flip"):
-            materialise(build(lambda m: m.register_buffer("x", torch.ops.deferred_test.flip(torch.rand(2, 3)))))
+        library.define("noise(Tensor x) -> Tensor")
+        library.impl("noise", lambda x: (x + torch.rand(2, 3)).t().contiguous().t(), "CompositeExplicitAutograd")
+        torch.library.register_fake("deferred_test::noise", torch.empty_like, lib=library)
+
+        def fill(module: Any) -> None:
+            module.register_buffer("x", torch.ops.deferred_test.noise(torch.rand(2, 3)))
+            module.register_buffer("after", torch.rand(3))
+
+        _, model, report = both(lambda: Built(fill))
+        assert model.x.stride() == (1, 2)  # type: ignore[union-attr, operator]
+        assert len(report.value_reads) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_wrong_fake_layout_is_an_error() -> None:
+    """PyTorch's fake kernel of this operator promises float32: better no values than wrong ones."""
+    model = build(lambda m: m.register_buffer("x", torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.qint8)))
+    with pytest.raises(UnsupportedError, match=r"quantize_per_tensor.*qint8.*promised.*float32"):
+        materialise(model)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

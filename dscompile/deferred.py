@@ -48,7 +48,8 @@ class DeferredReport:
         value_reads: how often a value was computed during the construction, as the constructor asked for it or as no
             fake kernel tells its shape, by ``operator at file.py:line``.
         peak_bytes: the most bytes of full-size storages alive at once, in the construction or here: the tensor being
-            filled, what it is computed from, and full tensors that ``place`` kept; not the shards it returned.
+            filled, what it is computed from, and full tensors that ``place`` kept; not the
+            shards it returned, nor values that came from outside.
         largest_bytes: the largest storage of the model's construction.
         fallbacks: the reasons why tensors were built for real, one each.
     """
@@ -164,10 +165,9 @@ def materialise(model: nn.Module, place: Place | None = None) -> DeferredReport:
                 slot.assign(result)
         elif isinstance(tensor, DeferredTensor):
             filler.keep(tensor, full)
-        size = full.untyped_storage().nbytes() if full is not tensor else 0
-        replaced = result is not full
+        freed = full.nbytes if full is not tensor and result is not full else 0
         del full, result
-        if replaced and size >= WORTH_RETURNING:
+        if freed >= WORTH_RETURNING:
             return_memory()
     fallbacks = tuple(reason for recorder in recorders for reason in recorder.fallbacks)
     reads: Counter[str] = sum((recorder.value_reads for recorder in recorders), Counter())

@@ -93,7 +93,8 @@ class Recorder(TorchDispatchMode):
             _refuse_parameter_class()
         written = _written(func, args, kwargs)
         odd = next((t for t in tensors if not _plain(t)), None)
-        if odd is not None or any(not isinstance(t, DeferredTensor) for t in written):
+        suspects = tensors if traits(func).reshapes else written
+        if odd is not None or any(not isinstance(t, DeferredTensor) for t in suspects):
             return self._compute(func, args, kwargs, written, odd)
         return self.record(func, args, kwargs)
 
@@ -207,7 +208,10 @@ class Recorder(TorchDispatchMode):
         written: list[torch.Tensor],
         odd: torch.Tensor | None,
     ) -> Any:
-        """Run ``func`` for real now: it writes a real tensor from deferred ones, or an operand cannot be deferred."""
+        """Run ``func`` for real now: it writes a real tensor from deferred ones, or an operand cannot be deferred.
+
+        Refused if a deferred tensor is written, or would come to share memory with a real one.
+        """
         where = f"{func} at {user_line()}"
         if any(isinstance(t, DeferredTensor) for t in written) or traits(func).reshapes:
             raise UnsupportedError(
@@ -283,10 +287,10 @@ class Recorder(TorchDispatchMode):
     def _cell(self, tensor: DeferredTensor) -> Cell:
         key = storage_key(tensor)
         assert key is not None, "only plain tensors are deferred"
-        if key not in self._cells:
-            storage = tensor.untyped_storage()
-            self._cells[key] = Cell(tensor.fake_device, storage.nbytes(), storage)
-        return self._cells[key]
+        storage = tensor.untyped_storage()
+        cell = self._cells.setdefault(key, Cell(tensor.fake_device, storage.nbytes(), storage))
+        cell.nbytes = storage.nbytes()  # resize_
+        return cell
 
     def _created(self, outputs: list[Any]) -> tuple[tuple[int, Ref], ...]:
         fresh = [

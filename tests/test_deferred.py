@@ -241,6 +241,7 @@ def rebinding(module: Any) -> None:
     grown = torch.rand(3)
     grown.resize_(6)
     grown[3:] = 1
+    grown[:3].normal_()  # all of the old storage, half of the new
     module.register_buffer("grown", grown)
     pointed = torch.rand(4)
     pointed.set_(torch.rand(2))
@@ -455,6 +456,12 @@ def test_parameter_class_is_refused_and_build_deferred_falls_back() -> None:
 def test_numpy_view_cannot_be_written() -> None:
     with pytest.raises(ValueError, match="read-only"):
         build(lambda module: torch.rand(3).numpy().fill(0))
+
+
+def test_set_to_a_real_tensor_is_refused() -> None:
+    """The two would share memory from then on, and the record could not see what is written to the real one."""
+    with pytest.raises(UnsupportedError, match="mixes a deferred tensor"):
+        build(lambda module: torch.rand(3).set_(torch.tensor([1.0])))
 
 
 def test_lazy_modules_stay_lazy() -> None:

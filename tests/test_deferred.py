@@ -24,6 +24,7 @@ from dscompile.errors import DeferredError, UnsupportedError
 from dscompile.torch_compat import dispatch_modes
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
+from more import MORE
 from zoo import ZOO
 
 Fill = Callable[[Any], None]
@@ -95,6 +96,13 @@ def test_transformers(name: str) -> None:
     loss = model(**ZOO[name]()[1]).loss
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad and p.dim() > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(MORE))
+def test_more_transformers(name: str) -> None:
+    _, _, report = both(lambda: MORE[name]()[0])
+    assert report.route == "deferred"
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -46,8 +46,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.utils import _pytree
 from torch.utils._ordered_set import OrderedSet
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+pytree = _pytree
 
 # -- fake tensors ----------------------------------------------------------------------------------------------------
 
@@ -81,6 +85,45 @@ def storage_key(value: Any) -> int | None:
         return int(value.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """The dispatch modes that are active in this thread, innermost last (``_get_current_dispatch_mode_stack``)."""
+    return list(_get_current_dispatch_mode_stack())
+
+
+def strict_fake_mode() -> FakeTensorMode:
+    """A fake mode that never runs a real kernel, and whose storages raise when asked for an address.
+
+    Others run an operator without a fake kernel on zeros, which may draw random numbers, and answer 0 with a warning.
+    Stands on ``functorch.config.fake_tensor_allow_unsafe_data_ptr_access``, read when the mode is made.
+    """
+    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode(allow_fallback_kernels=False)
+
+
+def forget_conversions(mode: FakeTensorMode) -> None:
+    """Drop the weak references a fake mode keeps of tensors it has seen: ``swap_tensors`` refuses tensors with any.
+
+    Stands on ``FakeTensorConverter.meta_converter`` and its ``tensor_memo``.
+    """
+    mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+
+
+def swap_contents(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Exchange class, attributes and data of two tensors: every reference to ``left`` then sees what ``right`` was.
+
+    ``torch.utils.swap_tensors`` does the same but refuses tensors with weak references, which recurrent layers keep
+    of their own parameters. Raises ``TypeError`` if the classes' layouts differ. Stands on ``_swap_tensor_impl``.
+    """
+    left.__class__, right.__class__ = right.__class__, left.__class__
+    left.__dict__, right.__dict__ = dict(right.__dict__), dict(left.__dict__)
+    torch._C._swap_tensor_impl(left, right)
+
+
+def tensor_hooks(tensor: torch.Tensor) -> bool:
+    """Whether gradient hooks were registered on the tensor (``_backward_hooks``, ``_post_accumulate_grad_hooks``)."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 # -- Dynamo ----------------------------------------------------------------------------------------------------------

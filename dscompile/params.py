@@ -43,11 +43,15 @@ def frame_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FrameInpu
     for other, kept in duplicate_sources():
         ties.setdefault(kept, []).append(other)
         ties.setdefault(other, []).append(kept)
+    sources = source_names(gm)
+    kinds = [_kind(source, value) for source, value in zip(sources, example_inputs, strict=True)]
+    state = {s for s, kind in zip(sources, kinds, strict=True) if kind in (InputKind.PARAMETER, InputKind.BUFFER)}
+    several = len({(root, owner) for root, owner, path in map(_parts, state) if path}) > 1
     named = []
-    for source, value in zip(source_names(gm), example_inputs, strict=True):
-        kind = _kind(source, value)
-        fqn = fqn_of(source)
-        aliases = tuple(sorted(fqn_of(other) for other in ties.get(source, ()))) if kind is InputKind.PARAMETER else ()
+    for source, kind, value in zip(sources, kinds, example_inputs, strict=True):
+        fqn = fqn_of(source, several_modules=several)
+        others = ties.get(source, ()) if source in state else ()
+        aliases = tuple(sorted(fqn_of(other, several_modules=several) for other in others))
         trainable = kind is InputKind.PARAMETER and bool(value.requires_grad)
         named.append(GraphInput("", kind, fqn, aliases, trainable))
     return FrameInputs(tuple(named))
@@ -61,13 +65,41 @@ def _kind(source: str, value: Any) -> InputKind:
     return InputKind.SYMBOL if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else InputKind.OPAQUE
 
 
-def fqn_of(source: str) -> str:
-    """``L['self']._modules['a']._modules['0']._parameters['w']`` -> ``a.0.w``; other sources keep their last name."""
-    keys = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", source)
-    if keys:
-        return ".".join(keys)
-    match = re.search(r"\['([^']+)'\](?!.*\['[^']+'\])", source)
-    return match.group(1) if match else source
+_ACCESSOR = re.compile(r"""\.(\w+)|\[(?:'([^']*)'|"([^"]*)"|(\w+))\]""")
+_TABLES = frozenset({"_modules", "_parameters", "_buffers"})
+_CELL = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
+
+
+def fqn_of(source: str, *, several_modules: bool = False) -> str:
+    """``L['self']._modules['a']._modules['0']._parameters['w']`` -> ``a.0.w``: the name inside the user's module.
+
+    What hangs on ``self`` keeps its whole path. A module that a function got from elsewhere (``G['teacher']``) gives
+    names inside that module, with its own name in front if the frame has ``several_modules``, as two may have a
+    ``weight``. Other sources keep the path from the variable (``L['xs'][0]`` -> ``xs.0``).
+    """
+    root, owner, path = _parts(source)
+    if not root:
+        return source
+    if root == "self" and (owner or path):
+        return ".".join([*owner, *path])
+    return ".".join(path if path and not several_modules else [root, *owner, *path])
+
+
+def _parts(source: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """(variable, how the outermost module hangs on it, the path inside that module) of a Dynamo source expression."""
+    text = _CELL.sub("", source)
+    start = re.match(r"[LG]\['([^']+)'\]", text)
+    if start is None:
+        return "", (), ()
+    owner: list[str] = []
+    path: list[str] = []
+    names = owner
+    for attribute, quoted, double_quoted, index in _ACCESSOR.findall(text[start.end() :]):
+        if attribute in _TABLES:
+            names = path
+        elif attribute != "_orig_mod":  # a compiled submodule's parameters keep the names they had before
+            names.append(attribute or quoted or double_quoted or index)
+    return start.group(1), tuple(owner), tuple(path)
 
 
 def from_aot(

@@ -6,6 +6,7 @@ the region holds the only reference and can free or overwrite them while it runs
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 from torch import fx
 
 from dscompile.codegen.regions import Region, is_constant_tensor
-from dscompile.effects import constant
+from dscompile.effects import constant, shared_operand
 from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
 from dscompile.program import Program, RegionCode, Step, function_source
 from dscompile.source import module_of, source_line
 from dscompile.torch_compat import OpOverload, tensor_bytes
 
-_MODULES = {"operator": operator, "_operator": operator, "math": None, "torch": torch, "builtins": None}
+_MODULES = frozenset({"operator", "_operator", "math", "torch", "builtins"})
+"""Modules whose functions a program may call: those that the runtime's namespace defines."""
 
 
 def emit_program(graph: StepGraph, regions: Sequence[Region], codes: dict[str, RegionCode]) -> Program:
@@ -136,7 +138,9 @@ def _expression(value: object) -> str:
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, float):
-        return f"float({str(value)!r})" if value != value or value in (float("inf"), float("-inf")) else repr(value)
+        return repr(value) if math.isfinite(value) else f"float({str(value)!r})"
+    if isinstance(value, complex):
+        return f"complex({_expression(value.real)}, {_expression(value.imag)})"
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
     if isinstance(value, (list, tuple)):
@@ -144,19 +148,22 @@ def _expression(value: object) -> str:
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
     if isinstance(value, slice):
         return f"slice({_expression(value.start)}, {_expression(value.stop)}, {_expression(value.step)})"
-    if value is None or isinstance(value, (bool, int, str, complex, torch.dtype, torch.layout, torch.memory_format)):
+    if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.layout, torch.memory_format)):
         return repr(value)
     raise UnsupportedError(f"constant {value!r} of type {type(value).__name__} cannot be printed as source")
 
 
 def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dict[str, Any]:
-    """Figures of a program: nodes, regions, and how many non-GEMM bytes run inside compiled regions."""
+    """Figures of a program: nodes, regions, and how many non-GEMM bytes are computed inside compiled regions.
+
+    A view computes none, wherever it stands.
+    """
     compiled = {key for key, code in program.codes.items() if code.kind == "inductor"}
     inside = total = 0
     for region in regions:
-        moved = sum(_bytes(n) for n in region.nodes if not _is_gemm(n))
-        total += moved
-        inside += moved if region.key in compiled or region.inline else 0
+        made = sum(_bytes(n) for n in region.nodes if not _is_gemm(n))
+        total += made
+        inside += made if region.key in compiled else 0
     return {
         "nodes": len(graph.graph.nodes),
         "regions": sum(not r.inline for r in regions),
@@ -177,5 +184,8 @@ def _is_gemm(node: fx.Node) -> bool:
 
 
 def _bytes(node: fx.Node) -> int:
+    """Bytes that a node writes; the parts of an operator of several results count at the operator."""
+    if shared_operand(node) is not None or node.target is operator.getitem:
+        return 0
     value = node.meta.get("val")
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else tensor_bytes(value)

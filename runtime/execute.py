@@ -11,7 +11,7 @@ import torch
 
 from dscompile.program import Program, RegionCode
 from dscompile.runtime.pool import POOL
-from dscompile.runtime.sanitize import Boxed, checked_regions
+from dscompile.runtime.sanitize import Boxed, Checks
 from dscompile.torch_compat import load_artifact, set_allocator
 
 
@@ -25,10 +25,11 @@ def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = Fals
     """
     loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
-    if sanitize:
-        references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
-        namespace |= checked_regions(program, loaded, references)
-    return define(program.source(), program.name, namespace)
+    if not sanitize:
+        return define(program.source(), program.name, namespace)
+    references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
+    checks = Checks(program, loaded, references)
+    return checks.restarting(define(program.source(), program.name, namespace | checks.namespace))
 
 
 def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:

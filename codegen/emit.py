@@ -138,7 +138,7 @@ def _expression(value: object) -> str:
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else f"float({str(value)!r})"
+        return float.__repr__(value) if math.isfinite(value) else f"float({str(value)!r})"
     if isinstance(value, complex):
         return f"complex({_expression(value.real)}, {_expression(value.imag)})"
     if isinstance(value, torch.device):
@@ -148,7 +148,11 @@ def _expression(value: object) -> str:
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
     if isinstance(value, slice):
         return f"slice({_expression(value.start)}, {_expression(value.stop)}, {_expression(value.step)})"
-    if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.layout, torch.memory_format)):
+    if value is Ellipsis:
+        return "..."
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        return int.__repr__(value) if isinstance(value, int) else str.__repr__(value)  # an enum's member too
+    if value is None or isinstance(value, (bool, torch.dtype, torch.layout, torch.memory_format)):
         return repr(value)
     raise UnsupportedError(f"constant {value!r} of type {type(value).__name__} cannot be printed as source")
 

@@ -179,6 +179,10 @@ def _graph_output(descriptor: Any, value: Any, frame: FrameInputs) -> GraphOutpu
 # -- roles and phases ------------------------------------------------------------------------------------------------
 
 
+_BACKWARD_TAGS = frozenset({"is_backward", "must_be_in_backward"})
+"""What AOTAutograd writes on nodes of autograd's backward; the second on writes to inputs that backward makes."""
+
+
 def annotate_nodes(graph: StepGraph) -> None:
     """Give every node its :class:`NodeInfo`: role by operator, phase by what it depends on, FQN by module.
 
@@ -194,7 +198,7 @@ def annotate_nodes(graph: StepGraph) -> None:
             late.add(node)
         elif graph.kind is GraphKind.JOINT:
             depends = node.name in tangents or any(operand in late for operand in node.all_input_nodes)
-            traced_backward = node.meta.get("partitioner_tag") == "is_backward" and node.op != "placeholder"
+            traced_backward = node.meta.get("partitioner_tag") in _BACKWARD_TAGS and node.op != "placeholder"
             traced_backward = traced_backward and role_of(node) is not Role.SYMBOL  # sizes are known in forward
             if depends or (traced_backward and node not in needed) or node.op == "output":
                 late.add(node)

@@ -51,6 +51,9 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
         )
         _erase_unused(forward, Phase.BACKWARD)
         _erase_unused(backward, Phase.FORWARD)
+    for half in (forward, backward):
+        for node in half.graph.find_nodes(op="placeholder"):
+            node.meta = dict(node.meta)  # extraction hands over the joint node's own dictionary
     fw, bw = _as_forward(graph, forward), _as_backward(graph, backward)
     _sink_independent(bw)
     saved = tuple(i.name for i in bw.inputs if i.kind is not InputKind.TANGENT)

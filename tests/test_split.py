@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dscompile.effects import is_random, shared_operand
 from dscompile.equivalence import Verdict, prove_split, snapshot
-from dscompile.graph import GraphKind, InputKind, Phase, Role, StepGraph, info
+from dscompile.graph import GraphKind, InputKind, Phase, Role, StepGraph, annotate, info
 from dscompile.split import Split, saved_for_backward, split
-from tests.build import Drops, Noise, Norm, Tied, execute, random_inputs, trace
+from tests.build import Drops, Hand, Noise, Norm, Tied, execute, random_inputs, trace
 
 aten = torch.ops.aten
+ATEN = {"regions": "aten", "summary": False, "cache": False}
 
 
 def saved_nodes(graph: StepGraph, halves: Split) -> list[fx.Node]:
@@ -186,6 +187,22 @@ def test_what_needs_no_gradient_is_computed_just_before_its_first_use() -> None:
         assert all(n not in late for n in between), f"{node} waits for {user} during {between}"
 
 
+class ConstantGradient(torch.autograd.Function):
+    """A gradient that no tangent enters, read from a buffer before backward overwrites it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counter: Tensor) -> Tensor:
+        ctx.save_for_backward(counter)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (counter,) = ctx.saved_tensors
+        found = torch.sin(counter)
+        counter.add_(1)
+        return found, None
+
+
 class WritesInBackward(torch.autograd.Function):
     """Counts in a buffer during backward, after reading it."""
 
@@ -202,13 +219,43 @@ class WritesInBackward(torch.autograd.Function):
         return gradient * scale * torch.cos(counter), None
 
 
-def test_a_read_does_not_sink_below_a_write() -> None:
+@pytest.mark.parametrize("function", [WritesInBackward, ConstantGradient])
+def test_a_write_of_backward_stays_there_and_no_read_sinks_below_it(function: Any) -> None:
     def model(x: Tensor, w: Tensor, counter: Tensor) -> Tensor:
-        return WritesInBackward.apply(x * w, counter)
+        return function.apply(x + w, counter)
+
+    def run(compiled: bool) -> list[Tensor]:
+        w, counter = nn.Parameter(torch.arange(4.0)), torch.ones(4)
+        step = torch.compile(model, backend="dscompile", options=ATEN) if compiled else model
+        for _ in range(2):
+            step(torch.ones(4), w, counter).sum().backward()
+        return [w.grad, counter]
 
     graph = trace(model, torch.randn(4), nn.Parameter(torch.randn(4)), torch.zeros(4))
     reference = snapshot(graph)
     halves = split(graph)
+    proof = prove_split(reference, halves.forward, halves.backward, halves.saved)
+    assert proof.verdict is Verdict.PROVED, proof.explain("split")
+    assert (len(calls(halves.forward, aten.copy_.default)), len(calls(halves.backward, aten.copy_.default))) == (0, 1)
+    torch.compiler.reset()
+    for have, want in zip(run(compiled=True), run(compiled=False), strict=True):
+        assert torch.equal(have, want)
+
+
+def test_a_value_that_backward_recomputes_is_read_before_backward_overwrites_it() -> None:
+    """As a recomputing pass would leave it: ``sin(p)`` is a backward node whose first user comes after the write."""
+    h = Hand()
+    p, x, tangent = h.input("p", 4), h.input("x", 4), h.input("tangents_1", 4, kind=InputKind.TANGENT)
+    y = h.call(aten.mul.Tensor, x, 2.0)
+    wave = h.call(aten.sin.default, h.call(aten.view.default, p, [4]))
+    write = h.call(aten.copy_.default, p, tangent)
+    graph = h.done([y, h.call(aten.mul.Tensor, tangent, wave)], forward_outputs=1)
+    annotate(wave, phase=Phase.BACKWARD)
+    annotate(wave.args[0], phase=Phase.BACKWARD)
+    write.meta["partitioner_tag"] = "must_be_in_backward"
+    reference = snapshot(graph)
+    halves = split(graph)
+    assert halves.saved == ("p",)
     proof = prove_split(reference, halves.forward, halves.backward, halves.saved)
     assert proof.verdict is Verdict.PROVED, proof.explain("split")
 

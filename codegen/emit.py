@@ -20,7 +20,7 @@ from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
 from dscompile.program import Program, RegionCode, Step, function_source
 from dscompile.source import module_of, source_line
-from dscompile.torch_compat import OpOverload, tensor_bytes
+from dscompile.torch_compat import HigherOrderOperator, OpOverload, tensor_bytes
 
 _MODULES = frozenset({"operator", "_operator", "math", "torch", "builtins"})
 """Modules whose functions a program may call: those that the runtime's namespace defines."""
@@ -74,20 +74,36 @@ def emit_aten(module: fx.GraphModule) -> str:
     """Source of ``run(args)`` that calls PyTorch's own kernel for each node of a region's module.
 
     Raises:
-        UnsupportedError: a node that Python source cannot name (a sub-module of a higher-order operator).
+        UnsupportedError: a node that Python source cannot name.
     """
+    return function_source("run", *_aten_body(module))
+
+
+def _aten_body(module: fx.GraphModule) -> tuple[list[str], list[Step], list[str]]:
+    """The inputs, steps and outputs of a graph, node by node; the branches and bodies it calls are defined first."""
     body = [n for n in module.graph.nodes if n.op == "call_function"]
-    if any(n.op == "get_attr" for n in module.graph.nodes):
-        raise UnsupportedError("a region with constants of its own cannot be printed as source")
     values: Any = module.graph.output_node().args[0]
     kept = {v.name for v in values if isinstance(v, fx.Node)}
     last_use = {read.name: index for index, node in enumerate(body) for read in node.all_input_nodes}
-    steps = [
+    steps = [_definition(node) for node in module.graph.find_nodes(op="get_attr")]
+    steps += [
         _node_step(n, _dead([n.name], last_use, kept) + _dying(n.all_input_nodes, last_use, i, kept))
         for i, n in enumerate(body)
     ]
     inputs = [p.name for p in module.graph.find_nodes(op="placeholder")]
-    return function_source("run", inputs, steps, [_expression(v) for v in values])
+    return inputs, steps, [_expression(v) for v in values]
+
+
+def _definition(node: fx.Node) -> Step:
+    """The graph that a higher-order operator is called with, as a function; names inside are its own."""
+    module = constant(node)
+    if not isinstance(module, fx.GraphModule):
+        raise UnsupportedError(f"constant {node.name!r} inside a region cannot be printed as source")
+    inputs, steps, outputs = _aten_body(module)
+    lines = [line for step in steps for line in step.text.splitlines()]
+    lines.append(f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
+    text = "\n    ".join([f"def {node.name}({', '.join(inputs)}):", *lines])
+    return Step(text, "def", (), (node.name,), ())
 
 
 def _dying(nodes: Iterable[fx.Node], last_use: dict[str, int], index: int, kept: set[str]) -> list[str]:
@@ -127,6 +143,8 @@ def _target(target: object) -> str:
     if isinstance(target, OpOverload):
         namespace, name = target._schema.name.split("::")
         return f"torch.ops.{namespace}.{name}.{target._overloadname}"
+    if isinstance(target, HigherOrderOperator):
+        return f"torch.ops.higher_order.{target.name()}"
     module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
     if module in _MODULES and name:
         return f"{module.removeprefix('_')}.{name}" if module != "builtins" else name

@@ -29,7 +29,8 @@ def test_it_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("pipelin", "pipeline"), ("Regions", "regions"), ("donated", "donate"), ("sanitise", "sanitize")]
+    ("wrong", "right"),
+    [("pipelin", "pipeline"), ("Regions", "regions"), ("donated", "donate"), ("sanitise", "sanitize")],
 )
 def test_an_unknown_option_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -127,7 +128,9 @@ def test_the_digest_depends_on_every_option_but_output_only_ones() -> None:
 
 
 def test_the_digest_is_the_same_in_any_order() -> None:
-    assert Config.load({"regions": "aten", "limit": 1}).digest() == Config.load({"limit": 1, "regions": "aten"}).digest()
+    assert (
+        Config.load({"regions": "aten", "limit": 1}).digest() == Config.load({"limit": 1, "regions": "aten"}).digest()
+    )
 
 
 def test_the_backend_reports_a_misspelt_option() -> None:

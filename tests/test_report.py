@@ -18,7 +18,9 @@ FACTS = {"nodes": 40, "regions": 5, "compiled_regions": 2, "bytes": 2000, "bytes
 
 
 def test_a_line_says_what_how_checked_and_how_long() -> None:
-    report = GraphReport("graph3", "forward", facts=FACTS, seconds={"passes": 0.5, "compile forward": 1.0}, verdict="proved")
+    report = GraphReport(
+        "graph3", "forward", facts=FACTS, seconds={"passes": 0.5, "compile forward": 1.0}, verdict="proved"
+    )
     line = report.line()
     assert line == "graph3 forward: 40 nodes, 5 regions (2 compiled, 95.0 % of non-GEMM bytes), proved, 1.5 s"
 

@@ -202,6 +202,37 @@ def test_labels_name_module_and_line() -> None:
     assert label(y) == ""
 
 
+# -- higher-order operators --------------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """A branch in a branch, with constants of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(x: Tensor) -> Tensor:
+            return torch.cond(x.mean() > 0, lambda x: x * math.inf, lambda x: x - 1.5, (x,))
+
+        return torch.cond(x.sum() > 0, inner, lambda x: x.cos() * 2, (self.linear(x).clamp(-1, 1),))
+
+
+@pytest.mark.parametrize("options", [{"regions": "aten"}, {"sanitize": True}], ids=str)
+def test_the_branches_of_a_higher_order_operator_print_as_functions(options: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Branches()
+    compiled = torch.compile(model, backend="dscompile", options=options | {"summary": False, "cache": False})
+    for x in (torch.rand(4, 8), -torch.rand(4, 8)):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), equal_nan=True)
+        gradients = [torch.autograd.grad(m(x.clone()).sum(), list(model.parameters())) for m in (compiled, model)]
+        for have, want in zip(*gradients, strict=True):
+            torch.testing.assert_close(have, want, equal_nan=True)
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dscompile.codegen.regions import Region, cut, region_module
 from dscompile.config import Config
 from dscompile.graph import GraphKind, InputKind, StepGraph
 from dscompile.split import split
-from dscompile.torch_compat import FakeTensorMode
 from dscompile.tools.gpt import GPT, GPTConfig
+from dscompile.torch_compat import FakeTensorMode
 from tests.build import Drops, Hand, Norm, Repeats, Tied, execute, random_inputs, trace
 
 aten = torch.ops.aten
@@ -275,7 +275,7 @@ def test_not_a_constant_of_the_graph() -> None:
 
 
 def stacked(count: int = 3, *, late_view: bool = False) -> tuple[Hand, list[Any]]:
-    """``count`` equal blocks of ten nodes; each passes its result on; with ``late_view``, the end reads the first's through a view."""
+    """``count`` equal blocks of ten nodes; with ``late_view`` the end reads the first's result through a view."""
     h = Hand()
     x, w = h.input("x", 8, 8), h.input("w", 8, 8)
     first: fx.Node | None = None

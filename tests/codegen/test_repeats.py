@@ -116,7 +116,7 @@ def test_a_layer_that_repeats_a_part_inside_is_cut_at_the_layer() -> None:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_repeats_is_cut_and_nothing_is_lost(data: st.DataObject) -> None:
-    """A planted stack among noise: pieces tile the range, forbidden places stay whole, and most of the stack repeats."""
+    """A planted stack among noise: pieces tile the range, forbidden places stay whole, and the stack repeats."""
     seed = data.draw(st.integers(0, 2**31))
     rng = random.Random(seed)
     period, count = data.draw(st.integers(MIN_PERIOD, 30)), data.draw(st.integers(2, 12))

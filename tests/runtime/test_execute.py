@@ -48,7 +48,7 @@ def test_a_program_computes_what_its_graph_says(model: type[nn.Module]) -> None:
 
 
 def chain() -> StepGraph:
-    """x -> a -> b -> c; only c is returned, y is read late, unused never."""
+    """X -> a -> b -> c; only c is returned, y is read late, unused never."""
     h = Hand()
     x, y, _ = h.input("x", 64), h.input("y", 64), h.input("unused", 64)
     a = h.call(aten.sin.default, x)

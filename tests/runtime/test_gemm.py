@@ -61,7 +61,7 @@ def test_default_does_not_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_amx_is_never_accurate_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN may use its tiles for shapes that the probe did not try, so a good measurement does not count."""
+    """OneDNN may use its tiles for shapes that the probe did not try, so a good measurement does not count."""
     monkeypatch.setattr(gemm, "_has_bf16_units", lambda: True)
     assert not gemm._measure()[0]
 

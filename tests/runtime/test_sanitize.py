@@ -116,7 +116,7 @@ def test_an_overwritten_input_does_not_disturb_the_reference() -> None:
     def in_place(args: list[Any]) -> Any:
         return (args[0].add_(1),)
 
-    y, z = checked(in_place, plus_one)(tensor(1))
+    _, z = checked(in_place, plus_one)(tensor(1))
     assert float(z) == 3
 
 
@@ -184,7 +184,9 @@ def test_a_model_runs_sanitized_with_dropout_and_buffers() -> None:
     torch.testing.assert_close(found, model(x))
 
 
-def test_a_region_without_a_reference_is_named(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_region_without_a_reference_is_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging.getLogger("dscompile"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert Checks(twice(plus_one), {"key": plus_one}, {}).namespace == {}

@@ -192,6 +192,7 @@ def annotate_nodes(graph: StepGraph) -> None:
     tangents = {i.name for i in graph.inputs if i.kind is InputKind.TANGENT}
     by_name = {i.name: i for i in graph.inputs}
     needed = _forward_needed(graph)
+    roots = {root.group(1) for path in map(_raw_path, graph.nodes) if (root := _ROOT.match(path))}
     late: set[fx.Node] = set()
     for node in graph.nodes:
         if graph.kind is GraphKind.BACKWARD:
@@ -204,7 +205,7 @@ def annotate_nodes(graph: StepGraph) -> None:
                 late.add(node)
         phase = Phase.BACKWARD if node in late else Phase.FORWARD
         source = by_name.get(node.name) if node.op == "placeholder" else None
-        fqn = source.fqn if source is not None else module_path(node)
+        fqn = source.fqn if source is not None else module_path(node, several_modules=len(roots) > 1)
         node.meta[INFO] = NodeInfo(role_of(node), phase, fqn)
 
 
@@ -219,14 +220,26 @@ def _forward_needed(graph: StepGraph) -> set[fx.Node]:
     return seen
 
 
-def module_path(node: fx.Node) -> str:
-    """The user module a node was traced in, e.g. ``blocks.3.proj``; backward nodes name their forward's module."""
+_ROOT = re.compile(r"^[LG]\['([^']*)'\]\.?")
+
+
+def module_path(node: fx.Node, *, several_modules: bool = False) -> str:
+    """The user module a node was traced in, e.g. ``blocks.3.proj``; backward nodes name their forward's module.
+
+    With ``several_modules`` the outermost module's own name comes first, as in the names of its parameters.
+    """
+    path = _raw_path(node)
+    root = _ROOT.match(path)
+    if root is None:
+        return path
+    keys = re.sub(r"""\[(["']?)(.*?)\1\]""", r".\2", path[root.end() :])
+    keys = re.sub(r"(^|\.)_modules\.", r"\1", keys).strip(".")
+    return f"{root.group(1)}.{keys}".strip(".") if several_modules and root.group(1) != "self" else keys
+
+
+def _raw_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    keys = re.sub(r"^L\['[^']*'\]\.?", "", path)
-    return re.sub(r"\['?([^'\]]+)'?\]", r".\1", keys).replace("_modules.", "").strip(".")
+    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def role_of(node: fx.Node) -> Role:

@@ -239,10 +239,15 @@ def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
 def no_autocast() -> contextlib.AbstractContextManager[Any]:
     """A context without autocast: a traced graph already holds the casts that the user's autocast made.
 
-    Stands on ``torch._C._DisableAutocast``, a guard that costs a fraction of a microsecond.
+    Stands on ``torch._C._DisableAutocast``.
     """
     context: contextlib.AbstractContextManager[Any] = torch._C._DisableAutocast()
     return context
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast is on for any device. Stands on ``torch._C._is_any_autocast_enabled``."""
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 def _first_line(error: BaseException) -> str:

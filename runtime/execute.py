@@ -12,7 +12,7 @@ import torch
 from dscompile.program import Program, RegionCode
 from dscompile.runtime.pool import POOL
 from dscompile.runtime.sanitize import Boxed, Checks
-from dscompile.torch_compat import load_artifact, no_autocast, set_allocator
+from dscompile.torch_compat import autocast_is_on, load_artifact, no_autocast, set_allocator
 
 
 def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = False) -> Boxed:
@@ -36,6 +36,8 @@ def _without_autocast(run: Boxed) -> Boxed:
     """Keep a program's casts those that were traced, whatever the caller has switched on around it."""
 
     def call(args: list[Any]) -> Any:
+        if not autocast_is_on():
+            return run(args)
         with no_autocast():
             return run(args)
 

@@ -230,6 +230,34 @@ def test_modules_of_nodes_backward_ones_too() -> None:
     assert "body.2.0" in {info(n).fqn for n in backward if n.op == "call_function"}
 
 
+def modules(graph: StepGraph) -> set[str]:
+    return {info(n).fqn for n in graph.nodes if n.op == "call_function"} - {""}
+
+
+def test_modules_of_a_closure_are_named_like_its_parameters() -> None:
+    first, second = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3))
+    x = torch.randn(2, 3)
+    assert modules(trace(lambda x: first(x).sum(), x)) == {"0"}
+    assert modules(trace(lambda x: second(first(x)).sum(), x)) == {"first.0", "second.0"}
+
+
+class OddKeys(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"it's": nn.Linear(3, 3), "a b": nn.Linear(3, 3)})
+        self.plain = [nn.Linear(3, 3)]
+        self.sub_modules = nn.ModuleList([nn.Linear(3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sub_modules[0](self.plain[0](self.layers["a b"](self.layers["it's"](x))))
+
+
+def test_modules_with_odd_keys() -> None:
+    assert modules(trace(OddKeys(), torch.randn(2, 3))) == {
+        "layers.it's", "layers.a b", "plain.0", "sub_modules.0",
+    }  # fmt: skip
+
+
 def test_without_gradients_it_is_an_inference_graph() -> None:
     with torch.no_grad():
         graph = trace(Everything(), torch.randn(2, 3))

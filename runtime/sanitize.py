@@ -131,6 +131,8 @@ def difference(found: Any, expected: Any, *, floor: float = 0.0) -> str:
         return "" if same else f"is {_kind(found)}, should be {_kind(expected)}"
     if found.shape != expected.shape or found.dtype != expected.dtype or found.stride() != expected.stride():
         return f"is {_kind(found)}, should be {_kind(expected)}"
+    if expected.is_complex():
+        return difference(*(torch.view_as_real(v.resolve_conj()) for v in (found, expected)), floor=floor)
     tolerance = TOLERANCE.get(expected.dtype)
     if tolerance is None:
         return "" if torch.equal(found, expected) else "is not equal to PyTorch's"

@@ -126,7 +126,7 @@ def from_aot(
         forward_outputs=len(values) if forward_outputs is None else forward_outputs,
         unused=frame.unused,
     )
-    annotate_nodes(graph)
+    annotate_nodes(graph, prefix=frame.prefix)
     return graph
 
 
@@ -150,13 +150,14 @@ def _graph_input(node: fx.Node, frame: FrameInputs) -> GraphInput:
         if found is not None:
             return GraphInput(node.name, found.kind, found.fqn, found.aliases, found.trainable)
     index = _index(descriptor)
-    if index is not None and index < len(frame.inputs) and "SyntheticBase" not in name and target is None:
+    batch = f"batch.{index}" if frame.prefix and index is not None else ""  # the exporter counts the batch alone
+    if index is not None and index < len(frame.inputs) and "SyntheticBase" not in name and target is None and not batch:
         found = frame.inputs[index]
         return GraphInput(node.name, found.kind, found.fqn, found.aliases, found.trainable)
     value = node.meta.get("val")
     if isinstance(value, (torch.SymInt, torch.SymFloat, int, float)):
-        return GraphInput(node.name, InputKind.SYMBOL)
-    return GraphInput(node.name, InputKind.INPUT if isinstance(value, torch.Tensor) else InputKind.OPAQUE)
+        return GraphInput(node.name, InputKind.SYMBOL, batch)
+    return GraphInput(node.name, InputKind.INPUT if isinstance(value, torch.Tensor) else InputKind.OPAQUE, batch)
 
 
 def _graph_output(descriptor: Any, value: Any, frame: FrameInputs) -> GraphOutput:
@@ -165,6 +166,8 @@ def _graph_output(descriptor: Any, value: Any, frame: FrameInputs) -> GraphOutpu
         index = _index(of)
         if isinstance(target, str):
             return target.removeprefix(frame.prefix)
+        if frame.prefix and index is not None:
+            return f"batch.{index}"
         return frame.inputs[index].fqn if index is not None and index < len(frame.inputs) else ""
 
     if value is None:
@@ -183,11 +186,11 @@ _BACKWARD_TAGS = frozenset({"is_backward", "must_be_in_backward"})
 """What AOTAutograd writes on nodes of autograd's backward; the second on writes to inputs that backward makes."""
 
 
-def annotate_nodes(graph: StepGraph) -> None:
+def annotate_nodes(graph: StepGraph, *, prefix: str = "") -> None:
     """Give every node its :class:`NodeInfo`: role by operator, phase by what it depends on, FQN by module.
 
     In a joint graph a node is backward if it depends on a tangent, or if AOTAutograd traced it while running autograd's
-    backward and no forward output needs it.
+    backward and no forward output needs it. ``prefix`` is what an exporter put before every module's name.
     """
     tangents = {i.name for i in graph.inputs if i.kind is InputKind.TANGENT}
     by_name = {i.name: i for i in graph.inputs}
@@ -206,6 +209,7 @@ def annotate_nodes(graph: StepGraph) -> None:
         phase = Phase.BACKWARD if node in late else Phase.FORWARD
         source = by_name.get(node.name) if node.op == "placeholder" else None
         fqn = source.fqn if source is not None else module_path(node, several_modules=len(roots) > 1)
+        fqn = f"{fqn}.".removeprefix(prefix).removesuffix(".") if prefix else fqn
         node.meta[INFO] = NodeInfo(role_of(node), phase, fqn)
 
 

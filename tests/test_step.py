@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dscompile
 from dscompile.errors import UnsupportedError
-from dscompile.graph import InputKind
+from dscompile.graph import InputKind, info
 
 ATEN = {"regions": "aten", "summary": False}
 
@@ -50,6 +50,22 @@ def test_inputs_are_named(batch: tuple[Tensor, Tensor]) -> None:
     assert {"unused.weight", "unused.bias"} <= set(graph.unused)
     gradients = {o.of for o in graph.outputs if o.kind == "gradient"}
     assert gradients == {"embed.weight", "norm.weight", "norm.bias"}
+
+
+def test_the_batch_is_no_parameter(batch: tuple[Tensor, Tensor]) -> None:
+    graph = dscompile.trace_step(Model(), loss, *batch)
+    names = [i.fqn for i in graph.inputs if i.fqn]
+    assert len(set(names)) == len(names)
+    found = [i for i in graph.inputs if i.kind is InputKind.INPUT]
+    assert [i.fqn for i in found] == ["batch.0", "batch.1"]
+    assert not any(i.trainable or i.aliases for i in found)
+    shapes = {n.name: n.meta["val"].shape for n in graph.placeholders()}
+    assert [shapes[i.name] for i in found] == [b.shape for b in batch]
+
+
+def test_nodes_name_the_models_own_modules(batch: tuple[Tensor, Tensor]) -> None:
+    graph = dscompile.trace_step(Model(), loss, *batch)
+    assert {info(n).fqn for n in graph.nodes if n.op == "call_function"} - {""} == {"embed", "norm", "frozen", "head"}
 
 
 @pytest.mark.parametrize("config", [ATEN, {"summary": False}], ids=["aten", "compiled"])

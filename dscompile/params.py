@@ -150,7 +150,7 @@ def _graph_input(node: fx.Node, frame: FrameInputs) -> GraphInput:
         if found is not None:
             return GraphInput(node.name, found.kind, found.fqn, found.aliases, found.trainable)
     index = _index(descriptor)
-    batch = f"batch.{index}" if frame.prefix and index is not None else ""  # the exporter counts the batch alone
+    batch = f"batch[{index}]" if frame.prefix and index is not None else ""  # the exporter counts the batch alone
     if index is not None and index < len(frame.inputs) and "SyntheticBase" not in name and target is None and not batch:
         found = frame.inputs[index]
         return GraphInput(node.name, found.kind, found.fqn, found.aliases, found.trainable)
@@ -167,7 +167,7 @@ def _graph_output(descriptor: Any, value: Any, frame: FrameInputs) -> GraphOutpu
         if isinstance(target, str):
             return target.removeprefix(frame.prefix)
         if frame.prefix and index is not None:
-            return f"batch.{index}"
+            return f"batch[{index}]"
         return frame.inputs[index].fqn if index is not None and index < len(frame.inputs) else ""
 
     if value is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -91,7 +92,7 @@ class Config(BaseModel):
     summary: bool = Field(True, description="Log one line for each compiled graph.")
 
     @classmethod
-    def load(cls, source: Config | dict[str, Any] | str | Path | None = None) -> Config:
+    def load(cls, source: Config | Mapping[str, Any] | str | Path | None = None) -> Config:
         """Build a configuration from a mapping, a JSON file's path, or nothing (the defaults).
 
         Raises:
@@ -103,6 +104,8 @@ class Config(BaseModel):
         if isinstance(source, (str, Path)):
             where = str(source)
             source = _read_json(Path(source))
+        if not isinstance(source, (Mapping, type(None))):
+            raise ConfigError(f"{where}: expected a mapping of options, got {type(source).__name__} {source!r}.")
         values = dict(source or {})
         _reject_unknown(where, "", values, cls)
         try:
@@ -145,9 +148,11 @@ def _reject_unknown(where: str, prefix: str, values: dict[str, Any], model: type
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: {error.reason} at byte {error.start}.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}.") from None
     if not isinstance(value, dict):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dscompile.effects import shared_operand
+from dscompile.effects import Storages, shared_operand, written
 from dscompile.graph import GraphInput, GraphKind, GraphOutput, InputKind, Phase, Role, StepGraph, annotate, info
 from dscompile.torch_compat import default_partition, extract_forward_backward, is_opaque
 
@@ -51,6 +51,9 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
         )
         _erase_unused(forward, Phase.BACKWARD)
         _erase_unused(backward, Phase.FORWARD)
+    for half in (forward, backward):
+        for node in half.graph.find_nodes(op="placeholder"):
+            node.meta = dict(node.meta)  # extraction hands over the joint node's own dictionary
     fw, bw = _as_forward(graph, forward), _as_backward(graph, backward)
     _sink_independent(bw)
     saved = tuple(i.name for i in bw.inputs if i.kind is not InputKind.TANGENT)
@@ -147,13 +150,20 @@ def _as_backward(joint: StepGraph, module: fx.GraphModule) -> StepGraph:
 
 
 def _sink_independent(graph: StepGraph) -> None:
-    """Move each node that depends on no tangent to just before its first user: it then lives as short as it can."""
+    """Move each node that depends on no tangent to just before its first user: it then lives as short as it can.
+
+    What reads a storage that backward writes to stays: it may not pass the write.
+    """
     tangents = {i.name for i in graph.inputs if i.kind is InputKind.TANGENT}
+    storages = Storages(graph)
+    mutated = {storages.root(operand) for node in graph.nodes for operand in written(node)}
     dependent: set[fx.Node] = set()
     movable: set[fx.Node] = set()
     for node in graph.nodes:
         if node.name in tangents or any(operand in dependent for operand in node.all_input_nodes):
             dependent.add(node)
+        elif mutated and any(storages.root(n) in mutated for n in (node, *node.all_input_nodes)):
+            continue
         elif node.op == "call_function" and info(node).role in (Role.COMPUTE, Role.VIEW) and node.users:
             movable.add(node)
     output = graph.output_node

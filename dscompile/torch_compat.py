@@ -312,7 +312,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
-        with torch.no_grad(), _no_autocast(), inductor_config.patch(options):
+        with torch.no_grad(), no_autocast(), inductor_config.patch(options):
             decomposed = _decompose(module, inputs)
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
@@ -349,11 +349,18 @@ def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     return traced
 
 
-@contextlib.contextmanager
-def _no_autocast() -> Iterator[None]:
-    """Compile with autocast off: the graph already holds the casts that the user's autocast made."""
-    with torch._C._DisableAutocast():
-        yield
+def no_autocast() -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast: a traced graph already holds the casts that the user's autocast made.
+
+    Stands on ``torch._C._DisableAutocast``.
+    """
+    context: contextlib.AbstractContextManager[Any] = torch._C._DisableAutocast()
+    return context
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast is on for any device. Stands on ``torch._C._is_any_autocast_enabled``."""
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 def _first_line(error: BaseException) -> str:

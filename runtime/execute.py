@@ -11,8 +11,8 @@ import torch
 
 from dscompile.program import Program, RegionCode
 from dscompile.runtime.pool import POOL
-from dscompile.runtime.sanitize import Boxed, checked_regions
-from dscompile.torch_compat import load_artifact, set_allocator
+from dscompile.runtime.sanitize import Boxed, Checks
+from dscompile.torch_compat import autocast_is_on, load_artifact, no_autocast, set_allocator
 
 
 def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = False) -> Boxed:
@@ -25,10 +25,23 @@ def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = Fals
     """
     loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
-    if sanitize:
-        references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
-        namespace |= checked_regions(program, loaded, references)
-    return define(program.source(), program.name, namespace)
+    if not sanitize:
+        return _without_autocast(define(program.source(), program.name, namespace))
+    references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
+    checks = Checks(program, loaded, references)
+    return _without_autocast(checks.restarting(define(program.source(), program.name, namespace | checks.namespace)))
+
+
+def _without_autocast(run: Boxed) -> Boxed:
+    """Keep a program's casts those that were traced, whatever the caller has switched on around it."""
+
+    def call(args: list[Any]) -> Any:
+        if not autocast_is_on():
+            return run(args)
+        with no_autocast():
+            return run(args)
+
+    return call
 
 
 def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:

@@ -27,7 +27,7 @@ from dscompile.manager import PassContext, PassRecord, parse_pipeline, run_pipel
 from dscompile.params import FrameInputs, frame_inputs, from_aot
 from dscompile.program import check_lifetimes
 from dscompile.report import GraphReport, announce
-from dscompile.runtime.code import ProgramCode
+from dscompile.runtime.code import ProgramCode, loading_into
 from dscompile.runtime.gemm import GemmChoice
 from dscompile.split import split
 from dscompile.torch_compat import (
@@ -64,7 +64,10 @@ def dscompile(
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
     _check_devices(example_inputs)
     frame = Frame(config, frame_inputs(gm, example_inputs), f"graph{next(_COUNTER)}")
-    with our_cache_key(cache.key(config), regions=config.cache, programs=config.cache and config.dump is None):
+    with (
+        our_cache_key(cache.key(config), regions=config.cache, programs=config.cache),
+        loading_into(frame.name, frame.writer),
+    ):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_forward),
             bw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_backward),
@@ -193,12 +196,11 @@ class Frame:
             fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
             summary=self.config.summary,
         )
-        code = ProgramCode(program, report, self.config).load()
+        code = ProgramCode(program, report, self.config, last=graph.kind is not GraphKind.FORWARD).load()
         announce(report)
-        if self.writer is not None:
-            self.writer.program(str(graph.kind), program.source())
-            if graph.kind is not GraphKind.FORWARD:  # the last program of this frame
-                self.writer.close()
+        code.dump(self.writer)
+        if self.writer is not None and graph.kind is not GraphKind.BACKWARD:  # the frame's first program
+            code.recording = self.writer.recording()
         return code
 
 

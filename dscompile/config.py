@@ -30,7 +30,7 @@ class Config(BaseModel):
     limit: int | None = Field(None, ge=0, description="Stop editing after this many numbered edits (for bisecting).")
     dump: str | None = Field(
         None,
-        description="Directory that receives the run's artifact: manifest, text, tables. Every start traces again.",
+        description="Directory that receives the run's artifact: manifest, text, tables.",
         json_schema_extra={"output_only": True},
     )
 

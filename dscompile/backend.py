@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from dscompile import cache
+from dscompile.cache_files import checked_files
 from dscompile.codegen.emit import emit_program
 from dscompile.codegen.lower import lower_regions
 from dscompile.codegen.regions import cut
@@ -63,6 +64,7 @@ def dscompile(
     if mode not in (None, "default"):
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
     _check_devices(example_inputs)
+    files = checked_files()
     frame = Frame(config, frame_inputs(gm, example_inputs), f"graph{next(_COUNTER)}")
     with (
         our_cache_key(cache.key(config), regions=config.cache, programs=config.cache),
@@ -74,6 +76,8 @@ def dscompile(
             inference_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_inference),
             partition_fn=frame.partition,
         )(gm, example_inputs)
+    if frame.seconds:  # not loaded from the cache
+        files.record()
     return compiled
 
 

@@ -21,7 +21,8 @@ from dscompile.config import Config
 def key(config: Config) -> str:
     """SHA-256 over the configuration, versions of dscompile, PyTorch and Python, and dscompile's source files."""
     recorded = "dumped" if config.dump is not None else ""  # such a program carries its texts; where they go is open
-    parts = [config.digest(), recorded, dscompile.__version__, torch.__version__, platform.python_version(), source_digest()]
+    versions = [dscompile.__version__, torch.__version__, platform.python_version()]
+    parts = [config.digest(), recorded, *versions, source_digest()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

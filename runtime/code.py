@@ -6,6 +6,7 @@ tracing, passes and compilation altogether and loads the recorded verdict with t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,11 +19,12 @@ from dscompile.report import GraphReport, announce
 from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
 from dscompile.runtime.sanitize import Boxed
-from dscompile.torch_compat import OutputCode, unloaded
-
+from dscompile.torch_compat import OutputCode, not_kept, unloaded
 
 if TYPE_CHECKING:
     from dscompile.artifact import GraphWriter, Recording
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class ProgramCode(OutputCode):
 
     def prepare_for_serialization(self) -> None:
         """Drop what belongs to this process; called on a copy just before it is pickled."""
+        if any(code.passing for code in self.program.codes.values()):
+            raise not_kept("a region could not be compiled for a reason that may pass")
         self.run = None
         codes = {
             key: replace(code, artifact=unloaded(code.artifact)) if code.artifact is not None else code
@@ -86,7 +90,11 @@ class ProgramCode(OutputCode):
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         """Called by AOTAutograd after a cache hit."""
-        self.load()
+        try:
+            self.load()
+        except Exception as error:  # AOTAutograd compiles again, and would say nothing
+            log.warning("a program in the compile cache cannot be loaded (%s); it is compiled again", error)
+            raise
         self.report.cached = True
         if (found := _DESTINATION.get()) is not None:
             self.report.graph = found.name

@@ -30,6 +30,7 @@ from dscompile.program import check_lifetimes
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.code import ProgramCode, loading_into
 from dscompile.runtime.gemm import GemmChoice
+from dscompile.source import source_line
 from dscompile.split import split
 from dscompile.torch_compat import (
     OutputCode,
@@ -63,9 +64,11 @@ def dscompile(
     config = Config.load(options)
     if mode not in (None, "default"):
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
-    _check_devices(example_inputs)
+    inputs = frame_inputs(gm, example_inputs)
+    _check_devices(inputs, example_inputs)
+    _check_replaced(gm, inputs)
     files = checked_files()
-    frame = Frame(config, frame_inputs(gm, example_inputs), f"graph{next(_COUNTER)}")
+    frame = Frame(config, inputs, f"graph{next(_COUNTER)}")
     with (
         our_cache_key(cache.key(config), regions=config.cache, programs=config.cache),
         loading_into(frame.name, frame.writer),
@@ -81,11 +84,24 @@ def dscompile(
     return compiled
 
 
-def _check_devices(example_inputs: Sequence[Any]) -> None:
-    for value in example_inputs:
+def _check_devices(inputs: FrameInputs, example_inputs: Sequence[Any]) -> None:
+    for what, value in zip(inputs.inputs, example_inputs, strict=True):
         if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "cuda", "meta"):
             raise UnsupportedError(
-                f"backend 'dscompile' does not support device {value.device}; move the model to 'cpu' (or 'cuda')."
+                f"backend 'dscompile' does not support device {value.device} ({what.kind} {what.fqn}); "
+                "move model and inputs to 'cpu' (or 'cuda')."
+            )
+
+
+def _check_replaced(gm: fx.GraphModule, inputs: FrameInputs) -> None:
+    """Refuse ``parameter.data = ...`` during forward: the new storage cannot be an output of a compiled graph."""
+    by_node = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs.inputs, strict=True))
+    for node in gm.graph.nodes:
+        what = by_node.get(node.args[0]) if node.target is torch.Tensor.set_ else None
+        if what is not None:
+            raise UnsupportedError(
+                f"the model replaces the data of {what.kind} {what.fqn} during forward, at {source_line(node)}; change "
+                "it in place (with torch.no_grad(): parameter.copy_(...)), or outside the compiled part."
             )
 
 

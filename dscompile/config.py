@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ class Config(BaseModel):
     limit: int | None = Field(None, ge=0, description="Stop editing after this many numbered edits (for bisecting).")
     dump: str | None = Field(
         None,
+        min_length=1,
         description="Directory that receives the run's artifact: manifest, text, tables.",
         json_schema_extra={"output_only": True},
     )
@@ -70,6 +72,8 @@ class Config(BaseModel):
         if isinstance(source, (str, Path)):
             where = str(source)
             source = _read_json(Path(source))
+        if source is not None and not isinstance(source, Mapping):
+            raise ConfigError(f"options: expected a mapping or the path of a JSON file, got {type(source).__name__}.")
         values = dict(source or {})
         for key in values:
             if key not in cls.model_fields:
@@ -99,6 +103,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a JSON text file: {error.reason} at byte {error.start}.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}.") from None
     if not isinstance(value, dict):

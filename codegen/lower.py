@@ -42,7 +42,7 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         reason = f"{_where(region)}: {failure}"
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
         source = emit_aten(module)
-        return RegionCode(region.key, "aten", source, reason, source)
+        return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing)
     return RegionCode(region.key, "inductor", artifact.source_code, reference=_reference(module), artifact=artifact)
 
 

@@ -63,7 +63,8 @@ class Config(BaseModel):
     limit: int | None = Field(None, ge=0, description="Stop editing after this many numbered edits (for bisecting).")
     dump: str | None = Field(
         None,
-        description="Directory that receives the run's artifact: manifest, text, tables. Every start traces again.",
+        min_length=1,
+        description="Directory that receives the run's artifact: manifest, text, tables.",
         json_schema_extra={"output_only": True},
     )
 
@@ -152,7 +153,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file: {error.reason} at byte {error.start}.") from None
+        raise ConfigError(f"{path}: not a JSON text file: {error.reason} at byte {error.start}.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}.") from None
     if not isinstance(value, dict):

@@ -121,7 +121,8 @@ def from_aot(
     """
     inputs = tuple(_graph_input(node, frame) for node in gm.graph.find_nodes(op="placeholder"))
     output = gm.graph.output_node()
-    values = list(output.args[0])  # type: ignore[arg-type]
+    values = [None if _is_update_tangent(v, frame) else v for v in output.args[0]]  # type: ignore[union-attr]
+    output.args = (tuple(values),)
     descriptors = output.meta.get("desc") or [None] * len(values)
     outputs = tuple(_graph_output(d, v, frame) for d, v in zip(descriptors, values, strict=True))
     graph = StepGraph(
@@ -166,6 +167,16 @@ def _graph_input(node: fx.Node, frame: FrameInputs) -> GraphInput:
     if isinstance(value, (torch.SymInt, torch.SymFloat, int, float)):
         return GraphInput(node.name, InputKind.SYMBOL, batch)
     return GraphInput(node.name, InputKind.INPUT if isinstance(value, torch.Tensor) else InputKind.OPAQUE, batch)
+
+
+def _is_update_tangent(value: Any, frame: FrameInputs) -> bool:
+    """Whether a gradient is nothing but the tangent of a parameter's updated value.
+
+    A parameter can only be updated under ``no_grad``, so that tangent is zero, and eager leaves ``.grad`` at None.
+    """
+    updated = getattr(getattr(value, "meta", {}).get("desc"), "output", None)  # a tangent's descriptor has it
+    index = _index(getattr(updated, "mutated_input", None))
+    return index is not None and index < len(frame.inputs) and frame.inputs[index].kind is InputKind.PARAMETER
 
 
 def _graph_output(descriptor: Any, value: Any, frame: FrameInputs) -> GraphOutput:

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import sympy
 import torch
+from filelock import Timeout
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
@@ -30,9 +35,11 @@ from torch._inductor.codecache import FxGraphCache
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.fx_passes.replace_random import replace_random_passes
 from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
 from torch._inductor.output_code import OutputCode as OutputCode
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._library.fake_class_registry import FakeScriptObject
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
@@ -47,6 +54,7 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils import _pytree
+from torch.utils._filelock import FileLock
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
@@ -290,7 +298,14 @@ def size_hint(size: Any) -> int:
 
 
 class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)
-    """TorchInductor could not compile a region; the message is its first line."""
+    """TorchInductor could not compile a region; the message is its first line.
+
+    ``passing`` says that the machine's state was the reason (a full disk, a missing compiler), not the region.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rng: bool) -> CompiledFxGraph:
@@ -324,7 +339,8 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
             with tracing(context):
                 return cast(CompiledFxGraph, compile_fx_inner(decomposed, inputs, is_backward=bool(donated)))
     except Exception as error:
-        raise InductorFailure(_first_line(error)) from error
+        passing = _passing_reason(error)
+        raise InductorFailure(passing or _first_line(error), passing=bool(passing)) from error
 
 
 def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
@@ -363,6 +379,21 @@ def autocast_is_on() -> bool:
     return bool(torch._C._is_any_autocast_enabled())
 
 
+def _passing_reason(error: BaseException) -> str:
+    """Why a later try may succeed where this one failed, or "".
+
+    Stands on ``InductorError.inner_exception``, ``InvalidCxxCompiler``, and on compilers quoting the system's words.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, (OSError, InvalidCxxCompiler)):
+            return _first_line(current)
+        current = getattr(current, "inner_exception", None) or current.__cause__ or current.__context__
+    words = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+    found = [word for word in (*words, "Killed signal") if word in str(error)]
+    return f"{_first_line(error)}: {found[0]}" if found else ""
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -382,6 +413,34 @@ def load_artifact(artifact: CompiledFxGraph) -> Callable[[list[Any]], Any]:
     call = artifact.current_callable
     assert call is not None
     return call
+
+
+def cache_directory() -> str:
+    """Where Inductor and AOTAutograd keep compiled code and programs."""
+    return cache_dir()
+
+
+@contextlib.contextmanager
+def try_build_lock(root: Path, key: str) -> Iterator[bool]:
+    """Hold the lock under which Inductor builds the library ``key`` in ``root``; yields False if a build has it.
+
+    Stands on ``CppCodeCache`` locking ``locks/KEY.lock`` with ``torch.utils._filelock.FileLock``.
+    """
+    if not (root / "locks" / f"{key}.lock").exists():
+        yield True
+        return
+    try:
+        lock = FileLock(root / "locks" / f"{key}.lock", timeout=0).acquire()
+    except (Timeout, OSError):
+        yield False
+        return
+    with lock:
+        yield True
+
+
+def not_kept(reason: str) -> Exception:
+    """What an ``OutputCode`` raises from ``prepare_for_serialization`` so that AOTAutograd does not store it."""
+    return BypassAOTAutogradCache(reason)
 
 
 def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:

@@ -6,9 +6,12 @@ tracing, passes and compilation altogether and loads the recorded verdict with t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dscompile.config import Config
 from dscompile.program import Program
@@ -16,16 +19,48 @@ from dscompile.report import GraphReport, announce
 from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
 from dscompile.runtime.sanitize import Boxed
-from dscompile.torch_compat import OutputCode, unloaded
+from dscompile.torch_compat import OutputCode, not_kept, unloaded
+
+if TYPE_CHECKING:
+    from dscompile.artifact import GraphWriter, Recording
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The frame that is being compiled here and now: what a program that another process compiled cannot know."""
+
+    name: str
+    writer: GraphWriter | None
+
+
+_DESTINATION: ContextVar[Destination | None] = ContextVar("dscompile_destination", default=None)
+
+
+@contextmanager
+def loading_into(name: str, writer: GraphWriter | None) -> Iterator[None]:
+    """Programs that AOTAutograd loads from its cache in this block belong to graph ``name`` and dump to ``writer``."""
+    token = _DESTINATION.set(Destination(name, writer))
+    try:
+        yield
+    finally:
+        _DESTINATION.reset(token)
 
 
 @dataclass
 class ProgramCode(OutputCode):
-    """A compiled program with its report. ``_boxed_call`` tells AOTAutograd to hand over one list of arguments."""
+    """A compiled program with its report. ``_boxed_call`` tells AOTAutograd to hand over one list of arguments.
+
+    Attributes:
+        last: no other program of its frame follows it. recording: the texts that its compilation dumped, if it did.
+    """
 
     program: Program
     report: GraphReport
     config: Config
+    last: bool = True
+    recording: Recording | None = None
     run: Boxed | None = None
 
     def __post_init__(self) -> None:
@@ -44,6 +79,8 @@ class ProgramCode(OutputCode):
 
     def prepare_for_serialization(self) -> None:
         """Drop what belongs to this process; called on a copy just before it is pickled."""
+        if any(code.passing for code in self.program.codes.values()):
+            raise not_kept("a region could not be compiled for a reason that may pass")
         self.run = None
         codes = {
             key: replace(code, artifact=unloaded(code.artifact)) if code.artifact is not None else code
@@ -53,9 +90,26 @@ class ProgramCode(OutputCode):
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         """Called by AOTAutograd after a cache hit."""
-        self.load()
+        try:
+            self.load()
+        except Exception as error:  # AOTAutograd compiles again, and would say nothing
+            log.warning("a program in the compile cache cannot be loaded (%s); it is compiled again", error)
+            raise
         self.report.cached = True
+        if (found := _DESTINATION.get()) is not None:
+            self.report.graph = found.name
+            self.dump(found.writer)
         announce(self.report)
+
+    def dump(self, writer: GraphWriter | None) -> None:
+        """Write the program, after the texts that led to it where they were recorded, and nowhere if no dump is on."""
+        if writer is None:
+            return
+        if self.report.cached and self.recording is not None:
+            writer.replay(self.recording)
+        writer.program(self.report.kind, self.program.source())
+        if self.last:
+            writer.close()
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """No Triton kernels are bundled on CPU."""

@@ -342,6 +342,15 @@ def wrong_copy_dtype(graph: StepGraph) -> None:
         node.meta["val"] = node.meta["val"].to(torch.float16)
 
 
+def second_of_equal_calls_wrong(graph: StepGraph) -> None:
+    """Two linear layers make equal calls; both are touched, and the second one's fake value is wrong."""
+    first, second = calls(graph, aten.addmm.default)
+    assert first.meta["val"].shape == second.meta["val"].shape
+    graph.touched.update((first, second))
+    with second.meta["val"].fake_mode:
+        second.meta["val"] = second.meta["val"].to(torch.float16)
+
+
 def wrong_view_shape(graph: StepGraph) -> None:
     node = next(n for n in calls(graph, aten.view.default) if n.meta["val"].shape == (4, 2, 4))
     node.args = (node.args[0], [4, 4, 2])
@@ -506,6 +515,7 @@ FAULTS = [
     Fault(norm_with_writes, forward_write_late, "phase", terms=False),
     Fault(norm_with_writes, wrong_view_shape, "metadata", terms=False),
     Fault(drops, wrong_copy_dtype, "metadata", terms=False),
+    Fault(drops, second_of_equal_calls_wrong, "metadata", terms=False),
     Fault(tied, impossible_operands, "metadata", terms=False),
     Fault(tied, use_before_definition, "order", terms=False),
     Fault(tied, foreign_operand, "dead", terms=False),

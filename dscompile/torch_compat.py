@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -180,7 +180,13 @@ class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an er
     """TorchInductor could not compile a region; the message is its first line."""
 
 
-def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rng: bool) -> CompiledFxGraph:
+def inductor_compile(
+    module: fx.GraphModule,
+    *,
+    donated: Sequence[int],
+    fused_rng: bool,
+    decompositions: Mapping[OpOverload, Callable[..., Any]],
+) -> CompiledFxGraph:
     """Decompose a region's module and compile it with TorchInductor.
 
     Args:
@@ -188,6 +194,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
             node says which strides later regions rely on.
         donated: positions of inputs whose memory may be overwritten.
         fused_rng: draw random numbers inside kernels instead of with PyTorch's own generator calls.
+        decompositions: take precedence over Inductor's own.
 
     Raises:
         InductorFailure: whatever went wrong, in one line.
@@ -200,7 +207,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
     options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
         with torch.no_grad(), _no_autocast(), inductor_config.patch(options):
-            decomposed = _decompose(module, inputs)
+            decomposed = _decompose(module, inputs, {**select_decomp_table(), **decompositions})
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
             result.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
@@ -214,10 +221,9 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
         raise InductorFailure(_first_line(error)) from error
 
 
-def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
-    """Trace a module again with Inductor's decompositions, keeping placeholder names (they are part of cache keys)."""
+def _decompose(module: fx.GraphModule, inputs: list[Any], table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:
+    """Trace a module again with decompositions, keeping placeholder names (they are part of cache keys)."""
     mode = detect_fake_mode(inputs) or contextlib.nullcontext()
-    table = select_decomp_table()
     run = fx.Interpreter(module).run
     with mode, fx.traceback.preserve_node_meta():
         traced: fx.GraphModule = make_fx(run, decomposition_table=table)(*inputs)

@@ -15,6 +15,8 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import fx
+from torch._C._dynamo.guards import _empty_strided_cpu as _empty_strided_cpu
+from torch._C._dynamo.guards import _reinterpret_tensor as _reinterpret_tensor
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
@@ -410,6 +412,22 @@ def no_modes() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are real even while a trace with fake tensors is going on."""
     context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
     return context
+
+
+def empty_strided_cpu(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """What generated wrappers call for a CPU buffer: ``torch.empty_strided`` past the dispatcher.
+
+    Stands on ``torch._C._dynamo.guards._empty_strided_cpu``.
+    """
+    return _empty_strided_cpu(size, stride, dtype)
+
+
+def reinterpret(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A tensor on the same storage that autograd does not take for a view.
+
+    Stands on ``torch._C._dynamo.guards._reinterpret_tensor``.
+    """
+    return _reinterpret_tensor(tensor, size, stride)
 
 
 def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torch.Tensor]) -> bool:

@@ -117,12 +117,12 @@ def print_memory(result: dict[str, Any]) -> None:
     rows = [
         [
             name,
-            *(f"{found[key] / MB:.1f}" for key in ("allocation_peak", "held_between_steps", "total", "resident_peak")),
+            *(f"{found[key] / MB:.1f}" for key in ("allocation_peak", "arena", "held_between_steps", "total", "resident_peak")),
             f"{found['difference']:.1%}: {'agree' if found['agree'] else 'DO NOT AGREE within 10 %'}",
         ]
         for name, found in result.items()
     ]
-    header = ["variant", "allocations MB", "held between steps MB", "total MB", "resident MB", "the two peaks"]
+    header = ["variant", "allocations MB", "arena MB", "held MB", "total MB", "resident MB", "the two peaks"]
     print(table("In-step peak of forward + backward, above parameters and optimizer state", header, rows))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import memory
 from benchmarks.variants import Spec, Trainer
+from dscompile.runtime.pool import POOL
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
@@ -44,16 +45,19 @@ def memory_task(spec: Spec) -> dict[str, Any]:
         trainer.forward_backward(trainer.batch(step))
         trainer.update()
     ids = trainer.batch(WARM_UP)
-    held = memory.live_bytes() - trainer.state_bytes() - ids.untyped_storage().nbytes()
+    held = memory.live_bytes() - trainer.state_bytes() - ids.untyped_storage().nbytes() - POOL.use().used
+    POOL.release_idle()
     resident = memory.resident_peak(lambda: trainer.forward_backward(ids))
     trainer.update()
     allocated = memory.allocation_peak(lambda: trainer.forward_backward(ids))
-    difference = abs(resident - allocated) / max(resident, allocated)
+    arena = POOL.use().owned
+    difference = abs(resident - allocated - arena) / max(resident, allocated + arena)
     return {
         "allocation_peak": allocated,
+        "arena": arena,
         "resident_peak": resident,
         "held_between_steps": held,
-        "total": allocated + held,
+        "total": allocated + arena + held,
         "difference": difference,
         "agree": difference <= memory.AGREE,
     }

@@ -14,8 +14,10 @@ that were in use at once, plus what fragmentation costs. Whenever nothing is in 
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
+import sys
 import threading
 import weakref
 from bisect import bisect_left
@@ -27,6 +29,8 @@ from math import prod
 import torch
 
 from dscompile.torch_compat import empty_strided_cpu, reinterpret
+
+log = logging.getLogger(__name__)
 
 SMALLEST = 1 << 20
 """Requests below this many bytes go to PyTorch's allocator, which recycles them well."""
@@ -138,7 +142,13 @@ class BufferPool:
         capacity = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             self._arena = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:
+        except OSError as error:
+            log.warning(
+                "large buffers are not reused: %.0f GB of addresses could not be reserved (%s). Lift the limit "
+                "(ulimit -v, vm.overcommit_memory) or set options={'buffers': 'off'}.",
+                capacity / 1e9,
+                error.strerror,
+            )
             return
         with contextlib.suppress(OSError):  # a kernel without huge pages
             self._arena.madvise(mmap.MADV_HUGEPAGE)
@@ -167,6 +177,14 @@ class BufferPool:
         stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
         if self._arena is not None and start < stop:
             self._arena.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def wanted(option: str) -> bool:
+    """Decide ``Config.buffers``: ``auto`` reuses buffers wherever the arena can be reserved and trimmed, on Linux.
+
+    No probe: a page that is kept costs less than a fresh one on any machine (figures in ``docs/architecture.md``).
+    """
+    return option == "on" or (option == "auto" and sys.platform == "linux")
 
 
 POOL = BufferPool()

@@ -135,11 +135,13 @@ def test_a_full_arena_leaves_requests_to_pytorch() -> None:
     assert x.nbytes == pool.use().used
 
 
-def test_an_arena_that_cannot_be_reserved_refuses_and_goes_on() -> None:
+def test_an_arena_that_cannot_be_reserved_refuses_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     pool = BufferPool(1 << 60)
     for _ in range(2):
         assert pool.empty_strided((BIG,), (1,), torch.float32).numel() == BIG
     assert pool.use().refused == 2
+    assert len(caplog.records) == 1
+    assert "ulimit -v" in caplog.text
 
 
 def test_threads() -> None:

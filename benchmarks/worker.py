@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory
+from benchmarks.shares import time_shares
 from benchmarks.variants import Spec, Trainer
 from dscompile.runtime.pool import POOL
 
@@ -63,6 +64,16 @@ def memory_task(spec: Spec) -> dict[str, Any]:
     }
 
 
+def shares_task(spec: Spec) -> dict[str, Any]:
+    """Shares of a steady forward + backward by kind of kernel; for ours also of the bytes that compiled regions move."""
+    trainer = Trainer(spec)
+    for step in range(WARM_UP):
+        trainer.forward_backward(trainer.batch(step))
+        trainer.update()
+    ids = trainer.batch(WARM_UP)
+    return {"time": time_shares(lambda: trainer.forward_backward(ids)), **_report(spec)}
+
+
 def in_fresh_process(task: str, spec: Spec, cache: Path | None = None) -> dict[str, Any]:
     """Run a task in a new interpreter; both compilers keep their caches under ``cache`` (an empty folder if None)."""
     with tempfile.TemporaryDirectory(prefix="dscompile-bench-") as empty:
@@ -92,6 +103,8 @@ def _report(spec: Spec) -> dict[str, Any]:
     return {
         "regions": sum(r.facts["regions"] for r in reports),
         "compiled_regions": sum(r.facts["compiled_regions"] for r in reports),
+        "aten_regions": sum(r.facts["aten_regions"] for r in reports),
+        "bytes_compiled": sum(r.facts["bytes_compiled"] for r in reports) / sum(r.facts["bytes"] for r in reports),
         "fallbacks": [reason for r in reports for reason in r.fallbacks],
         "cached": all(r.cached for r in reports),
         "gemm": reports[-1].gemm,
@@ -108,7 +121,7 @@ def _cpu() -> float:
 def main() -> None:
     """Entry of the fresh process."""
     task, text = sys.argv[1:]
-    tasks = {"compile": compile_task, "memory": memory_task}
+    tasks = {"compile": compile_task, "memory": memory_task, "shares": shares_task}
     print(json.dumps(tasks[task](Spec.from_json(text))))
 
 

@@ -114,10 +114,11 @@ def print_steps(result: dict[str, Any]) -> None:
 
 def print_memory(result: dict[str, Any]) -> None:
     """One row a variant, in MB (1e6 bytes)."""
+    keys = ("allocation_peak", "arena", "held_between_steps", "total", "resident_peak")
     rows = [
         [
             name,
-            *(f"{found[key] / MB:.1f}" for key in ("allocation_peak", "arena", "held_between_steps", "total", "resident_peak")),
+            *(f"{found[key] / MB:.1f}" for key in keys),
             f"{found['difference']:.1%}: {'agree' if found['agree'] else 'DO NOT AGREE within 10 %'}",
         ]
         for name, found in result.items()

@@ -65,7 +65,7 @@ def memory_task(spec: Spec) -> dict[str, Any]:
 
 
 def shares_task(spec: Spec) -> dict[str, Any]:
-    """Shares of a steady forward + backward by kind of kernel; for ours also of the bytes that compiled regions move."""
+    """Shares of a steady forward + backward by kind of kernel; for ours also how much of it is compiled."""
     trainer = Trainer(spec)
     for step in range(WARM_UP):
         trainer.forward_backward(trainer.batch(step))

@@ -31,10 +31,13 @@ def nll_loss_backward(
     it from memory. Comparing each class index to the target gives the same values inside whatever kernel reads them.
 
     Args:
-        grad_output: ``[]``, or the target's shape if ``reduction`` is 0 (none). self: ``[C]``, ``[N, C]`` or
-        ``[N, C, H, W]``, only its shape counts. target: int64 class indices of that shape without ``C``. weight:
-        ``[C]`` or None. reduction: 0 none, 1 mean, 2 sum. ignore_index: target value without a gradient. total_weight:
-        ``[]``, the weights summed over the targets.
+        grad_output: ``[]``, or the target's shape if ``reduction`` is 0.
+        self: log-probabilities ``[C]``, ``[N, C]`` or ``[N, C, H, W]``; only the shape and dtype count.
+        target: int64 class indices, the same shape without ``C``.
+        weight: ``[C]`` or None.
+        reduction: 0 none, 1 mean, 2 sum.
+        ignore_index: the target value that has no gradient.
+        total_weight: ``[]``, the weights summed over the targets.
     """
     channel = 0 if self.dim() < 2 else 1
     if reduction == _MEAN:

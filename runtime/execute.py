@@ -53,9 +53,7 @@ def allocates_large(wrapper: str) -> bool:
     found = _ALLOCATION.findall(wrapper)
     if len(found) < wrapper.count("empty_strided_cpu("):
         return True
-    return any(
-        math.prod(ast.literal_eval(size)) * getattr(torch, dtype).itemsize >= SMALLEST for size, dtype in found
-    )
+    return any(math.prod(ast.literal_eval(size)) * getattr(torch, dtype).itemsize >= SMALLEST for size, dtype in found)
 
 
 def define(source: str, name: str, namespace: dict[str, Any]) -> Boxed:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.regions import Region, region_module
 from dscompile.config import Config
@@ -37,7 +38,9 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reference=source)
     try:
-        artifact = inductor_compile(module, donated=region.donated, fused_rng=config.rng == "fused")
+        artifact = inductor_compile(
+            module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()
+        )
     except InductorFailure as failure:
         reason = f"{_where(region)}: {failure}"
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)

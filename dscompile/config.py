@@ -86,7 +86,8 @@ class Config(BaseModel):
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",
     )
     buffers: Choice = Field(
-        "auto", description="Reuse large CPU buffers from step to step instead of returning them to the system."
+        "auto",
+        description="Reuse large CPU buffers from step to step instead of returning them to the system; 'auto': on Linux.",
     )
     zero: ZeroConfig = Field(default_factory=ZeroConfig, description="Sharding of parameters over ranks (ZeRO).")
     cache: bool = Field(True, description="Keep compiled programs on disk, shared by later processes.")

@@ -10,7 +10,7 @@ import copy
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +19,8 @@ import sympy
 import torch
 from filelock import Timeout
 from torch import fx
+from torch._C._dynamo.guards import _empty_strided_cpu as _empty_strided_cpu
+from torch._C._dynamo.guards import _reinterpret_tensor as _reinterpret_tensor
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
@@ -308,7 +310,13 @@ class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an er
         self.passing = passing
 
 
-def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rng: bool) -> CompiledFxGraph:
+def inductor_compile(
+    module: fx.GraphModule,
+    *,
+    donated: Sequence[int],
+    fused_rng: bool,
+    decompositions: Mapping[OpOverload, Callable[..., Any]],
+) -> CompiledFxGraph:
     """Decompose a region's module and compile it with TorchInductor.
 
     Args:
@@ -316,6 +324,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
             node says which strides later regions rely on.
         donated: positions of inputs whose memory may be overwritten.
         fused_rng: draw random numbers inside kernels instead of with PyTorch's own generator calls.
+        decompositions: take precedence over Inductor's own.
 
     Raises:
         InductorFailure: whatever went wrong, in one line.
@@ -328,7 +337,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
     options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
         with torch.no_grad(), no_autocast(), inductor_config.patch(options):
-            decomposed = _decompose(module, inputs)
+            decomposed = _decompose(module, inputs, {**select_decomp_table(), **decompositions})
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
             result.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
@@ -343,10 +352,9 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
         raise InductorFailure(passing or _first_line(error), passing=bool(passing)) from error
 
 
-def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
-    """Trace a module again with Inductor's decompositions, keeping placeholder names (they are part of cache keys)."""
+def _decompose(module: fx.GraphModule, inputs: list[Any], table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:
+    """Trace a module again with decompositions, keeping placeholder names (they are part of cache keys)."""
     mode = detect_fake_mode(inputs) or contextlib.nullcontext()
-    table = select_decomp_table()
     run = fx.Interpreter(module).run
     with mode, fx.traceback.preserve_node_meta():
         traced: fx.GraphModule = make_fx(run, decomposition_table=table)(*inputs)
@@ -583,6 +591,22 @@ def no_modes() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are real even while a trace with fake tensors is going on."""
     context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
     return context
+
+
+def empty_strided_cpu(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """What generated wrappers call for a CPU buffer: ``torch.empty_strided`` past the dispatcher.
+
+    Stands on ``torch._C._dynamo.guards._empty_strided_cpu``.
+    """
+    return _empty_strided_cpu(size, stride, dtype)
+
+
+def reinterpret(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A tensor on the same storage that autograd does not take for a view.
+
+    Stands on ``torch._C._dynamo.guards._reinterpret_tensor``.
+    """
+    return _reinterpret_tensor(tensor, size, stride)
 
 
 def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torch.Tensor]) -> bool:

@@ -18,6 +18,7 @@ from dscompile.program import Program
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
+from dscompile.runtime.pool import wanted
 from dscompile.runtime.sanitize import Boxed
 from dscompile.torch_compat import OutputCode, not_kept, unloaded
 
@@ -73,7 +74,7 @@ class ProgramCode(OutputCode):
 
     def load(self) -> ProgramCode:
         """Bind the source to its regions in this process."""
-        run = bind(self.program, reuse_buffers=self.config.buffers == "on", sanitize=self.config.sanitize)
+        run = bind(self.program, reuse_buffers=wanted(self.config.buffers), sanitize=self.config.sanitize)
         self.run = with_gemm(run, GemmChoice.of(self.config.gemm))
         return self
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 import math
 import operator
+import re
 from typing import Any
 
 import torch
 
 from dscompile.program import Program, RegionCode
-from dscompile.runtime.pool import POOL
+from dscompile.runtime.pool import POOL, SMALLEST
 from dscompile.runtime.sanitize import Boxed, Checks
 from dscompile.torch_compat import autocast_is_on, load_artifact, no_autocast, set_allocator
+
+_ALLOCATION = re.compile(r"empty_strided_cpu\((\([\d, ]*\)), \([\d, ]*\), torch\.(\w+)\)")
 
 
 def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = False) -> Boxed:
@@ -49,9 +53,20 @@ def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:
     if code.kind == "aten":
         return define(code.source, "run", {})
     call = load_artifact(code.artifact)
-    if reuse_buffers:
+    if reuse_buffers and allocates_large(code.source):
         set_allocator(call, POOL.empty_strided)
     return call
+
+
+def allocates_large(wrapper: str) -> bool:
+    """Whether a generated wrapper may ask for a buffer that the pool would serve; sizes it computes may be large.
+
+    Asking the pool costs a microsecond more than PyTorch's allocator, which a program of small buffers would feel.
+    """
+    found = _ALLOCATION.findall(wrapper)
+    if len(found) < wrapper.count("empty_strided_cpu("):
+        return True
+    return any(math.prod(ast.literal_eval(size)) * getattr(torch, dtype).itemsize >= SMALLEST for size, dtype in found)
 
 
 def define(source: str, name: str, namespace: dict[str, Any]) -> Boxed:

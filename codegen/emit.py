@@ -19,7 +19,7 @@ from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
 from dscompile.program import Program, RegionCode, Step, function_source
 from dscompile.source import module_of, source_line
-from dscompile.torch_compat import OpOverload, tensor_bytes
+from dscompile.torch_compat import HigherOrderOperator, OpOverload, tensor_bytes
 
 _MODULES = {"operator": operator, "_operator": operator, "math": None, "torch": torch, "builtins": None}
 
@@ -125,6 +125,8 @@ def _target(target: object) -> str:
     if isinstance(target, OpOverload):
         namespace, name = target._schema.name.split("::")
         return f"torch.ops.{namespace}.{name}.{target._overloadname}"
+    if isinstance(target, HigherOrderOperator):
+        return f"torch.ops.higher_order.{target.name()}"
     module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
     if module in _MODULES and name:
         return f"{module.removeprefix('_')}.{name}" if module != "builtins" else name
@@ -142,6 +144,8 @@ def _expression(value: object) -> str:
     if isinstance(value, (list, tuple)):
         items = ", ".join(map(_expression, value))
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
+    if isinstance(value, (OpOverload, HigherOrderOperator)):  # what a higher-order operator calls
+        return _target(value)
     if isinstance(value, slice):
         return f"slice({_expression(value.start)}, {_expression(value.stop)}, {_expression(value.step)})"
     if value is None or isinstance(value, (bool, int, str, complex, torch.dtype, torch.layout, torch.memory_format)):

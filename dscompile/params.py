@@ -112,6 +112,8 @@ def _graph_input(node: fx.Node, frame: FrameInputs) -> GraphInput:
     name = type(descriptor).__name__
     if "Tangent" in name or (descriptor is None and node.name.startswith("tangents")):
         return GraphInput(node.name, InputKind.TANGENT)
+    if "Token" in name:  # orders effects; its number counts tokens, not the frame's inputs
+        return GraphInput(node.name, InputKind.OPAQUE)
     target = getattr(descriptor, "target", None)
     if isinstance(target, str):  # the step entry's ParamAOTInput and BufferAOTInput carry the FQN themselves
         found = frame.named(target)

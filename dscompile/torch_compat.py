@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.codecache import FxGraphCache
+from torch._inductor.codegen import cpp as inductor_cpp
+from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
@@ -199,7 +202,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
-        with torch.no_grad(), _no_autocast(), inductor_config.patch(options):
+        with torch.no_grad(), _no_autocast(), inductor_config.patch(options), _corrected_cpu_codegen():
             decomposed = _decompose(module, inputs)
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
@@ -212,6 +215,49 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
                 return cast(CompiledFxGraph, compile_fx_inner(decomposed, inputs, is_backward=bool(donated)))
     except Exception as error:
         raise InductorFailure(_first_line(error)) from error
+
+
+class _Tile2D(inductor_cpp.CppTile2DKernel):
+    """Inductor's 2-D tile with the right address for a parallel scatter.
+
+    torch 2.13 moves the index of a store to the tile's inner row, and its vectorised ``atomic_add`` (an accumulating
+    ``index_put`` on more than one thread) then moves it a second time: row ``k`` is added to row ``2 * k``, possibly
+    past the buffer's end. Falcon's fused query/key/value gradient is wrong by 2 % so. Here the index is moved once.
+    """
+
+    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        """Emit ``name[index] = value``, or the accumulating form."""
+        parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
+        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):
+            inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
+        else:
+            super().store(name, index, value, mode)
+
+
+class _KernelProxy(inductor_cpp.CppKernelProxy):
+    tile2d_kernel_cls = _Tile2D
+
+
+class _CpuScheduling(inductor_cpp.CppScheduling):
+    kernel_proxy_cls = _KernelProxy
+
+
+@contextlib.contextmanager
+def _corrected_cpu_codegen() -> Iterator[None]:
+    """Have Inductor generate CPU kernels through our subclasses while a region compiles; restored on the way out.
+
+    Stands on ``CppScheduling.kernel_proxy_cls`` and ``CppKernelProxy.tile2d_kernel_cls``, made for subclasses, and on
+    the table behind ``register_backend_for_device``. A CPU backend that the user chose or registered is left alone.
+    """
+    init_backend_registration()
+    stock = device_codegens["cpu"]
+    ours = isinstance(stock.scheduling(None), inductor_cpp.CppScheduling) and inductor_config.cpu_backend == "cpp"
+    if ours:
+        device_codegens["cpu"] = replace(stock, scheduling=_CpuScheduling)
+    try:
+        yield
+    finally:
+        device_codegens["cpu"] = stock
 
 
 def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:

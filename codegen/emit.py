@@ -68,15 +68,13 @@ def label(node: fx.Node) -> str:
     return f"{module} at {line}" if module and line else module or line
 
 
-def emit_aten(module: fx.GraphModule) -> str:
+def emit_aten(module: fx.GraphModule) -> tuple[str, dict[str, Any]]:
     """Source of ``run(args)`` that calls PyTorch's own kernel for each node of a region's module.
 
-    Raises:
-        UnsupportedError: a node that Python source cannot name (a sub-module of a higher-order operator).
+    Returns:
+        The source, and the objects that it names: the bodies of higher-order operators (``torch.cond``).
     """
     body = [n for n in module.graph.nodes if n.op == "call_function"]
-    if any(n.op == "get_attr" for n in module.graph.nodes):
-        raise UnsupportedError("a region with constants of its own cannot be printed as source")
     values: Any = module.graph.output_node().args[0]
     kept = {v.name for v in values if isinstance(v, fx.Node)}
     last_use = {read.name: index for index, node in enumerate(body) for read in node.all_input_nodes}
@@ -85,7 +83,8 @@ def emit_aten(module: fx.GraphModule) -> str:
         for i, n in enumerate(body)
     ]
     inputs = [p.name for p in module.graph.find_nodes(op="placeholder")]
-    return function_source("run", inputs, steps, [_expression(v) for v in values])
+    bodies = {n.name: constant(n) for n in module.graph.find_nodes(op="get_attr")}
+    return function_source("run", inputs, steps, [_expression(v) for v in values]), bodies
 
 
 def _dying(nodes: Iterable[fx.Node], last_use: dict[str, int], index: int, kept: set[str]) -> list[str]:

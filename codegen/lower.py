@@ -14,7 +14,6 @@ from torch import fx
 from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.regions import Region, region_module
 from dscompile.config import Config
-from dscompile.errors import UnsupportedError
 from dscompile.program import RegionCode
 from dscompile.torch_compat import InductorFailure, inductor_compile
 
@@ -33,25 +32,18 @@ def lower_regions(regions: Sequence[Region], config: Config) -> dict[str, Region
 def lower_region(region: Region, config: Config) -> RegionCode:
     """Compile one region."""
     module = region_module(region)
+    source, bodies = emit_aten(module)
     if config.regions == "aten":
-        source = emit_aten(module)
-        return RegionCode(region.key, "aten", source, reference=source)
+        return RegionCode(region.key, "aten", source, reference=source, bodies=bodies)
     try:
         artifact = inductor_compile(module, donated=region.donated, fused_rng=config.rng == "fused")
     except InductorFailure as failure:
         reason = f"{_where(region)}: {failure}"
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
-        source = emit_aten(module)
-        return RegionCode(region.key, "aten", source, reason, source)
-    return RegionCode(region.key, "inductor", artifact.source_code, reference=_reference(module), artifact=artifact)
-
-
-def _reference(module: fx.GraphModule) -> str:
-    """The region with PyTorch's own kernels, for checking; "" where a higher-order operator has no source."""
-    try:
-        return emit_aten(module)
-    except UnsupportedError:
-        return ""
+        return RegionCode(region.key, "aten", source, reason, source, bodies=bodies)
+    return RegionCode(
+        region.key, "inductor", artifact.source_code, reference=source, artifact=artifact, bodies=bodies
+    )
 
 
 def _where(region: Region) -> str:

@@ -43,7 +43,7 @@ class Role(StrEnum):
 
 
 class InputKind(StrEnum):
-    """What a graph input is to the user."""
+    """What a graph input is to the user. A ``TOKEN`` carries no data: AOTAutograd threads it through effects."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -51,6 +51,7 @@ class InputKind(StrEnum):
     TANGENT = "tangent"
     SYMBOL = "symbol"
     SAVED = "saved"
+    TOKEN = "token"
     OPAQUE = "opaque"
 
 

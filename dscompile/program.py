@@ -22,9 +22,9 @@ class RegionCode:
     Attributes:
         key: structural hash of the region. kind: ``"inductor"`` (compiled) or ``"aten"`` (PyTorch's own kernels, one
         call a node). source: Python source of what runs; for ``aten`` it defines ``run(args)``. reference: source of
-        ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to. reason: why
-        the region was not compiled ("" if it was). artifact: the compiled object, bound again after loading from
-        disk.
+        ``run(args)`` with PyTorch's own kernels ("" if there is none): what a check compares to. reason: why the region
+        was not compiled ("" if it was). artifact: the compiled object, bound again after loading from disk. bodies:
+        the graphs that higher-order operators call, by the names that ``aten`` source and reference use.
     """
 
     key: str
@@ -33,6 +33,7 @@ class RegionCode:
     reason: str = ""
     reference: str = ""
     artifact: Any = None
+    bodies: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

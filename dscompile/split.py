@@ -53,7 +53,7 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
         _erase_unused(backward, Phase.FORWARD)
     fw, bw = _as_forward(graph, forward), _as_backward(graph, backward)
     _sink_independent(bw)
-    saved = tuple(i.name for i in bw.inputs if i.kind is not InputKind.TANGENT)
+    saved = tuple(i.name for i in bw.inputs if i.kind not in (InputKind.TANGENT, InputKind.TOKEN))
     return Split(fw, bw, saved, reason or "save all")
 
 

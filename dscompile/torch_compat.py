@@ -19,6 +19,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache as NotCacheable
 from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
@@ -69,6 +70,14 @@ def fake_like(mode: contextlib.AbstractContextManager[Any], value: Any) -> Any:
     if isinstance(mode, FakeTensorMode) and isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value)
     return value
+
+
+def fresh_fake(value: Any) -> Any:
+    """A fake tensor like ``value`` in a storage of its own; anything that is not a strided fake tensor as it is."""
+    if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def storage_key(value: Any) -> int | None:

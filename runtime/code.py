@@ -16,16 +16,20 @@ from dscompile.report import GraphReport, announce
 from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
 from dscompile.runtime.sanitize import Boxed
-from dscompile.torch_compat import OutputCode, unloaded
+from dscompile.torch_compat import NotCacheable, OutputCode, unloaded
 
 
 @dataclass
 class ProgramCode(OutputCode):
-    """A compiled program with its report. ``_boxed_call`` tells AOTAutograd to hand over one list of arguments."""
+    """A compiled program with its report. ``_boxed_call`` tells AOTAutograd to hand over one list of arguments.
+
+    ``not_cacheable`` says why the program must not be stored ("" if it may be).
+    """
 
     program: Program
     report: GraphReport
     config: Config
+    not_cacheable: str = ""
     run: Boxed | None = None
 
     def __post_init__(self) -> None:
@@ -43,7 +47,13 @@ class ProgramCode(OutputCode):
         return self
 
     def prepare_for_serialization(self) -> None:
-        """Drop what belongs to this process; called on a copy just before it is pickled."""
+        """Drop what belongs to this process; called on a copy just before it is pickled.
+
+        Raises:
+            NotCacheable: AOTAutograd then leaves the program out of its cache; the next start compiles again.
+        """
+        if self.not_cacheable:
+            raise NotCacheable(self.not_cacheable)
         self.run = None
         codes = {
             key: replace(code, artifact=unloaded(code.artifact)) if code.artifact is not None else code

@@ -26,7 +26,7 @@ def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = Fals
     loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
     if sanitize:
-        references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
+        references = {key: define(c.reference, "run", c.bodies) for key, c in program.codes.items() if c.reference}
         namespace |= checked_regions(program, loaded, references)
     return define(program.source(), program.name, namespace)
 
@@ -34,7 +34,7 @@ def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = Fals
 def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:
     """The boxed callable of one region."""
     if code.kind == "aten":
-        return define(code.source, "run", {})
+        return define(code.source, "run", code.bodies)
     call = load_artifact(code.artifact)
     if reuse_buffers:
         set_allocator(call, POOL.empty_strided)

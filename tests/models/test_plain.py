@@ -219,6 +219,41 @@ def test_dynamic_from_the_start(options: dict[str, Any]) -> None:
     assert_matches_eager(Attention(), (torch.randn(3, 5, 16),), options=options, dynamic=True)
 
 
+@pytest.mark.parametrize("options", [ATEN, {}], ids=["aten", "compiled"])
+def test_checkpointed_batchnorm_does_not_read_overwritten_statistics(options: dict[str, Any]) -> None:
+    """Gradients only: eager updates the statistics a second time in backward, torch.compile by design does not."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(lambda v: self.norm(v).sin() * v, x, use_reentrant=False).exp()
+
+    model = Block()
+    compiled = torch.compile(model, backend="dscompile", options=options)
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        found, expected = (torch.autograd.grad(run(x).sum(), model.norm.weight)[0] for run in (compiled, model))
+        torch.testing.assert_close(found, expected)
+
+
+def test_sizes_from_data_in_one_graph() -> None:
+    def select(x: Tensor) -> Tensor:
+        first, again = x * 2, x * 2  # merged: the selection then reads another node than the one it was traced with
+        return again[x > 0].exp() * first.sum() + x.sum().item()
+
+    x = torch.randn(4, 3, requires_grad=True)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        for options in (ATEN, {}):
+            torch._dynamo.reset()
+            compiled = torch.compile(select, backend="dscompile", options=options, fullgraph=True)
+            torch.testing.assert_close(compiled(x), select(x))
+            found, expected = (torch.autograd.grad(run(x).sum(), x)[0] for run in (compiled, select))
+            torch.testing.assert_close(found, expected)
+
+
 def test_autocast_bf16() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8))
     compiled = torch.compile(model, backend="dscompile")

@@ -41,9 +41,7 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         reason = f"{_where(region)}: {failure}"
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
         return RegionCode(region.key, "aten", source, reason, source, bodies=bodies)
-    return RegionCode(
-        region.key, "inductor", artifact.source_code, reference=source, artifact=artifact, bodies=bodies
-    )
+    return RegionCode(region.key, "inductor", artifact.source_code, reference=source, artifact=artifact, bodies=bodies)
 
 
 def _where(region: Region) -> str:

@@ -19,7 +19,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache as NotCacheable
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
@@ -407,6 +407,10 @@ def is_backed(size: Any) -> bool:
 
 
 # -- AOTAutograd's cache ---------------------------------------------------------------------------------------------
+
+
+NotCacheable = BypassAOTAutogradCache
+"""Raised while a program is stored: AOTAutograd leaves it out of its cache and goes on."""
 
 
 class _KeyOnly(CustomPartitionerFn):

@@ -112,7 +112,8 @@ def _complex(a: Tensor, b: Tensor) -> Tensor:
 FUNCTIONS: tuple[Two, ...] = (
     torch.add, torch.mul, torch.maximum, torch.minimum,
     _write_slice, _write_view, _write_mask, _write_chain, _write_row, _write_shared,
-    _scatter, _gather, _index_add, _split, _unbind, _attention, _strided, _no_grad, _double, _statistics, _repeat, _complex,
+    _scatter, _gather, _index_add, _split, _unbind, _attention, _strided, _no_grad, _double, _statistics,
+    _repeat, _complex,
     lambda a, b: a @ b.t() @ a,
     lambda a, b: F.dropout(a, 0.4) + b,
     lambda a, b: a * torch.rand_like(b),

@@ -87,7 +87,9 @@ def assert_run_close(found: Run, expected: Run, exact: Callable[[], tuple[Run, l
     reference, samples = exact()
     own_loss = max(loss_error(sample[0], reference[0]) for sample in samples)
     own = max(max(gradient_errors(sample[1], reference[1]).values()) for sample in samples)
-    seen = f"loss off by {loss:.3g}, gradient of {worst[0]} by {worst[1]:.3g}; eager's own error {own_loss:.3g}, {own:.3g}"
+    seen = (
+        f"loss off by {loss:.3g}, gradient of {worst[0]} by {worst[1]:.3g}; eager's own error {own_loss:.3g}, {own:.3g}"
+    )
     assert own <= OWN_ERROR_LIMIT, f"not judged by fp64: {seen}"
     error = loss_error(found[0], reference[0])
     assert error <= max(LOSS_RTOL, OWN_ERROR_FACTOR * own_loss), f"loss is {error:.3g} from fp64: {seen}"

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
-UNDEFINED_VALUES = frozenset({"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"})
+UNDEFINED_VALUES = frozenset(
+    {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+)
 """Their results are uninitialised memory: only shape, strides and dtype are compared."""
 
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.complex64: (1e-4, 1e-5), torch.bfloat16: (2e-2, 1e-2)}
@@ -78,7 +80,9 @@ def assert_same(found: Any, expected: Any, *, values: bool = True) -> None:
     assert len(have) == len(want), f"{have_spec} instead of {want_spec}"
     for a, b in zip(have, want, strict=True):
         if not isinstance(b, Tensor):
-            same = a is b or a == b or (a != a and b != b) or isinstance(b, (torch.Generator, torch.Size)) or callable(b)
+            same = (
+                a is b or a == b or (a != a and b != b) or isinstance(b, (torch.Generator, torch.Size)) or callable(b)
+            )
             assert same or (isinstance(b, float) and abs(a - b) <= 1e-5 * abs(b)), f"{a!r} instead of {b!r}"
             continue
         assert isinstance(a, Tensor), f"{a!r} instead of a tensor"

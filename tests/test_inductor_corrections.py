@@ -1,4 +1,4 @@
-"""Where Inductor itself is wrong and dscompile corrects it: each test fails with ``backend="inductor"`` of torch 2.13."""
+"""Where Inductor itself is wrong and dscompile corrects it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_two_threads")
 def test_transposed_scatter_on_two_threads_adds_to_the_right_rows() -> None:
-    """pytorch/pytorch#191837: the gradient of an indexed, transposed tensor, as in Falcon's attention."""
+    """pytorch/pytorch#191837, seen in Falcon's attention; ``backend="inductor"`` of torch 2.13 fails this test."""
 
     def select(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return x[:, :, index].squeeze(2).transpose(1, 2) * weight

@@ -51,7 +51,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 Run = tuple[float, dict[str, Tensor | None]]
-"""A loss and the gradients that belong to it."""
+"""A loss and the gradients (or buffers) that belong to it."""
 
 
 def gradient_errors(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> dict[str, float]:
@@ -86,7 +86,7 @@ def assert_run_close(found: Run, expected: Run, exact: Callable[[], tuple[Run, l
         return
     reference, samples = exact()
     own_loss = max(loss_error(sample[0], reference[0]) for sample in samples)
-    own = max(max(gradient_errors(sample[1], reference[1]).values()) for sample in samples)
+    own = max(max(gradient_errors(sample[1], reference[1]).values(), default=0.0) for sample in samples)
     seen = (
         f"loss off by {loss:.3g}, gradient of {worst[0]} by {worst[1]:.3g}; eager's own error {own_loss:.3g}, {own:.3g}"
     )
@@ -98,14 +98,21 @@ def assert_run_close(found: Run, expected: Run, exact: Callable[[], tuple[Run, l
         assert error <= allowed, f"{name}: gradient is {error:.3g} from fp64, allowed {allowed:.3g}: {seen}"
 
 
-def _exact_runs(model: nn.Module, run: Callable[[nn.Module, bool], Tensor]) -> tuple[Run, list[Run]]:
+def float_buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    return {f"buffer {n}": b.detach().clone() for n, b in model.named_buffers() if b.is_floating_point()}
+
+
+Read = Callable[[nn.Module], dict[str, Tensor | None]]
+
+
+def _exact_runs(model: nn.Module, run: Callable[[nn.Module, bool], Tensor], read: Read) -> tuple[Run, list[Run]]:
     """Eager in fp64, and in fp32 with parameters as they are and twice moved by half a unit in the last place."""
 
     def once(one: nn.Module, double: bool = False) -> Run:
         value = run(one, double)
         one.zero_grad()
         value.backward()
-        return float(value.detach()), gradients(one)
+        return float(value.detach()), read(one)
 
     samples = [once(copy.deepcopy(model))]
     for seed in range(2):
@@ -148,13 +155,13 @@ def assert_matches_eager(
             module.zero_grad()
             value = run(module)
             value.backward()
-            runs.append((float(value.detach()), gradients(model if module is compiled else reference)))
-        assert_run_close(runs[0], runs[1], functools.partial(_exact_runs, before, run))
+            runs.append(float(value.detach()))
+        for read in (gradients, float_buffers):
+            found, expected = (runs[0], read(model)), (runs[1], read(reference))
+            assert_run_close(found, expected, functools.partial(_exact_runs, before, run, read))
         buffers = dict(reference.named_buffers())
         for name, buffer in model.named_buffers():
-            torch.testing.assert_close(
-                buffer, buffers[name], rtol=1e-4, atol=1e-6, msg=f"buffer {name}", equal_nan=True
-            )
+            assert buffer.is_floating_point() or torch.equal(buffer, buffers[name]), f"buffer {name}"
     return compiled
 
 

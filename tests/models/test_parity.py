@@ -1,4 +1,4 @@
-"""The measure itself: an exact run passes, a wrong one does not, and rounding of an unstable model is not called wrong."""
+"""The measure itself: exact runs pass, wrong ones do not, and an unstable model's rounding is not called wrong."""
 
 from __future__ import annotations
 

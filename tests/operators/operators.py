@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,8 +18,6 @@ UNDEFINED_VALUES = frozenset(
 
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.complex64: (1e-4, 1e-5), torch.bfloat16: (2e-2, 1e-2)}
 """(relative, absolute) by dtype; other dtypes take ``torch.testing``'s own defaults."""
-
-Case = tuple[Any, str]
 
 
 def operators() -> dict[str, Any]:
@@ -44,7 +41,7 @@ def samples(op: Any, count: int) -> Iterator[tuple[Tensor, tuple[Any, ...], dict
 
 
 def run(function: Callable[..., Any], arguments: Any) -> tuple[Any, list[Tensor | None], Any]:
-    """Call ``function`` on fresh copies of ``arguments`` and differentiate: outputs, gradients, arguments afterwards."""
+    """Call ``function`` on fresh copies of ``arguments`` and differentiate: outputs, gradients, arguments as left."""
     flat, spec = pytree.tree_flatten(arguments)
     leaves = [v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else _own(v) for v in flat]
     torch.manual_seed(1)

@@ -1,4 +1,7 @@
-"""PyTorch's operator database: forward and backward equal eager. A sample runs always, every operator under ``-m slow``."""
+"""PyTorch's operator database: forward and backward equal eager.
+
+A sample runs always, every operator under ``-m slow``. No operator is excepted: what eager runs must run.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import torch
 
 pytest.importorskip("expecttest")  # torch.testing._internal wants it
 
-from known import SHARED_WITH_AOT_EAGER
 from operators import EagerFailureError, check, operators
 
 ALL = operators()
@@ -16,9 +18,10 @@ COMPILED_EVERY = 97
 """The fast sample takes every so-many-th operator, by name, with PyTorch's kernels and compiled."""
 
 RISKY = (
-    "linalg.cholesky", "linalg.inv", "sort", "split.list_args", "unbind", "nn.functional.dropout", "bernoulli", "combinations",
-    "fft.rfft", "complex", "masked_select", "nonzero", "index_put", "to_sparse", "sparse.mm.reduce", "as_strided", "resize_",
-    "svd", "max.reduction_with_dim", "nn.functional.batch_norm", "nn.functional.ctc_loss", "item", "empty_like", "randn",
+    "linalg.cholesky", "linalg.inv", "sort", "split.list_args", "unbind", "nn.functional.dropout", "bernoulli", "svd",
+    "combinations", "fft.rfft", "complex", "masked_select", "nonzero", "index_put", "to_sparse", "sparse.mm.reduce",
+    "as_strided", "resize_", "max.reduction_with_dim", "nn.functional.batch_norm", "nn.functional.ctc_loss", "item",
+    "empty_like", "randn",
 )  # fmt: skip
 """Several outputs, lists, draws, effects, complex and sparse values, views, sizes from data: always in the sample."""
 
@@ -31,12 +34,11 @@ def _check(name: str, options: dict[str, object], samples: int, **settings: obje
 
 
 def _fast() -> list[str]:
-    return sorted({*list(ALL)[::FAST_EVERY], *RISKY} - set(SHARED_WITH_AOT_EAGER))
+    return sorted({*list(ALL)[::FAST_EVERY], *RISKY})
 
 
-def test_the_names_of_the_lists_exist() -> None:
+def test_the_names_of_the_list_exist() -> None:
     assert set(RISKY) <= set(ALL)
-    assert set(SHARED_WITH_AOT_EAGER) <= set(ALL)
 
 
 @pytest.mark.parametrize("name", _fast())
@@ -50,26 +52,19 @@ def test_compiled(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in ALL if n not in SHARED_WITH_AOT_EAGER])
+@pytest.mark.parametrize("name", ALL)
 def test_every_operator_with_pytorchs_kernels(name: str) -> None:
     _check(name, {"regions": "aten"}, samples=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in ALL if n not in SHARED_WITH_AOT_EAGER])
+@pytest.mark.parametrize("name", ALL)
 def test_every_operator_compiled(name: str) -> None:
     _check(name, {}, samples=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in ALL if n not in SHARED_WITH_AOT_EAGER])
+@pytest.mark.parametrize("name", ALL)
 def test_every_operator_without_a_graph_break_at_sizes_from_data(name: str) -> None:
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
         _check(name, {"regions": "aten"}, samples=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHARED_WITH_AOT_EAGER)
-def test_what_we_call_upstream_fails_without_us_too(name: str) -> None:
-    with pytest.raises(Exception, match=""):
-        check(name, ALL[name], 2, "aot_eager", None)

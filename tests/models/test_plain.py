@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,6 +253,38 @@ def test_sizes_from_data_in_one_graph() -> None:
             torch.testing.assert_close(compiled(x), select(x))
             found, expected = (torch.autograd.grad(run(x).sum(), x)[0] for run in (compiled, select))
             torch.testing.assert_close(found, expected)
+
+
+def test_a_model_with_constants_can_be_dumped(tmp_path: Path) -> None:
+    """Texts are written while PyTorch traces with fake tensors; constants are real ones."""
+
+    def function(x: Tensor) -> Tensor:
+        return x * torch.tensor([1.0, 2.0, 3.0])
+
+    x = torch.randn(4, 3, requires_grad=True)
+    compiled = torch.compile(function, backend="dscompile", options={**ATEN, "dump": str(tmp_path)})
+    torch.testing.assert_close(compiled(x), function(x))
+    assert "[1.0, 2.0, 3.0]" in next(tmp_path.glob("*/00-traced.txt")).read_text()
+
+
+def test_second_derivatives_are_a_clear_error() -> None:
+    x = torch.randn(3, requires_grad=True)
+    compiled = torch.compile(lambda v: (v**3).sum(), backend="dscompile", options=ATEN)
+    (first,) = torch.autograd.grad(compiled(x), x, create_graph=True)
+    torch.testing.assert_close(first, 3 * x**2)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.autograd.grad(first.sum(), x)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_and_one_row_with_dynamic_shapes(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    compiled = torch.compile(model, backend="dscompile", options=ATEN, dynamic=True)
+    for batch in (3, rows):
+        x = torch.randn(batch, 6)
+        torch.testing.assert_close(compiled(x), model(x))
+        found, expected = (torch.autograd.grad(run(x).sum(), model[0].weight)[0] for run in (compiled, model))
+        torch.testing.assert_close(found, expected)
 
 
 def test_autocast_bf16() -> None:

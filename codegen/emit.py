@@ -164,6 +164,8 @@ def _expression(value: object) -> str:
     if isinstance(value, (list, tuple)):
         items = ", ".join(map(_expression, value))
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
+    if isinstance(value, (OpOverload, HigherOrderOperator)):  # what a higher-order operator calls
+        return _target(value)
     if isinstance(value, slice):
         return f"slice({_expression(value.start)}, {_expression(value.stop)}, {_expression(value.step)})"
     if value is Ellipsis:

@@ -23,7 +23,7 @@ from dscompile.codegen.regions import cut
 from dscompile.config import Config
 from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
 from dscompile.errors import UnsupportedError, VerifyError
-from dscompile.graph import GraphKind, StepGraph
+from dscompile.graph import GraphKind, InputKind, StepGraph
 from dscompile.manager import Numerics, PassContext, PassRecord, parse_pipeline, run_pipeline
 from dscompile.params import FrameInputs, frame_inputs, from_aot
 from dscompile.program import check_lifetimes
@@ -237,12 +237,19 @@ class Frame:
             fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
             summary=self.config.summary,
         )
-        code = ProgramCode(program, report, self.config, last=graph.kind is not GraphKind.FORWARD).load()
+        last = graph.kind is not GraphKind.FORWARD
+        code = ProgramCode(program, report, self.config, last=last, not_cacheable=_not_cacheable(graph)).load()
         announce(report)
         code.dump(self.writer)
         if self.writer is not None and graph.kind is not GraphKind.BACKWARD:  # the frame's first program
             code.recording = self.writer.recording()
         return code
+
+
+def _not_cacheable(graph: StepGraph) -> str:
+    """Why a program must not go to AOTAutograd's cache: on a hit it does not make the tokens that order effects."""
+    tokens = [i.name for i in graph.inputs if i.kind is InputKind.TOKEN]
+    return f"effects are ordered by tokens ({', '.join(tokens)}), which a cached program is not given" if tokens else ""
 
 
 def _writer(config: Config, name: str) -> GraphWriter | None:

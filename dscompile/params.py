@@ -7,6 +7,7 @@ parameter.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dscompile.comm import comm_role
 from dscompile.effects import is_effect, is_random, shared_operand
 from dscompile.graph import INFO, GraphInput, GraphKind, GraphOutput, InputKind, NodeInfo, Phase, Role, StepGraph
 from dscompile.placement import spec_of
-from dscompile.torch_compat import duplicate_sources, source_names
+from dscompile.torch_compat import HigherOrderOperator, duplicate_sources, fresh_fake, source_names, storage_key
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def from_aot(
         forward_outputs: number of leading outputs that belong to forward (joint graphs).
     """
     inputs = tuple(_graph_input(node, frame) for node in gm.graph.find_nodes(op="placeholder"))
+    _own_values(gm.graph)
     output = gm.graph.output_node()
     values = [None if _is_update_tangent(v, frame) else v for v in output.args[0]]  # type: ignore[union-attr]
     output.args = (tuple(values),)
@@ -137,6 +139,25 @@ def from_aot(
     return graph
 
 
+def _own_values(graph: fx.Graph) -> None:
+    """Give every result of a higher-order operator a fake value in a storage of its own.
+
+    PyTorch answers the second call of one nested region with the fake values of the first. Everything that tells values
+    apart by their fake tensors, tracing above all, would take the two calls for one.
+    """
+    seen: set[int | None] = {None}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            source = node.args[0]
+            if isinstance(source.target, HigherOrderOperator):
+                node.meta["val"] = source.meta["val"][node.args[1]]
+        elif isinstance(node.target, HigherOrderOperator) and isinstance(value, (list, tuple)):
+            node.meta["val"] = type(value)(fresh_fake(v) if storage_key(v) in seen else v for v in value)
+        for leaf in value if isinstance(value, (list, tuple)) else (value,):
+            seen.add(storage_key(leaf))
+
+
 def _index(descriptor: Any) -> int | None:
     """The frame input that a descriptor talks about, through wrappers for tensor subclasses and synthetic bases."""
     while descriptor is not None:
@@ -151,6 +172,8 @@ def _graph_input(node: fx.Node, frame: FrameInputs) -> GraphInput:
     name = type(descriptor).__name__
     if "Tangent" in name or (descriptor is None and node.name.startswith("tangents")):
         return GraphInput(node.name, InputKind.TANGENT)
+    if "Token" in name:  # orders effects; its number counts tokens, not the frame's inputs
+        return GraphInput(node.name, InputKind.TOKEN)
     target = getattr(descriptor, "target", None)
     if isinstance(target, str):  # the step entry's ParamAOTInput and BufferAOTInput carry the FQN themselves
         found = frame.named(target)

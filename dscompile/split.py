@@ -8,10 +8,12 @@ rules; the result says so.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from dscompile.effects import Storages, shared_operand, written
 from dscompile.graph import GraphInput, GraphKind, GraphOutput, InputKind, Phase, Role, StepGraph, annotate, info
@@ -38,6 +40,7 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
     assert graph.kind is GraphKind.JOINT
     reason = _needs_torch_partitioner(graph)
     if reason:
+        _save_reads_of_mutated(graph)
         forward, backward = default_partition(
             graph.module,
             [],
@@ -56,7 +59,7 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
             node.meta = dict(node.meta)  # extraction hands over the joint node's own dictionary
     fw, bw = _as_forward(graph, forward), _as_backward(graph, backward)
     _sink_independent(bw)
-    saved = tuple(i.name for i in bw.inputs if i.kind is not InputKind.TANGENT)
+    saved = tuple(i.name for i in bw.inputs if i.kind not in (InputKind.TANGENT, InputKind.TOKEN))
     return Split(fw, bw, saved, reason or "save all")
 
 
@@ -79,6 +82,21 @@ def _needs_torch_partitioner(graph: StepGraph) -> str:
         if is_opaque(node) and (node.op != "placeholder" or any(user.op != "output" for user in node.users)):
             return "torch default partitioner (opaque values)"
     return ""
+
+
+def _save_reads_of_mutated(graph: StepGraph) -> None:
+    """Save what checkpointed code computes from inputs that are overwritten after forward (BatchNorm's statistics).
+
+    Computing it again in backward would read the new contents; autograd's version check forbids it.
+    """
+    storages = Storages(graph)
+    descriptors = graph.output_node.meta.get("desc") or []
+    overwritten = [d.mutated_input for d in descriptors if hasattr(d, "mutated_input")]
+    mutated = {storages.root(p) for p in graph.placeholders() if p.meta.get("desc") in overwritten}
+    for node in graph.nodes:
+        if "recompute" in node.meta and any(storages.root(operand) in mutated for operand in node.all_input_nodes):
+            for kept in (node, *(u for u in node.users if u.target is operator.getitem)):
+                kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def saved_for_backward(graph: StepGraph) -> tuple[list[fx.Node], list[fx.Node]]:

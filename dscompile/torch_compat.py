@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +35,8 @@ from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.codecache import FxGraphCache
+from torch._inductor.codegen import cpp as inductor_cpp
+from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
@@ -82,6 +85,14 @@ def fake_like(mode: contextlib.AbstractContextManager[Any], value: Any) -> Any:
     if isinstance(mode, FakeTensorMode) and isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value)
     return value
+
+
+def fresh_fake(value: Any) -> Any:
+    """A fake tensor like ``value`` in a storage of its own; anything that is not a strided fake tensor as it is."""
+    if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def storage_key(value: Any) -> int | None:
@@ -336,7 +347,7 @@ def inductor_compile(
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
-        with torch.no_grad(), no_autocast(), inductor_config.patch(options):
+        with torch.no_grad(), no_autocast(), inductor_config.patch(options), _corrected_cpu_codegen():
             decomposed = _decompose(module, inputs, {**select_decomp_table(), **decompositions})
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
@@ -350,6 +361,49 @@ def inductor_compile(
     except Exception as error:
         passing = _passing_reason(error)
         raise InductorFailure(passing or _first_line(error), passing=bool(passing)) from error
+
+
+class _Tile2D(inductor_cpp.CppTile2DKernel):
+    """Inductor's 2-D tile with the right address for a parallel scatter.
+
+    torch 2.13 moves the index of a store to the tile's inner row, and its vectorised ``atomic_add`` (an accumulating
+    ``index_put`` on more than one thread) then moves it a second time: row ``k`` is added to row ``2 * k``, possibly
+    past the buffer's end. Falcon's fused query/key/value gradient is wrong by 2 % so. Here the index is moved once.
+    """
+
+    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        """Emit ``name[index] = value``, or the accumulating form."""
+        parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
+        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):
+            inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
+        else:
+            super().store(name, index, value, mode)
+
+
+class _KernelProxy(inductor_cpp.CppKernelProxy):
+    tile2d_kernel_cls = _Tile2D
+
+
+class _CpuScheduling(inductor_cpp.CppScheduling):
+    kernel_proxy_cls = _KernelProxy
+
+
+@contextlib.contextmanager
+def _corrected_cpu_codegen() -> Iterator[None]:
+    """Have Inductor generate CPU kernels through our subclasses while a region compiles; restored on the way out.
+
+    Stands on ``CppScheduling.kernel_proxy_cls`` and ``CppKernelProxy.tile2d_kernel_cls``, made for subclasses, and on
+    the table behind ``register_backend_for_device``. A CPU backend that the user chose or registered is left alone.
+    """
+    init_backend_registration()
+    stock = device_codegens["cpu"]
+    ours = isinstance(stock.scheduling(None), inductor_cpp.CppScheduling) and inductor_config.cpu_backend == "cpp"
+    if ours:
+        device_codegens["cpu"] = replace(stock, scheduling=_CpuScheduling)
+    try:
+        yield
+    finally:
+        device_codegens["cpu"] = stock
 
 
 def _decompose(module: fx.GraphModule, inputs: list[Any], table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:
@@ -539,6 +593,10 @@ def is_backed(size: Any) -> bool:
 
 
 # -- AOTAutograd's cache ---------------------------------------------------------------------------------------------
+
+
+NotCacheable = BypassAOTAutogradCache
+"""Raised while a program is stored: AOTAutograd leaves it out of its cache and goes on."""
 
 
 class _KeyOnly(CustomPartitionerFn):

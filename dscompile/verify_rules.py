@@ -170,8 +170,11 @@ def _changed_and_users(check: Check) -> list[fx.Node]:
 
 
 def _not_recomputable(node: fx.Node) -> bool:
-    """Higher-order operators need their tracing context; resizing in place would change the operand's fake value."""
-    if isinstance(node.target, HigherOrderOperator):
+    """Higher-order operators need their tracing context; resizing in place would change the operand's fake value.
+
+    A node that defines a size from data (``nonzero``, ``masked_select``) would define another one when run again.
+    """
+    if isinstance(node.target, HigherOrderOperator) or "unbacked_bindings" in node.meta:
         return True
     return isinstance(node.target, OpOverload) and traits(node.target).reshapes
 

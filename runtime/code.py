@@ -20,7 +20,7 @@ from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
 from dscompile.runtime.pool import wanted
 from dscompile.runtime.sanitize import Boxed
-from dscompile.torch_compat import OutputCode, not_kept, unloaded
+from dscompile.torch_compat import NotCacheable, OutputCode, not_kept, unloaded
 
 if TYPE_CHECKING:
     from dscompile.artifact import GraphWriter, Recording
@@ -55,6 +55,7 @@ class ProgramCode(OutputCode):
 
     Attributes:
         last: no other program of its frame follows it. recording: the texts that its compilation dumped, if it did.
+        not_cacheable: why the program must not be stored ("" if it may be).
     """
 
     program: Program
@@ -62,6 +63,7 @@ class ProgramCode(OutputCode):
     config: Config
     last: bool = True
     recording: Recording | None = None
+    not_cacheable: str = ""
     run: Boxed | None = None
 
     def __post_init__(self) -> None:
@@ -79,9 +81,15 @@ class ProgramCode(OutputCode):
         return self
 
     def prepare_for_serialization(self) -> None:
-        """Drop what belongs to this process; called on a copy just before it is pickled."""
+        """Drop what belongs to this process; called on a copy just before it is pickled.
+
+        Raises:
+            NotCacheable: AOTAutograd then leaves the program out of its cache; the next start compiles again.
+        """
         if any(code.passing for code in self.program.codes.values()):
             raise not_kept("a region could not be compiled for a reason that may pass")
+        if self.not_cacheable:
+            raise NotCacheable(self.not_cacheable)
         self.run = None
         codes = {
             key: replace(code, artifact=unloaded(code.artifact)) if code.artifact is not None else code

@@ -26,7 +26,7 @@ from dscompile.errors import ConfigError, ShardingError, UnsupportedError
 from dscompile.ops import REPLICATED
 from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
 from dscompile.sharded import adopt, slots_in
-from dscompile.torch_compat import has_hooks, process_group
+from dscompile.torch_compat import has_hooks, process_group, set_local
 from dscompile.world import DATA, World, default_mesh
 
 
@@ -170,12 +170,7 @@ class _Placer:
         self.broadcast(full)
         rank = self.mesh.get_local_rank(self.axis)
         value = full.detach()
-        resident = None
-        if spec.stage in (1, 2) and spec.dim != REPLICATED:
-            resident = value.clone(memory_format=torch.contiguous_format)
-            local = spec.shard_of(resident, rank)
-        else:
-            local = spec.shard_of(value, rank).clone(memory_format=torch.contiguous_format)
+        local = spec.shard_of(value, rank).clone(memory_format=torch.contiguous_format)
         placements: list[Placement] = [Replicate()] * self.mesh.ndim
         if spec.dim != REPLICATED:
             placements[cast(tuple[str, ...], self.mesh.mesh_dim_names).index(self.axis)] = Shard(spec.dim)
@@ -183,6 +178,11 @@ class _Placer:
         wrapped = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=value.shape, stride=stride)
         param = nn.Parameter(wrapped, requires_grad=full.requires_grad)
         param.__dict__.update(full.__dict__)  # what libraries note on parameters
+        resident = None
+        if spec.stage in (1, 2) and spec.dim != REPLICATED:
+            # Only now: a DTensor made of a view takes over the view's storage offset, and deepcopy then fails.
+            resident = value.clone(memory_format=torch.contiguous_format)
+            set_local(cast(DTensor, param), spec.shard_of(resident, rank))
         set_mark(param, Mark(spec, self.config, resident))
         return cast(DTensor, param)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from functools import cache
 from typing import Any
 
@@ -72,7 +73,8 @@ def check_odd_sizes_at_every_stage(rank: int, world: int) -> None:
         model, _ = parity(Odd, odd_loss, rank, world, stage=stage)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         assert spec_of(param(model, "scale")).dim == -1
-        assert spec_of(param(model, "embed.weight")).dim == (-1 if stage == 0 else 0)
+        # [7, 5]: on 3 ranks columns pad less (2 + 2 + 1), but a resident copy (stages 1, 2) is cut in whole rows
+        assert spec_of(param(model, "embed.weight")).dim == (-1 if stage == 0 else int(world == 3 and stage == 3))
 
 
 def check_every_stage_gives_the_same_bits(rank: int, world: int) -> None:
@@ -268,7 +270,9 @@ def check_deepcopy_and_print(rank: int, world: int) -> None:
         assert other.embed.weight.equal(other.head.weight)
         odd_loss(other, rank).backward()
         assert param(other, "inner.weight").grad is not param(model, "inner.weight").grad
-        assert str(reference.inner.weight.detach()).split("(", 1)[1] in str(model.inner.weight.detach())
+        assert re.findall(r"-?\d\.\d+", str(model.inner.weight)) == re.findall(
+            r"-?\d\.\d+", str(reference.inner.weight)
+        )
         assert repr(model) == repr(reference)
         assert isinstance(model.inner, nn.Linear)
 

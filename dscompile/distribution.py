@@ -26,6 +26,7 @@ from dscompile.errors import ConfigError, ShardingError, UnsupportedError
 from dscompile.ops import REPLICATED
 from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
 from dscompile.sharded import adopt, slots_in
+from dscompile.slots import window
 from dscompile.torch_compat import has_hooks, process_group, set_local
 from dscompile.world import DATA, World, default_mesh
 
@@ -180,9 +181,8 @@ class _Placer:
         param.__dict__.update(full.__dict__)  # what libraries note on parameters
         resident = None
         if spec.stage in (1, 2) and spec.dim != REPLICATED:
-            # Only now: a DTensor made of a view takes over the view's storage offset, and deepcopy then fails.
             resident = value.clone(memory_format=torch.contiguous_format)
-            set_local(cast(DTensor, param), spec.shard_of(resident, rank))
+            set_local(cast(DTensor, param), window(resident, spec, rank))
         set_mark(param, Mark(spec, self.config, resident))
         return cast(DTensor, param)
 

@@ -112,6 +112,8 @@ def _plan(model: nn.Module, config: Config, world: int, group: str) -> list[_Pla
     plan: dict[int, _Planned] = {}
     for fqn, param in model.named_parameters():
         if mark_of(param) is None:
+            if is_lazy(param):
+                raise UnsupportedError(f"parameter {fqn} has no shape yet; run one forward pass before distribute().")
             shape = tuple(param.shape)
             dim = choose_dim(shape, world, stage) if param.is_floating_point() else REPLICATED
             plan[id(param)] = _Planned(param, ShardSpec(fqn, shape, dim, world, group, stage), [])
@@ -209,8 +211,6 @@ def _check(model: nn.Module, plan: list[_Planned]) -> None:
 
 def _check_parameter(planned: _Planned) -> None:
     param, fqn = planned.param, planned.spec.fqn
-    if is_lazy(param):
-        raise UnsupportedError(f"parameter {fqn} has no shape yet; run one forward pass before distribute().")
     if isinstance(param, DTensor):
         raise UnsupportedError(
             f"parameter {fqn} is a DTensor already ({param.placements}); distribute() takes plain ones."

@@ -144,9 +144,14 @@ class Slot:
         return wrap_like(self.param, local.detach())
 
     @property
+    def moved(self) -> bool:
+        """Whether the parameter has other memory than the graph's tensor."""
+        return self._local is not local_of(self.param)
+
+    @property
     def stale(self) -> bool:
         """Whether the parameter was moved, frozen or thawed since the graph's tensor was made."""
-        return self._local is not local_of(self.param) or self.shard.requires_grad != self.param.requires_grad
+        return self.moved or self.shard.requires_grad != self.param.requires_grad
 
     def own(self, module: nn.Module, name: str) -> None:
         """Let a module read the parameter through this slot."""

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def run_checks(rank: int, world: int, module: str, names: list[str]) -> dict[str
             torch.manual_seed(0)
             getattr(importlib.import_module(module), name)(rank, world)
             found[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             found[name] = traceback.format_exc()
     return found
 

@@ -500,11 +500,6 @@ def try_build_lock(root: Path, key: str) -> Iterator[bool]:
         yield True
 
 
-def not_kept(reason: str) -> Exception:
-    """What an ``OutputCode`` raises from ``prepare_for_serialization`` so that AOTAutograd does not store it."""
-    return BypassAOTAutogradCache(reason)
-
-
 def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:
     """A copy of a compiled region that can be pickled."""
     bare = copy.copy(artifact)

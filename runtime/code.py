@@ -20,7 +20,7 @@ from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
 from dscompile.runtime.pool import wanted
 from dscompile.runtime.sanitize import Boxed
-from dscompile.torch_compat import NotCacheable, OutputCode, not_kept, unloaded
+from dscompile.torch_compat import NotCacheable, OutputCode, unloaded
 
 if TYPE_CHECKING:
     from dscompile.artifact import GraphWriter, Recording
@@ -87,7 +87,7 @@ class ProgramCode(OutputCode):
             NotCacheable: AOTAutograd then leaves the program out of its cache; the next start compiles again.
         """
         if any(code.passing for code in self.program.codes.values()):
-            raise not_kept("a region could not be compiled for a reason that may pass")
+            raise NotCacheable("a region could not be compiled for a reason that may pass")
         if self.not_cacheable:
             raise NotCacheable(self.not_cacheable)
         self.run = None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dscompile.codegen.repeats import MIN_PERIOD, segments
+from dscompile.repeats import MIN_PERIOD, segments
 
 INF = float("inf")
 

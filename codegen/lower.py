@@ -15,6 +15,7 @@ from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.regions import Region, region_module
 from dscompile.config import Config
+from dscompile.errors import UnsupportedError
 from dscompile.program import RegionCode
 from dscompile.torch_compat import InductorFailure, inductor_compile
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch

@@ -92,7 +92,7 @@ def test_from_json(tmp_path: Path) -> None:
         (b'{\n "regions": "aten",\n}', ":3:1: not valid JSON"),
         (b"[1]", "expected a JSON object of options, got list"),
         (b"", "not valid JSON"),
-        (b"\xff\xfe\x00", "not a text file"),
+        (b"\xff\xfe\x00", "not a JSON text file"),
         (b'{"regoins": "aten"}', "Did you mean 'regions'?"),
         (b'{"limit": "many"}', "option 'limit'"),
     ],

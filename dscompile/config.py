@@ -53,7 +53,7 @@ class Config(BaseModel):
     )
     buffers: Choice = Field(
         "auto",
-        description="Reuse large CPU buffers from step to step instead of returning them to the system; 'auto': on Linux.",
+        description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
     )
     cache: bool = Field(True, description="Keep compiled programs on disk, shared by later processes.")
     summary: bool = Field(True, description="Log one line for each compiled graph.")

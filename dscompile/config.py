@@ -87,7 +87,7 @@ class Config(BaseModel):
     )
     buffers: Choice = Field(
         "auto",
-        description="Reuse large CPU buffers from step to step again instead of returning them; 'auto': on Linux.",
+        description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
     )
     zero: ZeroConfig = Field(default_factory=ZeroConfig, description="Sharding of parameters over ranks (ZeRO).")
     cache: bool = Field(True, description="Keep compiled programs on disk, shared by later processes.")

@@ -20,8 +20,7 @@ import sympy
 import torch
 from filelock import Timeout
 from torch import fx
-from torch._C._dynamo.guards import _empty_strided_cpu as _empty_strided_cpu
-from torch._C._dynamo.guards import _reinterpret_tensor as _reinterpret_tensor
+from torch._C._dynamo import guards as _guards
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
@@ -651,7 +650,8 @@ def empty_strided_cpu(size: Sequence[int], stride: Sequence[int], dtype: torch.d
 
     Stands on ``torch._C._dynamo.guards._empty_strided_cpu``.
     """
-    return _empty_strided_cpu(size, stride, dtype)
+    tensor: torch.Tensor = _guards._empty_strided_cpu(size, stride, dtype)  # type: ignore[attr-defined]
+    return tensor
 
 
 def reinterpret(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
@@ -659,7 +659,8 @@ def reinterpret(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]
 
     Stands on ``torch._C._dynamo.guards._reinterpret_tensor``.
     """
-    return _reinterpret_tensor(tensor, size, stride)
+    other: torch.Tensor = _guards._reinterpret_tensor(tensor, size, stride)  # type: ignore[attr-defined]
+    return other
 
 
 def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torch.Tensor]) -> bool:

@@ -373,10 +373,10 @@ class _Tile2D(inductor_cpp.CppTile2DKernel):
     def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
         """Emit ``name[index] = value``, or the accumulating form."""
         parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
-        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):
+        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):  # type: ignore[no-untyped-call]
             inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
         else:
-            super().store(name, index, value, mode)
+            super().store(name, index, value, mode)  # type: ignore[no-untyped-call]
 
 
 class _KernelProxy(inductor_cpp.CppKernelProxy):

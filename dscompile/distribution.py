@@ -7,7 +7,7 @@ every collective step (forward, eager reads, printing a parameter) on every rank
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from dscompile.accumulate import watch_optimizers
 from dscompile.config import Config
+from dscompile.deferred import build_deferred, is_deferred, materialise
 from dscompile.errors import ConfigError, ShardingError, UnsupportedError
 from dscompile.ops import REPLICATED
 from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
@@ -29,6 +30,8 @@ from dscompile.sharded import adopt, slots_in
 from dscompile.slots import window
 from dscompile.torch_compat import has_hooks, process_group, set_local
 from dscompile.world import DATA, World, default_mesh
+
+_LOG = logging.getLogger(__name__)
 
 
 def distribute(
@@ -64,7 +67,9 @@ def distribute(
     if (model is None) == (model_fn is None):
         raise ConfigError("distribute() takes either a model or model_fn=.")
     if model is None:
-        model = _build(cast(Callable[[], nn.Module], model_fn))
+        model, reason = build_deferred(cast(Callable[[], nn.Module], model_fn))
+        if reason is not None:
+            _LOG.warning("the model was built for real on every rank, then sharded: %s", reason)
     known = slots_in(model)
     settings = _settings(config, known[0].config if known else None)
     if mesh is None:
@@ -118,17 +123,15 @@ def _plan(model: nn.Module, config: Config, world: int, group: str) -> list[_Pla
             dim = choose_dim(shape, world, stage) if param.is_floating_point() else REPLICATED
             plan[id(param)] = _Planned(param, ShardSpec(fqn, shape, dim, world, group, stage), [])
     for module in model.modules():
-        for name, param in module._parameters.items():  # named_parameters() leaves out the other names of a tied one
-            if param is not None and id(param) in plan:
-                plan[id(param)].owners.append((module, name))
+        for name, held in module._parameters.items():  # named_parameters() leaves out the other names of a tied one
+            if held is not None and id(held) in plan:
+                plan[id(held)].owners.append((module, name))
     return list(plan.values())
 
 
 def _place(model: nn.Module, plan: list[_Planned], placer: _Placer, *, buffers: bool) -> None:
     """Make each planned parameter's DTensor, one full value at a time, and make buffers equal."""
-    if _is_deferred(model):
-        from dscompile.deferred import materialise
-
+    if is_deferred(model):
         by_name = {planned.spec.fqn: planned for planned in plan}
 
         def place(fqn: str, full: Tensor, is_parameter: bool) -> Tensor:
@@ -138,7 +141,10 @@ def _place(model: nn.Module, plan: list[_Planned], placer: _Placer, *, buffers: 
             planned.sharded = placer.parameter(full, planned.spec)
             return planned.sharded
 
-        materialise(model, place)
+        report = materialise(model, place)
+        if report.fallbacks:
+            reasons = "; ".join(report.fallbacks)
+            _LOG.warning("%d tensor(s) were built for real, not deferred: %s", len(report.fallbacks), reasons)
         return
     for planned in plan:
         planned.sharded = placer.parameter(planned.param, planned.spec)
@@ -232,23 +238,3 @@ def _kept_elsewhere(module: nn.Module, swapped: dict[int, str]) -> Iterator[tupl
         for item in values:
             if id(item) in swapped:
                 yield key, swapped[id(item)]
-
-
-# -- deferred construction ---------------------------------------------------------------------------------------------
-
-
-def _build(model_fn: Callable[[], nn.Module]) -> nn.Module:
-    if importlib.util.find_spec("dscompile.deferred") is None:
-        return model_fn()
-    from dscompile.deferred import build_deferred
-
-    model, _ = build_deferred(model_fn)
-    return cast(nn.Module, model)
-
-
-def _is_deferred(model: nn.Module) -> bool:
-    if importlib.util.find_spec("dscompile.deferred") is None:
-        return False
-    from dscompile.deferred import is_deferred
-
-    return bool(is_deferred(model))

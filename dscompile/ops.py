@@ -96,7 +96,7 @@ def _gather(shard: Tensor, dim: int, size: int, world: int, group: str) -> Tenso
         padding[dim] = missing
         shard = torch.cat([shard, shard.new_zeros(padding)], dim)
     shard = shard.contiguous()
-    gathered = _c10d.wait_tensor(_c10d.all_gather_into_tensor(shard.view(1, -1), world, group))
+    gathered: Tensor = _c10d.wait_tensor(_c10d.all_gather_into_tensor(shard.view(1, -1), world, group))
     if dim == 0:
         return gathered.view(world * chunk, *shard.shape[1:]).narrow(0, 0, size)
     parts = gathered.view(world, *shard.shape)
@@ -122,7 +122,7 @@ def _sum_in_order(grad: Tensor, dim: int, local: int, world: int, group: str) ->
     pieces = [grad.contiguous()] if dim == 0 else grad.split(rows, dim)
     flat = pieces[0].view(-1) if dim == 0 else torch.cat([piece.reshape(-1) for piece in pieces])
     send, receive = [n * width for n in rows], [local * width] * world
-    got = _c10d.wait_tensor(_c10d.all_to_all_single(flat, receive, send, group))
+    got: Tensor = _c10d.wait_tensor(_c10d.all_to_all_single(flat, receive, send, group))
     shape = list(grad.shape)
     shape[dim] = local
     parts = got.view(world, *shape)
@@ -152,7 +152,7 @@ def _reduce_scatter(grad: Tensor, dim: int, local: int, world: int, group: str) 
         grad = torch.cat([grad, grad.new_zeros(shape)], dim)
     shape[dim] = chunk
     flat = grad.contiguous().view(world, -1) if dim == 0 else torch.stack(grad.split(chunk, dim)).view(world, -1)
-    part = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(flat, "sum", world, group))
+    part: Tensor = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(flat, "sum", world, group))
     return part.view(shape).narrow(dim, 0, local).mul(1 / world)
 
 
@@ -163,7 +163,6 @@ LIBRARY.impl("reduce_grad", _reduce_kernel, "CompositeExplicitAutograd")
 # -- shapes ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("dscompile::unshard", lib=LIBRARY)
 def _unshard_fake(
     shard: Tensor, leaf: Tensor | None, accumulated: Tensor | None, dim: int, size: int, world: int, group: str
 ) -> Tensor:
@@ -173,12 +172,15 @@ def _unshard_fake(
     return shard.new_empty(shape)
 
 
-@torch.library.register_fake("dscompile::reduce_grad", lib=LIBRARY)
 def _reduce_fake(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
     shape = list(grad.shape)
     if dim != REPLICATED:
         shape[dim] = local
     return grad.new_empty(shape)
+
+
+torch.library.register_fake("dscompile::unshard", _unshard_fake, lib=LIBRARY)
+torch.library.register_fake("dscompile::reduce_grad", _reduce_fake, lib=LIBRARY)
 
 
 # -- derivatives -----------------------------------------------------------------------------------------------------

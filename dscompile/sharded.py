@@ -96,7 +96,7 @@ def _release(module: nn.Module, name: str) -> None:
     """Forget a sharded parameter, which the user replaced by None or by a plain one."""
     shards = cast(Shards, shards_of(module))
     for table in (shards.specs, shards.slots):
-        table.pop(name, None)  # type: ignore[attr-defined]
+        table.pop(name, None)
     for key in attribute_keys(name):
         module.__dict__.pop(key, None)
     set_variant(module, Sync.REDUCE)
@@ -108,7 +108,7 @@ def set_variant(module: nn.Module, sync: Sync) -> None:
     base = getattr(base, "_dscompile_base", base)
     specs = cast(Shards, shards_of(module)).specs
     layout = tuple((name, spec.dim, spec.size, spec.world, spec.group) for name, spec in specs.items())
-    module.__class__ = sharded_class(base, layout, sync)
+    module.__class__ = cast(type[nn.Module], cast(Any, sharded_class)(base, layout, sync))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
         return None
     shards = cast(Shards, shards_of(module))
     slot = shards.slots.get(name)
-    if slot is None or slot.param is not param:
+    if slot is None or slot.param is not cast(Tensor, param):
         return _foreign(param, shards.specs[name])
     if slot.full is not None and (slot.writable or not torch.is_grad_enabled()):
         return slot.full if slot.writable else slot.full.as_subclass(Gathered)
@@ -183,7 +183,7 @@ def sharded_class(base: type[nn.Module], layout: Layout, sync: Sync) -> type[nn.
     """The subclass of ``base`` whose parameters ``layout`` (name, dim, size, world, group) are sharded."""
     if not layout:
         return base
-    members: dict[str, Any] = {name: _property(name, *rest, sync) for name, *rest in layout}  # type: ignore[arg-type]
+    members: dict[str, Any] = {entry[0]: _property(*entry, sync) for entry in layout}
     members |= _methods(base)
     members |= {"_dscompile_base": base, "_dscompile_layout": layout, "_dscompile_sync": sync}
     members |= {"__module__": base.__module__}
@@ -258,7 +258,7 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
 
 def _revive(base: type[nn.Module], layout: Layout) -> nn.Module:
-    cls = sharded_class(base, layout, Sync.REDUCE)
+    cls: type[nn.Module] = cast(Any, sharded_class)(base, layout, Sync.REDUCE)
     return cls.__new__(cls)
 
 

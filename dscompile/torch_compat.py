@@ -189,7 +189,7 @@ def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
 
     Stands on ``torch._C._distributed_c10d._register_process_group``. ``destroy_process_group`` forgets all names.
     """
-    registered = torch._C._distributed_c10d
+    registered: Any = torch._C._distributed_c10d  # its stubs want a private string type for names
     with contextlib.suppress(RuntimeError):  # nothing registered under this name
         if registered._resolve_process_group(name) is group:
             return
@@ -202,7 +202,8 @@ def process_group(name: str) -> torch.distributed.ProcessGroup:
 
     Raises ``RuntimeError`` if there is none. Stands on ``_resolve_process_group``.
     """
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    registered: Any = torch._C._distributed_c10d
+    return cast(torch.distributed.ProcessGroup, registered._resolve_process_group(name))
 
 
 def group_backend(name: str, device: torch.device) -> str:

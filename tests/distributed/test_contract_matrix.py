@@ -368,6 +368,25 @@ def check_reads_are_counted(rank: int, world: int) -> None:
     assert dscompile.access_count(model) == 6
 
 
+def check_deferred_construction(rank: int, world: int) -> None:
+    for stage in (1, 3):
+        config = {"zero": {"stage": stage}}
+        torch.manual_seed(0)
+        with dscompile.deferred_init():
+            inside = Odd()
+        torch.manual_seed(0)
+        lstm = dscompile.distribute(model_fn=lambda: nn.LSTM(3, 4), config=config)
+        assert_values(lstm, seeded(lambda: nn.LSTM(3, 4)))
+        square((5, 2, 3))(lstm, rank).backward()
+        model, reference = dscompile.distribute(inside, config=config), seeded(Odd)
+        assert model is inside
+        assert_values(model, reference)
+        assert torch.equal(model.shift, reference.shift)
+        odd_loss(model, rank).backward()
+        mean_loss(reference, odd_loss, world).backward()
+        assert_gradients(model, reference)
+
+
 def check_memory_is_returned(rank: int, world: int) -> None:
     import gc
     import weakref

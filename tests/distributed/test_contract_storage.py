@@ -70,6 +70,25 @@ def check_optimizers_and_clipping(rank: int, world: int) -> None:
                 assert_values(model, reference, atol=2e-6)
 
 
+def check_generate(rank: int, world: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make() -> nn.Module:
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=31, num_key_value_heads=2, pad_token_id=0, **sizes)).eval()
+
+    reference, model = seeded(make), dscompile.distribute(seeded(make, rank))
+    prompt = torch.tensor([[3, 5, 7]])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    want = reference.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, **options), want)
+    reads = dscompile.access_count(model)
+    assert reads >= 5 * 21  # each forward pass gathers all 21 parameters
+    with torch.no_grad(), dscompile.gathered(model):
+        assert torch.equal(model.generate(prompt, **options), want)
+    assert dscompile.access_count(model) == reads
+
+
 def check_resident_copy_is_updated_in_place(rank: int, world: int) -> None:
     for stage in (1, 2):
         model = dscompile.distribute(seeded(Net), config={"zero": {"stage": stage}})

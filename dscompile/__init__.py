@@ -29,6 +29,14 @@ _PUBLIC = {
     "trace_step": "step",
     "compile_step": "step",
     "last_report": "report",
+    "distribute": "distribution",
+    "gathered": "reads",
+    "access_count": "reads",
+    "no_sync": "accumulate",
+    "pending_accumulation": "accumulate",
+    "reduce_pending": "accumulate",
+    "discard_accumulation": "accumulate",
+    "check_plain": "accumulate",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -23,13 +23,13 @@ from dscompile.config import Config
 from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
 from dscompile.errors import UnsupportedError, VerifyError
 from dscompile.graph import GraphKind, StepGraph
-from dscompile.manager import PassContext, PassRecord, parse_pipeline, run_pipeline
+from dscompile.manager import Numerics, PassContext, PassRecord, parse_pipeline, run_pipeline
 from dscompile.params import FrameInputs, frame_inputs, from_aot
 from dscompile.program import check_lifetimes
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.code import ProgramCode
 from dscompile.runtime.gemm import GemmChoice
-from dscompile.sharded import Sharding
+from dscompile.sharding import Sharding
 from dscompile.split import split
 from dscompile.torch_compat import (
     OutputCode,
@@ -39,6 +39,7 @@ from dscompile.torch_compat import (
     donated_saved_values,
     our_cache_key,
 )
+from dscompile.verify_comm import check_saved, listing
 
 if TYPE_CHECKING:
     from dscompile.artifact import GraphWriter
@@ -67,7 +68,8 @@ def dscompile(
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
     _check_devices(example_inputs)
     frame = Frame(config, inputs, f"graph{next(_COUNTER)}", sharding)
-    with our_cache_key(cache.key(config, sharding.key()), regions=config.cache, programs=config.cache and config.dump is None):
+    key = cache.key(config, sharding.key())
+    with our_cache_key(key, regions=config.cache, programs=config.cache and config.dump is None):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_forward),
             bw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_backward),
@@ -130,6 +132,8 @@ class Frame:
             if proof.verdict is Verdict.DIFFERENT:
                 raise VerifyError(proof.explain("split"))
             self._merge(proof.verdict.value)
+        if self.config.limit is None:
+            check_saved(halves.forward, halves.saved)
         self.halves = {GraphKind.FORWARD: halves.forward, GraphKind.BACKWARD: halves.backward}
         return halves.forward.module, halves.backward.module
 
@@ -167,7 +171,8 @@ class Frame:
         self.seconds["passes"] = sum(r.seconds for r in self.records)
         self.seconds["check"] += sum(r.check_seconds for r in self.records)
         for record in self.records:
-            self._merge(record.verdict)
+            proved = record.verdict in (Verdict.PROVED.value, Verdict.UNCHECKED.value)
+            self._merge(record.verdict if proved else record.numerics)
         graph.module.recompile()
 
     def _pipeline(self) -> str:
@@ -181,7 +186,9 @@ class Frame:
 
     def _merge(self, verdict: str) -> None:
         """The weakest verdict of a compilation is its verdict."""
-        order = [Verdict.DIFFERENT.value, Verdict.UNKNOWN.value, Verdict.UNCHECKED.value, Verdict.PROVED.value]
+        declared = [Numerics.APPROXIMATE.value, Numerics.REASSOCIATES.value]
+        weak = [Verdict.DIFFERENT.value, Verdict.UNKNOWN.value, Verdict.UNCHECKED.value]
+        order = [*weak, *declared, Verdict.PROVED.value]
         self.verdict = min((v for v in (self.verdict, verdict) if v), key=order.index)
 
     def _half(self, kind: GraphKind, module: fx.GraphModule) -> StepGraph:
@@ -196,6 +203,7 @@ class Frame:
         codes = lower_regions(regions, self.config)
         program = emit_program(graph, regions, codes)
         check_lifetimes(program)
+        program.facts["collectives"] = listing(graph)
         self.seconds[f"compile {graph.kind}"] = time.perf_counter() - start
         report = GraphReport(
             graph=self.name,

@@ -39,6 +39,8 @@ def _constant(value: object) -> str:
 
 
 def describe_arguments(node: fx.Node, name: Callable[[fx.Node], str]) -> str:
+    """A call's arguments as text; ``name`` spells the nodes among them."""
+
     def show(argument: object) -> str:
         if isinstance(argument, fx.Node):
             return name(argument)

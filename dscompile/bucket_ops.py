@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.resident import is_fresh, set_fresh
 from dscompile.shard_layout import ShardLayout, decode
 from dscompile.torch_compat import process_group
 
@@ -141,7 +142,7 @@ def _sum_ranks_fake(exchanged: Tensor, world: int) -> Tensor:
 
 
 def unpack_shards(flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
-    """This rank's pieces of a reduced flat buffer ``[sum of piece_numel]``, without padding, each its own tensor."""
+    """Take this rank's pieces of a reduced flat buffer ``[sum of piece_numel]`` without padding, as fresh tensors."""
     shards = []
     for layout, start, stop in _offsets(decode(layouts, world)):
         first, stop_row = layout.rows(rank)
@@ -167,7 +168,7 @@ def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group:
     found = decode(layouts, world)
     rank = torch.distributed.get_rank(process_group(group))
     fulls = [_resident(shard, layout, rank) for shard, layout in zip(shards, found, strict=True)]
-    if all(full is not None and getattr(s, _FRESH, None) == s._version for s, full in zip(shards, fulls, strict=True)):
+    if all(full is not None and is_fresh(shard) for shard, full in zip(shards, fulls, strict=True)):
         return [full for full in fulls if full is not None]
     gather = torch.ops._c10d_functional
     flat = pack_shards(shards, layouts, world)
@@ -178,13 +179,9 @@ def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group:
             results.append(_assemble(gathered[:, start:stop], layout, flat))
             continue
         _fill(full, gathered[:, start:stop], layout)
-        setattr(shard, _FRESH, shard._version)
+        set_fresh(shard)
         results.append(full)
     return results
-
-
-_FRESH = "dscompile_fresh"
-"""Attribute of a shard: its version when its resident buffer was last brought up to date."""
 
 
 def _resident(shard: Tensor, layout: ShardLayout, rank: int) -> Tensor | None:
@@ -201,7 +198,7 @@ def _refresh_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int, 
     return [shard.new_empty(layout.shape) for shard, layout in zip(shards, decode(layouts, world), strict=True)]
 
 
-_define("refresh(Tensor[] shards, int[] layouts, int world, str group) -> Tensor[]", refresh, _refresh_fake)
+_define("refresh(Tensor(a)[] shards, int[] layouts, int world, str group) -> Tensor(a)[]", refresh, _refresh_fake)
 _define("pack_shards(Tensor[] shards, int[] layouts, int world) -> Tensor", pack_shards, _pack_shards_fake)
 _define("unpack_params(Tensor gathered, int[] layouts, int world) -> Tensor[]", unpack_params, _unpack_params_fake)
 _define("pack_grads(Tensor[] grads, int[] layouts, int world) -> Tensor", pack_grads, _pack_grads_fake)

@@ -23,7 +23,14 @@ def key(config: Config, placements: str = "") -> str:
 
     ``placements`` says how a frame's parameters are sharded, and which rank this is.
     """
-    parts = [placements, config.digest(), dscompile.__version__, torch.__version__, platform.python_version(), source_digest()]
+    parts = [
+        placements,
+        config.digest(),
+        dscompile.__version__,
+        torch.__version__,
+        platform.python_version(),
+        source_digest(),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

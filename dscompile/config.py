@@ -113,7 +113,7 @@ class Config(BaseModel):
             raise ConfigError(f"{where}: option {name!r}: {first['msg']} (got {first['input']!r}).") from None
 
     def updated(self, options: dict[str, Any] | None) -> Config:
-        """This configuration with some options replaced. Raises :class:`ConfigError` as :meth:`load` does."""
+        """The configuration with some options replaced. Raises :class:`ConfigError` as :meth:`load` does."""
         if not options:
             return self
         given = Config.load(options)

@@ -48,6 +48,26 @@ class RunError(DscompileError, RuntimeError):
     """A training run that cannot go on (unwritable directory, damaged checkpoint, disk full, NaN loss)."""
 
 
+class RankError(DscompileError, RuntimeError):
+    """Ranks cannot go on together: one died, raised, left, or runs a different program. Raised on every other rank.
+
+    ``kind`` is ``"died"``, ``"raised"``, ``"differs"``, ``"left"``, ``"frozen"``, ``"store"`` or ``"unknown"``;
+    ``ranks`` are the ranks it is about; the message holds their positions and this rank's.
+    """
+
+    def __init__(self, message: str, *, kind: str = "unknown", ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple[object, ...]:  # exceptions pickle by their positional arguments
+        return _rank_error, (self.args[0], self.kind, self.ranks)
+
+
+def _rank_error(message: str, kind: str, ranks: tuple[int, ...]) -> RankError:
+    return RankError(message, kind=kind, ranks=ranks)
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the candidate nearest to ``word``, or an empty string."""
     match = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

@@ -5,9 +5,9 @@ mean over ranks of this rank's shard; each is the other's derivative. A backend 
 overlapped collectives; under any other backend, and in eager mode, the kernels below run the collectives in place, so
 a sharded model is right everywhere.
 
-Layout, as ``torch.chunk``: along ``dim`` of full size ``n``, rank ``r`` of ``w`` holds rows ``[min(r*c, n), min((r+1)*c,
-n))`` with ``c = ceil(n / w)``; trailing ranks may hold none. ``dim == -1`` means replicated. ``group`` is a *logical*
-name (:mod:`dscompile.world`), equal on every rank, so graphs and cache keys are too.
+Layout, as ``torch.chunk``: along ``dim`` of full size ``n``, rank ``r`` of ``w`` holds rows ``[min(r*c, n),
+min((r+1)*c, n))`` with ``c = ceil(n / w)``; trailing ranks may hold none. ``dim == -1`` means replicated. ``group`` is
+a *logical* name (:mod:`dscompile.world`), equal on every rank, so graphs and cache keys are too.
 """
 
 from __future__ import annotations
@@ -119,10 +119,8 @@ def _sum_in_order(grad: Tensor, dim: int, local: int, world: int, group: str) ->
     size = grad.shape[dim]
     rows = [local_rows(size, world, r) for r in range(world)]
     width = grad.numel() // size if size else 0
-    if dim == 0:
-        flat = grad.contiguous().view(-1)
-    else:
-        flat = torch.cat([part.reshape(-1) for part in grad.split(rows, dim)])
+    pieces = [grad.contiguous()] if dim == 0 else grad.split(rows, dim)
+    flat = pieces[0].view(-1) if dim == 0 else torch.cat([piece.reshape(-1) for piece in pieces])
     send, receive = [n * width for n in rows], [local * width] * world
     got = _c10d.wait_tensor(_c10d.all_to_all_single(flat, receive, send, group))
     shape = list(grad.shape)

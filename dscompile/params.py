@@ -18,6 +18,7 @@ from torch import fx
 from dscompile.comm import comm_role
 from dscompile.effects import is_effect, is_random, shared_operand
 from dscompile.graph import INFO, GraphInput, GraphKind, GraphOutput, InputKind, NodeInfo, Phase, Role, StepGraph
+from dscompile.placement import spec_of
 from dscompile.torch_compat import duplicate_sources, source_names
 
 
@@ -46,6 +47,10 @@ def frame_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FrameInpu
         ties.setdefault(other, []).append(kept)
     named = []
     for source, value in zip(source_names(gm), example_inputs, strict=True):
+        spec = spec_of(value) if isinstance(value, torch.Tensor) else None
+        if spec is not None:  # the local shard that stands for a parameter
+            named.append(GraphInput("", InputKind.PARAMETER, spec.fqn, (), value.requires_grad))
+            continue
         kind = _kind(source, value)
         fqn = fqn_of(source)
         aliases = tuple(sorted(fqn_of(other) for other in ties.get(source, ()))) if kind is InputKind.PARAMETER else ()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dscompile.ops import REPLICATED, chunk_rows, local_rows
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dscompile.config import Config
+    from dscompile.slots import Slot
 
-_SPEC = "dscompile_spec"
-_RESIDENT = "dscompile_resident"
-_CONFIG = "dscompile_config"
+_MARK = "dscompile_mark"
 
 
 @dataclass(frozen=True)
@@ -77,41 +76,55 @@ def choose_dim(shape: tuple[int, ...], world: int, stage: int) -> int:
     return min(range(len(shape)), key=cost)
 
 
-# -- what a parameter carries ------------------------------------------------------------------------------------------
+# -- what a tensor carries -------------------------------------------------------------------------------------------
 
 
-def spec_of(param: Tensor) -> ShardSpec | None:
-    """The placement of a parameter that ``distribute`` placed, or None. The optimizer's steps leave it alone."""
-    spec = getattr(param, _SPEC, None)
-    return spec if isinstance(spec, ShardSpec) else None
+@dataclass
+class Mark:
+    """What ``distribute`` attaches to a parameter, and to the local tensor that graphs read in its place.
+
+    Only the description is pickled: buffers and slots are rebuilt where the model is loaded.
+    """
+
+    spec: ShardSpec
+    config: Config
+    resident: Tensor | None = None
+    slot: weakref.ref[Slot] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mark, (self.spec, self.config)
 
 
-def resident_of(param: Tensor) -> Tensor | None:
+def mark_of(tensor: Tensor) -> Mark | None:
+    """The mark of a parameter, or of a graph input that stands for one."""
+    mark = getattr(tensor, _MARK, None)
+    return mark if isinstance(mark, Mark) else None
+
+
+def set_mark(tensor: Tensor, mark: Mark) -> None:
+    """Attach a mark; ``detach()``, ``state_dict()`` and ``deepcopy`` drop it, optimizer steps do not."""
+    setattr(tensor, _MARK, mark)
+
+
+def spec_of(tensor: Tensor) -> ShardSpec | None:
+    """The placement of a parameter that ``distribute`` placed, or None.
+
+    Takes the ``DTensor`` of ``model.parameters()`` as well as a compiled frame's example input: graphs read the plain
+    local shard (:mod:`dscompile.slots`), which carries the same description.
+    """
+    mark = mark_of(tensor)
+    return mark.spec if mark is not None else None
+
+
+def resident_of(tensor: Tensor) -> Tensor | None:
     """The full buffer that a parameter's shard is a view of (stages 1 and 2), else None.
 
     After an optimizer step only this rank's rows are current; whoever reads the others gathers them first.
     """
-    resident = getattr(param, _RESIDENT, None)
-    return resident if isinstance(resident, Tensor) else None
+    mark = mark_of(tensor)
+    return mark.resident if mark is not None else None
 
 
-def config_of(params: Iterable[Tensor]) -> Config | None:
-    """The configuration that ``distribute`` was given for the first of ``params`` that it placed, or None."""
-    for param in params:
-        config: Config | None = getattr(param, _CONFIG, None)
-        if config is not None:
-            return config
-    return None
-
-
-def mark(param: Tensor, spec: ShardSpec, config: Config, resident: Tensor | None) -> None:
-    """Attach a placement to a parameter."""
-    setattr(param, _SPEC, spec)
-    setattr(param, _CONFIG, config)
-    if resident is not None:
-        setattr(param, _RESIDENT, resident)
-
-
-def resident_buffer(full: Tensor) -> Tensor:
-    """Memory of its own for the resident copy of a full value, contiguous."""
-    return torch.empty(full.shape, dtype=full.dtype, device=full.device).copy_(full)
+def config_of(tensors: Iterable[Tensor]) -> Config | None:
+    """The configuration that ``distribute`` was given for the first of ``tensors`` that it placed, or None."""
+    return next((mark.config for t in tensors if (mark := mark_of(t)) is not None), None)

@@ -1,95 +1,274 @@
-"""What a frame with sharded parameters knows beside its graph: placements, process groups, and the user's ZeRO choice.
+"""The class of a module with sharded parameters: a subclass of the user's, in which they are properties.
 
-The proof takes the arguments of every marker at their word; :meth:`Sharding.check` compares them with where the
-parameters really are, so that a wrong dimension, group or size cannot be "proved".
+A property rather than ``__getattr__``, because Dynamo inlines it, so one ``dscompile::unshard`` node stands in the
+graph for each read. The class also keeps the shards whole through ``.to()``, ``load_state_dict``, ``deepcopy`` and
+pickling, and refuses what would lose one. Gradient accumulation changes the class, not a flag: Dynamo guards on a
+module's class anyway, so the three variants cost no further guards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import enum
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from dscompile.comm import UNSHARD, Group
 from dscompile.config import Config
-from dscompile.errors import ShardingError, VerifyError
-from dscompile.graph import InputKind, StepGraph
-from dscompile.params import FrameInputs
-from dscompile.placement import ShardSpec, config_of, spec_of
-from dscompile.source import describe
-from dscompile.torch_compat import group_backend, process_group
+from dscompile.errors import ShardingError
+from dscompile.guard import Gathered
+from dscompile.ops import unshard
+from dscompile.placement import ShardSpec
+from dscompile.slots import Slot, attribute_keys, slot_of
+from dscompile.world import World
+
+STATE = "_dscompile"
+_MARKER = torch.ops.dscompile.unshard.default
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """Placements of one frame's parameters by FQN, and the groups they are sharded over."""
+class Sync(enum.Enum):
+    """Where a read parameter's gradient goes."""
 
-    specs: Mapping[str, ShardSpec] = field(default_factory=dict)
-    groups: Mapping[str, Group] = field(default_factory=dict)
-    config: Config | None = None
+    REDUCE = "reduce"
+    """Reduced at once."""
+    LOCAL = "local"
+    """Accumulated in full, not reduced: inside ``no_sync``."""
+    BOUNDARY = "boundary"
+    """Reduced together with what was accumulated."""
 
-    @staticmethod
-    def of(inputs: FrameInputs, example_inputs: Sequence[Any]) -> Sharding:
-        """Read the placements off a frame's real parameters.
 
-        Raises:
-            ShardingError: a trainable parameter that is plain among sharded ones.
-        """
-        specs: dict[str, ShardSpec] = {}
-        plain: list[str] = []
-        devices: dict[str, torch.device] = {}
-        for known, value in zip(inputs.inputs, example_inputs, strict=True):
-            spec = spec_of(value) if isinstance(value, torch.Tensor) else None
-            if spec is not None:
-                specs[known.fqn] = spec
-                devices[spec.group] = value.device
-            elif isinstance(value, nn.Parameter) and value.requires_grad:
-                plain.append(known.fqn)
-        if specs and plain:
+@dataclass
+class Shards:
+    """What a module knows of its sharded parameters; pickled without its slots."""
+
+    specs: dict[str, ShardSpec]
+    config: Config
+    slots: dict[str, Slot] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shards, (self.specs, self.config)
+
+
+def shards_of(module: nn.Module) -> Shards | None:
+    """What a module knows of its own sharded parameters (not its children's), or None."""
+    found = module.__dict__.get(STATE)
+    return found if isinstance(found, Shards) else None
+
+
+def sharded_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules below (and including) ``module`` that hold sharded parameters."""
+    return (m for m in module.modules() if shards_of(m) is not None)
+
+
+def slots_in(module: nn.Module) -> list[Slot]:
+    """The slots of all sharded parameters below ``module``, each once, in ``named_parameters()`` order."""
+    found = {id(s): s for m in sharded_modules(module) for s in cast(Shards, shards_of(m)).slots.values()}
+    return list(found.values())
+
+
+def adopt(module: nn.Module, name: str, param: DTensor, spec: ShardSpec, config: Config) -> None:
+    """Make ``param`` the module's sharded parameter ``name``: the module's class changes to one that knows it."""
+    shards = shards_of(module)
+    if shards is None:
+        shards = module.__dict__[STATE] = Shards({}, config)
+    module._parameters[name] = cast(nn.Parameter, param)
+    for key in ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ():
+        module.__dict__.pop(key, None)  # full copies; the class computes them
+    shards.specs[name] = spec
+    _attach(module, name, param)
+    set_variant(module, Sync.REDUCE)
+
+
+def _attach(module: nn.Module, name: str, param: DTensor) -> None:
+    shards = cast(Shards, shards_of(module))
+    slot = slot_of(param)
+    if slot is None or slot.param is not param:
+        slot = Slot(param, shards.specs[name], shards.config)
+    shards.slots[name] = slot
+    slot.own(module, name)
+
+
+def _release(module: nn.Module, name: str) -> None:
+    """Forget a sharded parameter, which the user replaced by None or by a plain one."""
+    shards = cast(Shards, shards_of(module))
+    for table in (shards.specs, shards.slots):
+        table.pop(name, None)  # type: ignore[attr-defined]
+    for key in attribute_keys(name):
+        module.__dict__.pop(key, None)
+    set_variant(module, Sync.REDUCE)
+
+
+def set_variant(module: nn.Module, sync: Sync) -> None:
+    """Give the module the class for its sharded parameters and a kind of gradient."""
+    base = type(module)
+    base = getattr(base, "_dscompile_base", base)
+    specs = cast(Shards, shards_of(module)).specs
+    layout = tuple((name, spec.dim, spec.size, spec.world, spec.group) for name, spec in specs.items())
+    module.__class__ = sharded_class(base, layout, sync)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
+    """An eager read: renews a stale slot, counts, gathers, guards."""
+    param = module._parameters.get(name)
+    if param is None:
+        return None
+    shards = cast(Shards, shards_of(module))
+    slot = shards.slots.get(name)
+    if slot is None or slot.param is not param:
+        return _foreign(param, shards.specs[name])
+    if slot.full is not None and (slot.writable or not torch.is_grad_enabled()):
+        return slot.full if slot.writable else slot.full.as_subclass(Gathered)
+    if slot.stale:
+        slot.renew()
+    slot.reads += 1
+    value = slot.gather(to_leaf=sync is Sync.LOCAL, boundary=sync is Sync.BOUNDARY)
+    return value.as_subclass(Gathered)
+
+
+def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
+    """A value put there for a moment (``torch.func.functional_call``): a full tensor, or a DTensor placed alike."""
+    if isinstance(param, DTensor):
+        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group)
+    return param
+
+
+def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync) -> property:
+    """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
+    compiling, marker = torch.compiler.is_compiling, _MARKER
+    shard, silent, leaf, accumulated = attribute_keys(name)
+
+    def reduce(self: nn.Module) -> Tensor | None:
+        if compiling():
+            return cast(Tensor, marker(getattr(self, shard), None, None, dim, size, world, group))
+        return _read(self, name, sync)
+
+    def local(self: nn.Module) -> Tensor | None:
+        if compiling():
+            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, dim, size, world, group))
+        return _read(self, name, sync)
+
+    def boundary(self: nn.Module) -> Tensor | None:
+        if compiling():
+            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, accumulated), dim, size, world, group))
+        return _read(self, name, sync)
+
+    def refuse(self: nn.Module, *_: Any) -> NoReturn:
+        raise ShardingError(
+            f"{_where(self, name)} is sharded and cannot be replaced by a computed value: register parametrizations "
+            "(weight_norm, ...) before distribute()."
+        )
+
+    return property({Sync.REDUCE: reduce, Sync.LOCAL: local, Sync.BOUNDARY: boundary}[sync], refuse)
+
+
+def _where(module: nn.Module, name: str) -> str:
+    spec = cast(Shards, shards_of(module)).specs.get(name)
+    return f"parameter {spec.fqn if spec else name!r} of {type(module).__name__}"
+
+
+# -- the class ---------------------------------------------------------------------------------------------------------
+
+Layout = tuple[tuple[str, int, int, int, str], ...]
+
+
+@functools.cache
+def sharded_class(base: type[nn.Module], layout: Layout, sync: Sync) -> type[nn.Module]:
+    """The subclass of ``base`` whose parameters ``layout`` (name, dim, size, world, group) are sharded."""
+    if not layout:
+        return base
+    members: dict[str, Any] = {name: _property(name, *rest, sync) for name, *rest in layout}  # type: ignore[arg-type]
+    members |= _methods(base)
+    members |= {"_dscompile_base": base, "_dscompile_layout": layout, "_dscompile_sync": sync}
+    members |= {"__module__": base.__module__}
+    members |= {"__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    if issubclass(base, nn.RNNBase):
+        members |= _rnn_members()
+    return type(base.__name__, (base,), members)
+
+
+def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """What a module does differently when it holds shards. Each defers to ``base``."""
+
+    def delete(self: nn.Module, name: str) -> None:
+        if name in cast(Shards, shards_of(self)).specs:
             raise ShardingError(
-                f"parameter {plain[0]!r} is not sharded although {next(iter(specs))!r} is, so its gradient would not be "
-                f"reduced over ranks ({len(plain)} such parameters). It was added after distribute(): call "
-                "distribute(model) again."
+                f"{_where(self, name)} is sharded and cannot be deleted: register parametrizations (weight_norm, ...) "
+                "before distribute()."
             )
-        groups = {
-            spec.group: _group(spec.group, spec.world, devices[spec.group]) for spec in specs.values() if spec.world > 1
-        }
-        found = config_of(v for v in example_inputs if isinstance(v, torch.Tensor)) if specs else None
-        return Sharding(specs, groups, found)
+        base.__delattr__(self, name)
 
-    @property
-    def stage(self) -> int | None:
-        """The ZeRO stage of the parameters, None if none is sharded."""
-        return max((spec.stage for spec in self.specs.values()), default=None)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        spec = cast(Shards, shards_of(self)).specs.get(name)
+        base.register_parameter(self, name, param)
+        if spec is None:
+            return
+        if isinstance(param, DTensor) and tuple(param.shape) == spec.shape:
+            _attach(self, name, param)
+        else:  # a plain one is not sharded: check_plain() names it
+            _release(self, name)
 
-    def key(self) -> str:
-        """What a compiled program depends on, as text: placements, and this process's rank in each group."""
-        ranks = sorted((group.name, group.size, group.rank, group.backend) for group in self.groups.values())
-        return repr((sorted(self.specs.items()), ranks)) if self.specs else ""
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # A DTensor is moved by swapping it with its converted self, which nobody else may refer to meanwhile.
+        shards = cast(Shards, shards_of(self))
+        slots, shards.slots = shards.slots, {}
+        for slot in slots.values():
+            slot.release()
+        base._apply(self, fn, recurse)
+        for name, slot in slots.items():
+            slot.renew(cast(DTensor, self._parameters[name]))
+            shards.slots[name] = slot
+        return self
 
-    def check(self, graph: StepGraph) -> None:
-        """Compare every ``unshard`` marker of a traced graph with the placement of the parameter it reads.
+    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, slot in cast(Shards, shards_of(self)).slots.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and not isinstance(given, DTensor) and tuple(given.shape) == slot.spec.shape:
+                state_dict[prefix + name] = slot.shard_from(given)
+        base._load_from_state_dict(self, state_dict, prefix, *args)
 
-        Raises:
-            VerifyError: rule ``placement``, naming the parameter and the two placements.
-        """
-        names = {i.name: i.fqn for i in graph.inputs if i.kind is InputKind.PARAMETER}
-        for node in graph.graph.find_nodes(op="call_function", target=UNSHARD):
-            source = node.args[0]
-            while source.op == "call_function" and source.all_input_nodes:  # DTensor leaves views of the local tensor
-                source = source.all_input_nodes[0]
-            spec = self.specs.get(names.get(source.name, ""))
-            found = (node.args[3], node.args[4], node.args[5], node.args[6])
-            if spec is not None and found != (spec.dim, spec.size, spec.world, spec.group):
-                raise VerifyError(
-                    f"rule placement: %{node.name} gathers {spec.fqn!r} as (dim, size, world, group) {found}, but it is "
-                    f"placed as {(spec.dim, spec.size, spec.world, spec.group)}.\n  {describe(node)}"
-                )
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        state = dict(cast(dict[str, Any], self.__getstate__()))
+        for name in cast(Shards, shards_of(self)).specs:
+            for key in attribute_keys(name):
+                state.pop(key, None)
+        return _revive, (base, cast(Any, type(self))._dscompile_layout), state
+
+    def revive(self: nn.Module, state: dict[str, Any]) -> None:
+        base.__setstate__(self, state)
+        for name in cast(Shards, shards_of(self)).specs:
+            param = cast(DTensor, self._parameters[name])
+            World.of(param.device_mesh)
+            _attach(self, name, param)
+
+    return {
+        "__delattr__": delete,
+        "register_parameter": register,
+        "_apply": apply,
+        "_load_from_state_dict": load,
+        "__reduce_ex__": reduce,
+        "__setstate__": revive,
+    }
 
 
-def _group(name: str, size: int, device: torch.device) -> Group:
-    return Group(name, size, dist.get_rank(process_group(name)), group_backend(name, device))
+def _revive(base: type[nn.Module], layout: Layout) -> nn.Module:
+    cls = sharded_class(base, layout, Sync.REDUCE)
+    return cls.__new__(cls)
+
+
+def _rnn_members() -> dict[str, Any]:
+    """An RNN keeps a list of its weights, which would keep full copies alive: gather them at each use instead."""
+
+    def weights(self: Any) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def ignore(self: Any, value: Any) -> None:
+        """RNNBase rebuilds its list after ``.to()`` and unpickling."""
+
+    return {"_flat_weights": property(weights, ignore), "_flat_weight_refs": property(lambda self: [], ignore)}

@@ -39,6 +39,8 @@ from torch._ops import OpOverload as OpOverload
 from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.distributed import Store, distributed_c10d
+from torch.distributed.tensor import DTensor
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
@@ -143,6 +145,45 @@ def process_group(name: str) -> torch.distributed.ProcessGroup:
 def group_backend(name: str, device: torch.device) -> str:
     """``"gloo"``, ``"nccl"``, ``"fake"``, ...: what carries a group's collectives on ``device``."""
     return str(process_group(name)._get_backend(device).name())
+
+
+# -- distributed tensors -----------------------------------------------------------------------------------------------
+
+
+def local_of(tensor: DTensor) -> torch.Tensor:
+    """The local shard itself: unlike ``to_local()``, the same object every time, without autograd.
+
+    Stands on ``DTensor._local_tensor``.
+    """
+    return tensor._local_tensor
+
+
+def set_local(tensor: DTensor, local: torch.Tensor) -> None:
+    """Move a DTensor's local shard into other memory of the same shape. Stands on ``DTensor._local_tensor``."""
+    tensor._local_tensor = local
+
+
+def wrap_like(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    """A local value as a DTensor placed like ``tensor``.
+
+    Differentiable if gradients are being recorded. Stands on ``DTensor._spec``.
+    """
+    if torch.is_grad_enabled() and local.requires_grad:
+        return DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+    return DTensor(local, tensor._spec, requires_grad=False)
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[Any]:
+    """Run functions on tensor subclasses as if they were plain tensors."""
+    context: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether someone registered a gradient hook. Stands on ``_backward_hooks`` and ``_post_accumulate_grad_hooks``."""
+    return bool(tensor._backward_hooks) or bool(tensor._post_accumulate_grad_hooks)
 
 
 # -- splitting and sizes ---------------------------------------------------------------------------------------------
@@ -463,3 +504,12 @@ def export_joint(
     with tracing(context):
         joint = aot_export_joint_with_descriptors(stack, captured, args)
     return joint.graph_module, (*joint.params_spec, *joint.buffers_spec)
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def default_store() -> Store:
+    """The c10d store of the default process group. Stands on ``distributed_c10d._get_default_store``."""
+    store: Store = distributed_c10d._get_default_store()
+    return store

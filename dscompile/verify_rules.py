@@ -18,6 +18,7 @@ from dscompile.effects import is_effect, is_random, phase_of, traits
 from dscompile.graph import EXPLICIT, INFO, GraphKind, InputKind, NodeInfo, Phase, Role, fake_value
 from dscompile.torch_compat import HigherOrderOperator, OpOverload, without_guards
 from dscompile.verify import Check, signature
+from dscompile.verify_comm import in_flight, waits
 
 Rule = Callable[[Check], None]
 
@@ -256,6 +257,9 @@ def _roles(node: fx.Node) -> frozenset[Role]:
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
-    {rule.__name__: rule for rule in (phase, inputs, outputs, output_alias, effects, random, info, metadata)}
+    {
+        rule.__name__: rule
+        for rule in (phase, inputs, outputs, output_alias, effects, random, waits, in_flight, info, metadata)
+    }
 )
 """Every rule by name, in the order they run and report."""

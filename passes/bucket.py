@@ -108,7 +108,7 @@ def _refresh_all(graph: StepGraph, ctx: PassContext, cap: int) -> None:
     groups: dict[tuple[object, ...], list[list[fx.Node]]] = {}
     sizes: dict[int, int] = {}
     for node in nodes:
-        shards, layouts, world, group = node.args
+        shards, _, world, group = node.args
         value = shards[0].meta["val"]  # type: ignore[index,union-attr]
         elements = sum(full.numel() for full in node.meta["val"])
         open_ = groups.setdefault((value.dtype, value.device, world, group, info(node).phase), [])
@@ -208,4 +208,3 @@ def _launch_reduce(graph: StepGraph, before: fx.Node, flat: fx.Node, group: Grou
         return _insert(graph, before, ours.sum_ranks.default, (ready, world), like)
     launch = _insert(graph, before, c10d.reduce_scatter_tensor.default, (flat, "avg", world, group.name), like)
     return _insert(graph, before, WAIT, (launch,), like)
-

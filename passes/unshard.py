@@ -8,7 +8,7 @@ rest are kept while a budget of elements lasts, nearest first, because they are 
 from __future__ import annotations
 
 from dscompile.comm import UNSHARD
-from dscompile.graph import GraphKind, Phase, StepGraph, info
+from dscompile.graph import GraphKind, Phase, StepGraph, annotate, info
 from dscompile.manager import PassContext, graph_pass
 from dscompile.passes.markers import Marker, Sections, unshards
 
@@ -45,6 +45,7 @@ def selective_unshard(graph: StepGraph, ctx: PassContext, *, threshold: int = 10
             return
         ctx.decide(forward.node, "kept", reason, elements=elements, fqn=forward.fqn)
         graph.replace(backward.node, forward.node)
+        annotate(forward.node, why=f"kept: {reason}")
 
 
 def _pairs(graph: StepGraph) -> list[tuple[Marker, Marker]]:

@@ -1,7 +1,7 @@
 """ZeRO as decisions on markers: what is gathered again, what stays, and when gradients are reduced.
 
-A sharded model is traced with ``unshard(shard)`` where it reads a parameter and ``reduce_grad(gradient)`` where autograd
-delivers one. The stages differ in what lies between forward and backward (Rajbhandari et al., ZeRO, 2020):
+A sharded model is traced with ``unshard(shard)`` where it reads a parameter and ``reduce_grad(gradient)`` where
+autograd delivers one. The stages differ in what lies between forward and backward (Rajbhandari et al., ZeRO, 2020):
 
 - stage 0 and 1 keep gradients whole until the end of backward, stage 2 and 3 reduce them as they are made;
 - stage 1 and 2 read a resident copy that is refreshed after each optimizer step, stage 3 gathers for forward, lets go,
@@ -75,7 +75,8 @@ def zero3(graph: StepGraph, ctx: PassContext) -> None:
 
 def drop_identity_views(graph: StepGraph) -> None:
     """Drop views that change nothing right after a reduction (DTensor's ``to_local`` leaves them), so that only the
-    output reads a reduced gradient and the reduction may stand anywhere after its block."""
+    output reads a reduced gradient and the reduction may stand anywhere after its block.
+    """
     for marker in reduces(graph):
         node = marker.node
         for user in list(node.users):
@@ -177,4 +178,3 @@ def reduce_at_end(graph: StepGraph, ctx: PassContext) -> None:
 def _read_in_graph(marker: Marker, graph: StepGraph) -> bool:
     """Whether anything but the output reads a reduced gradient."""
     return any(user is not graph.output_node for user in marker.node.users)
-

@@ -1,0 +1,254 @@
+"""``distribute``: turn a model's parameters into DTensor shards, in place.
+
+After it, ``model.parameters()`` yields DTensors for optimizers, clipping and checkpoints, while the model's own code
+reads full values. What users must do differently is what FSDP2 asks for too: make the optimizer afterwards, and run
+every collective step (forward, eager reads, printing a parameter) on every rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.nn.parameter import is_lazy
+
+from dscompile.accumulate import watch_optimizers
+from dscompile.config import Config
+from dscompile.errors import ConfigError, ShardingError, UnsupportedError
+from dscompile.ops import REPLICATED
+from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
+from dscompile.sharded import adopt, slots_in
+from dscompile.torch_compat import has_hooks, process_group
+from dscompile.world import DATA, World, default_mesh
+
+
+def distribute(
+    model: nn.Module | None = None,
+    mesh: DeviceMesh | None = None,
+    config: Config | dict[str, Any] | str | Path | None = None,
+    *,
+    model_fn: Callable[[], nn.Module] | None = None,
+    axis: str = DATA,
+    sync_init: bool = True,
+) -> nn.Module:
+    """Shard a model's parameters over the ranks of a mesh axis, as the ZeRO stage in ``config`` says.
+
+    Call it on every rank, before making the optimizer. Called again, it shards only parameters added since (adapters),
+    on the same mesh and configuration.
+
+    Args:
+        model: the model; changed in place. Its buffers stay whole on every rank.
+        mesh: a device mesh with a dimension named ``axis``; by default one axis over all ranks.
+        config: options (``zero.stage``, ...); remembered, so that ``torch.compile`` needs none.
+        model_fn: builds the model instead of ``model``, with deferred initialisation.
+        axis: the mesh dimension to shard over.
+        sync_init: take parameters and buffers from the axis' first rank. Off, every rank must hold equal values.
+
+    Returns:
+        the model.
+
+    Raises:
+        ConfigError: no process group, a mesh without the axis, or options that differ from the first call's.
+        ShardingError: gradients or hooks that would be lost, or a module that keeps parameters elsewhere.
+        UnsupportedError: lazy parameters, parameters that already are tensor subclasses, ``max_norm`` embeddings.
+    """
+    if (model is None) == (model_fn is None):
+        raise ConfigError("distribute() takes either a model or model_fn=.")
+    if model is None:
+        model = _build(cast(Callable[[], nn.Module], model_fn))
+    known = slots_in(model)
+    settings = _settings(config, known[0].config if known else None)
+    if mesh is None:
+        mesh = known[0].param.device_mesh if known else default_mesh(_device(model))
+    world = World.of(mesh)
+    plan = _plan(model, settings, world.size(axis), world.group(axis))
+    _check(model, plan)
+    placer = _Placer(mesh, axis, world.group(axis), settings, sync_init)
+    _place(model, plan, placer, buffers=not known)
+    for planned in plan:
+        for module, name in planned.owners:
+            adopt(module, name, cast(DTensor, planned.sharded), planned.spec, settings)
+    watch_optimizers()
+    return model
+
+
+@dataclass
+class _Planned:
+    """A parameter that will be sharded, and the modules that hold it."""
+
+    param: nn.Parameter
+    spec: ShardSpec
+    owners: list[tuple[nn.Module, str]]
+    sharded: DTensor | None = None
+
+
+def _settings(config: Config | dict[str, Any] | str | Path | None, known: Config | None) -> Config:
+    if known is None:
+        return Config.load(config)
+    if config is not None and Config.load(config) != known:
+        raise ConfigError(
+            "distribute() was called on this model before, with other options; leave config out, or build the model "
+            "again."
+        )
+    return known
+
+
+def _device(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
+
+
+def _plan(model: nn.Module, config: Config, world: int, group: str) -> list[_Planned]:
+    """The parameters not sharded yet, each once, in ``named_parameters()`` order."""
+    stage = config.zero.stage
+    plan: dict[int, _Planned] = {}
+    for fqn, param in model.named_parameters():
+        if mark_of(param) is None:
+            shape = tuple(param.shape)
+            dim = choose_dim(shape, world, stage) if param.is_floating_point() else REPLICATED
+            plan[id(param)] = _Planned(param, ShardSpec(fqn, shape, dim, world, group, stage), [])
+    for module in model.modules():
+        for name, param in module._parameters.items():  # named_parameters() leaves out the other names of a tied one
+            if param is not None and id(param) in plan:
+                plan[id(param)].owners.append((module, name))
+    return list(plan.values())
+
+
+def _place(model: nn.Module, plan: list[_Planned], placer: _Placer, *, buffers: bool) -> None:
+    """Make each planned parameter's DTensor, one full value at a time, and make buffers equal."""
+    if _is_deferred(model):
+        from dscompile.deferred import materialise
+
+        by_name = {planned.spec.fqn: planned for planned in plan}
+
+        def place(fqn: str, full: Tensor, is_parameter: bool) -> Tensor:
+            if not is_parameter:
+                return placer.broadcast(full)
+            planned = by_name[fqn]
+            planned.sharded = placer.parameter(full, planned.spec)
+            return planned.sharded
+
+        materialise(model, place)
+        return
+    for planned in plan:
+        planned.sharded = placer.parameter(planned.param, planned.spec)
+    if buffers:
+        for buffer in model.buffers():
+            placer.broadcast(buffer)
+
+
+@dataclass(frozen=True)
+class _Placer:
+    """Makes shards on this rank."""
+
+    mesh: DeviceMesh
+    axis: str
+    group: str
+    config: Config
+    sync: bool
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The group's first rank's value, in place."""
+        group = process_group(self.group)
+        if self.sync and group.size() > 1 and tensor.numel():
+            value = tensor.detach().contiguous()
+            dist.broadcast(value.view(torch.uint8) if value.dtype is torch.bool else value, group=group, group_src=0)
+            if value.data_ptr() != tensor.data_ptr():
+                with torch.no_grad():
+                    tensor.copy_(value)
+        return tensor
+
+    def parameter(self, full: Tensor, spec: ShardSpec) -> DTensor:
+        """The DTensor parameter of a full value, which may be freed afterwards."""
+        self.broadcast(full)
+        rank = self.mesh.get_local_rank(self.axis)
+        value = full.detach()
+        resident = None
+        if spec.stage in (1, 2) and spec.dim != REPLICATED:
+            resident = value.clone(memory_format=torch.contiguous_format)
+            local = spec.shard_of(resident, rank)
+        else:
+            local = spec.shard_of(value, rank).clone(memory_format=torch.contiguous_format)
+        placements: list[Placement] = [Replicate()] * self.mesh.ndim
+        if spec.dim != REPLICATED:
+            placements[cast(tuple[str, ...], self.mesh.mesh_dim_names).index(self.axis)] = Shard(spec.dim)
+        stride = torch.empty(value.shape, device="meta").stride()
+        wrapped = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=value.shape, stride=stride)
+        param = nn.Parameter(wrapped, requires_grad=full.requires_grad)
+        param.__dict__.update(full.__dict__)  # what libraries note on parameters
+        set_mark(param, Mark(spec, self.config, resident))
+        return cast(DTensor, param)
+
+
+# -- what cannot be distributed --------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, plan: list[_Planned]) -> None:
+    for planned in plan:
+        _check_parameter(planned)
+    swapped = {id(planned.param): planned.spec.fqn for planned in plan}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise UnsupportedError(
+                f"{path or type(module).__name__}: max_norm rewrites the weight during forward, which a sharded "
+                "parameter cannot do; renormalise inside dscompile.gathered(module, write=True) after each step."
+            )
+        for key, fqn in _kept_elsewhere(module, swapped):
+            raise UnsupportedError(
+                f"{path or type(module).__name__}.{key} keeps a second reference to parameter {fqn}, which would stay "
+                "whole and untrained; look the parameter up where it is used instead."
+            )
+
+
+def _check_parameter(planned: _Planned) -> None:
+    param, fqn = planned.param, planned.spec.fqn
+    if is_lazy(param):
+        raise UnsupportedError(f"parameter {fqn} has no shape yet; run one forward pass before distribute().")
+    if isinstance(param, DTensor):
+        raise UnsupportedError(
+            f"parameter {fqn} is a DTensor already ({param.placements}); distribute() takes plain ones."
+        )
+    if param.grad is not None:
+        raise ShardingError(f"parameter {fqn} has a gradient, which would be lost; call model.zero_grad() first.")
+    if has_hooks(param):
+        raise ShardingError(
+            f"parameter {fqn} has gradient hooks, which would be lost; register them after distribute()."
+        )
+
+
+def _kept_elsewhere(module: nn.Module, swapped: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """Attributes of a module, other than its registered parameters, that hold a parameter about to be replaced."""
+    for key, value in vars(module).items():
+        if key in ("_parameters", "_buffers", "_modules") or key.startswith("_flat_weight"):
+            continue  # RNN lists have their rule in dscompile.sharded
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for item in values:
+            if id(item) in swapped:
+                yield key, swapped[id(item)]
+
+
+# -- deferred construction ---------------------------------------------------------------------------------------------
+
+
+def _build(model_fn: Callable[[], nn.Module]) -> nn.Module:
+    if importlib.util.find_spec("dscompile.deferred") is None:
+        return model_fn()
+    from dscompile.deferred import build_deferred
+
+    model, _ = build_deferred(model_fn)
+    return cast(nn.Module, model)
+
+
+def _is_deferred(model: nn.Module) -> bool:
+    if importlib.util.find_spec("dscompile.deferred") is None:
+        return False
+    from dscompile.deferred import is_deferred
+
+    return bool(is_deferred(model))

@@ -14,8 +14,8 @@ Rounds = Sequence[Sequence[Mapping[str, Any]]]
 """One result of :mod:`benchmarks.rank` for each round and rank."""
 
 NOTES = (
-    "State: every storage that Python reaches between steps, less the pool; what lives in C++ is not seen (DDP's buckets: "
-    "one copy of the gradients).",
+    "State: every storage that Python reaches between steps, less the pool. What lives in C++ is not seen: DDP's "
+    "buckets, which are one copy of the gradients.",
     "Pool: what dscompile keeps for values that live inside a step; its peak includes it.",
     "Peak: the allocator's, of a whole step, above its start, on rank 0.",
     "Resident: high-water mark of the timed steps, less what was resident once all code was loaded; from rounds with a "

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.distributed_tables import print_tables, ratios, summarise
 from benchmarks.peers_distributed import VARIANTS, RankSpec
-from benchmarks.ranks import RankFailedError, run_ranks
+from benchmarks.ranks import RankFailedError, rank_environment, run_ranks
 from benchmarks.results import save
 from benchmarks.variants import SIZES
 from benchmarks.wire import private_prefix
@@ -126,6 +126,7 @@ def main(arguments: list[str] | None = None) -> Path:
     summary = {name: summarise(specs[name], rounds) for name, rounds in found.items()}
     result: dict[str, Any] = {
         "machine": described,
+        "rank_environment": rank_environment(given.ranks),
         "spec": asdict(base),
         "rounds": given.rounds,
         "order": [turn(list(specs), index) for index in range(given.rounds)],

@@ -83,7 +83,7 @@ class Rank:
             "first_step": first.wall,
             "first_step_cpu": first.cpu,
             "version": _version(spec),
-            "fallbacks": self._fallbacks(),
+            **self._compiled(),
         }
         result["peak"] = self._peak(step) + pooled
         return {**result, "losses": self.losses}
@@ -108,12 +108,19 @@ class Rank:
         use = POOL.use()
         return use.used + use.idle
 
-    def _fallbacks(self) -> list[str]:
+    def _compiled(self) -> dict[str, Any]:
+        """How our graphs were checked, whether they came from the cache, and every fallback."""
         if self.spec.contestant.kind != "ours":
-            return []
+            return {"fallbacks": []}
         from dscompile import last_report
 
-        return [reason for report in last_report() for reason in report.fallbacks]
+        reports = last_report()
+        return {
+            "fallbacks": [reason for report in reports for reason in report.fallbacks],
+            "verdicts": sorted({report.verdict for report in reports}),
+            "cached": [report.cached for report in reports],
+            "gemm": reports[-1].gemm,
+        }
 
     def _peak(self, step: Step) -> int:
         """The allocator's peak of one step above its start, on rank 0; the others take the step with it."""

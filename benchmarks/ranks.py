@@ -48,7 +48,7 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="dscompile-ranks-") as folder:
         command = [*(prefix or []), sys.executable, "-m", "benchmarks.ranks", spec.to_json(), python, folder]
-        environment = {**os.environ, **_rank_environment(spec.ranks), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        environment = {**os.environ, **rank_environment(spec.ranks), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         group = subprocess.Popen(
             command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -65,7 +65,7 @@ def run_ranks(
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(spec.ranks)]
 
 
-def _rank_environment(ranks: int) -> dict[str, str]:
+def rank_environment(ranks: int) -> dict[str, str]:
     """What every rank of every variant runs under, beside what the caller set."""
     return {
         "WORLD_SIZE": str(ranks),

@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> Path:
         "--gemm", choices=("user", "same"), default="user", help="same: peers run at precision 'medium'"
     )
     parser.add_argument("--options", type=json.loads, default={}, help="dscompile's options, as JSON")
+    parser.add_argument("--zero", type=json.loads, default={}, help="zero settings of all of ours, as JSON")
     parser.add_argument("--deepspeed-python", metavar="PATH", help="the Python of an environment with DeepSpeed")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one variant of one round")
     given = parser.parse_args(arguments)
@@ -103,6 +104,7 @@ def main(arguments: list[str] | None = None) -> Path:
         batch=given.batch,
         gemm=given.gemm,
         options=given.options,
+        zero=given.zero,
         ranks=given.ranks,
         warm_up=given.warm_up,
         steps=given.steps,

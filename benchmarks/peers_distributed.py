@@ -7,6 +7,7 @@ Every rank builds the whole model and then hands it over, which all of these lib
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -34,7 +35,7 @@ class Variant:
         kind: ``eager``, ``ours``, ``ddp``, ``fsdp2`` or ``deepspeed``: who builds it.
         stage: the ZeRO stage whose state it holds; 0 where everything is replicated.
         compiled: whether a compiler runs in it.
-        config: of ``ours``, what ``distribute`` is given; of ``deepspeed``, its ``zero_optimization``.
+        config: ``zero`` of our configuration, or DeepSpeed's ``zero_optimization``.
     """
 
     kind: str
@@ -43,9 +44,8 @@ class Variant:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _ours(stage: int, pipeline: str = "", **zero: Any) -> Variant:
-    config = {"zero": {"stage": stage, **zero}, **({"pipeline": pipeline} if pipeline else {})}
-    return Variant("ours", stage, True, config)
+def _ours(stage: int, **zero: Any) -> Variant:
+    return Variant("ours", stage, True, {"stage": stage, **zero})
 
 
 def _deepspeed(stage: int, **zero: Any) -> Variant:
@@ -68,7 +68,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "zero0": _ours(0),
         "zero1": _ours(1),
         "zero2": _ours(2),
-        "zero3_none": _ours(3, pipeline="canonicalise,merge_ties,zero3,bucket,prefetch"),
+        "zero3_none": _ours(3, keep_nothing=True),
         "zero3": _ours(3),
         "zero3_all": _ours(3, keep_elements=EVERYTHING),
     }
@@ -84,12 +84,14 @@ class RankSpec(Spec):
     """What a group of ranks measures. ``batch`` is the global batch; ``options`` go to dscompile alone.
 
     Attributes:
+        zero: ``zero`` settings of dscompile's configuration for every variant of ours; a variant's own win.
         ranks: processes.
         warm_up: steps before the timed ones, the first (which compiles) included.
         steps: timed steps.
         private_network: whether ``lo`` carries nothing but these ranks.
     """
 
+    zero: dict[str, Any] = field(default_factory=dict)
     ranks: int = 2
     warm_up: int = 3
     steps: int = 10
@@ -184,8 +186,14 @@ def _torch_step(forward: Callable[..., Any], model: nn.Module) -> Step:
 
 def _ours_model(spec: RankSpec, model: nn.Module) -> tuple[Callable[..., Any], nn.Module]:
     import dscompile
+    from dscompile.passes import zero_pipeline
 
-    sharded = dscompile.distribute(model, config=dict(spec.contestant.config))
+    zero = {**spec.zero, **spec.contestant.config}
+    config: dict[str, Any] = {"zero": zero}
+    if zero.pop("keep_nothing", False):  # the default pipeline always keeps what the last block reads
+        pipeline = zero_pipeline(spec.contestant.stage, dscompile.Config.load(config).zero)
+        config["pipeline"] = re.sub(r"selective_unshard(\([^)]*\))?,", "", pipeline)
+    sharded = dscompile.distribute(model, config=config)
     return torch.compile(sharded, backend="dscompile", options=spec.options or None), sharded
 
 

@@ -14,9 +14,9 @@ Rounds = Sequence[Sequence[Mapping[str, Any]]]
 """One result of :mod:`benchmarks.rank` for each round and rank."""
 
 NOTES = (
-    "State: every storage that Python reaches between steps, less the pool. What lives in C++ is not seen: DDP's "
-    "buckets, which are one copy of the gradients.",
-    "Pool: what dscompile keeps for values that live inside a step; its peak includes it.",
+    "State: every storage that Python reaches between steps, less what the arena leases. What lives in C++ is not "
+    "seen: DDP's buckets, which are one copy of the gradients.",
+    "Arena: what dscompile owns from step to step for values that live inside one; its peak includes all of it.",
     "Peak: the allocator's, of a whole step, above its start, on rank 0.",
     "Resident: high-water mark of the timed steps, less what was resident once all code was loaded; from rounds with a "
     "filled compile cache if there are any.",
@@ -39,7 +39,7 @@ def summarise(spec: RankSpec, rounds: Rounds) -> dict[str, Any]:
         "wire": _median(rounds, "wire") if spec.private_network else None,
         "state": _median(rounds, "held"),
         "ideal_state": spec.ideal_state,
-        "pool": _median(rounds, "pooled"),
+        "arena": _median(rounds, "arena"),
         "peak": _median(rounds, "peak"),
         "resident": _median(warm, "resident_above_imports"),
         "first_step_cold": _first_step(rounds[:1]),
@@ -126,11 +126,11 @@ def _print_memory(found: Mapping[str, Mapping[str, Any]]) -> None:
             name,
             _mb(o["state"]),
             f"{o['state'] / o['ideal_state']:.3f}",
-            *(_mb(o[k]) for k in ("pool", "peak", "resident")),
+            *(_mb(o[k]) for k in ("arena", "peak", "resident")),
         ]
         for name, o in found.items()
     ]
-    header = ["variant", "state MB", "/ ideal of its stage", "pool MB", "in-step peak MB", "resident above imports MB"]
+    header = ["variant", "state MB", "/ ideal of its stage", "arena MB", "in-step peak MB", "resident above imports MB"]
     print(table("Memory of the largest rank", header, rows))
 
 

@@ -2,8 +2,10 @@
 
 *Allocations*: the running sum of the allocator's events in a profile of forward + backward; its peak is exact, but
 blind to memory that a library takes from the system itself. *Resident*: the kernel's high-water mark, reset before
-the step; it sees every page, and also the allocator's slack. Memory that a variant keeps from step to step (pooled
-buffers) is in neither peak, so it is counted apart, from the live storages, and added to the total.
+the step; it sees every page, and also the allocator's slack. Memory that a variant keeps from step to step is in
+neither peak, so it is counted apart, from the live storages, and added to the total. dscompile's arena of large buffers
+bypasses the allocator: the whole of what it owns is added to the allocations, and its pages are returned to the system
+before the resident peak is taken, so that the step brings them all back.
 """
 
 from __future__ import annotations

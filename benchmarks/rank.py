@@ -69,13 +69,13 @@ class Rank:
             samples = [self.train(step) for _ in range(spec.steps)]
             high = memory.resident_high()
         held = memory.live_bytes()
-        pooled = self._pooled()
+        leased, arena = self._arena()
         result = {
             "wall": [s.wall for s in samples],
             "cpu": [s.cpu for s in samples],
             "wire": window["bytes"] / spec.steps / spec.ranks if spec.private_network else None,
-            "held": held - pooled,
-            "pooled": pooled,
+            "held": held - leased,
+            "arena": arena,
             "resident_above_imports": high - imported,
             "resident_at_imports": imported,
             "compiler_start": start.wall,
@@ -85,7 +85,7 @@ class Rank:
             "version": _version(spec),
             **self._compiled(),
         }
-        result["peak"] = self._peak(step) + pooled
+        result["peak"] = self._peak(step) + arena
         return {**result, "losses": self.losses}
 
     @contextmanager
@@ -99,14 +99,14 @@ class Rank:
         window["bytes"] = transmitted() - before
         dist.barrier()
 
-    def _pooled(self) -> int:
-        """Bytes that dscompile keeps from step to step for values that live inside one."""
+    def _arena(self) -> tuple[int, int]:
+        """Bytes of dscompile's arena for values inside a step: leased now (live, so counted as such), and owned."""
         if self.spec.contestant.kind != "ours":
-            return 0
+            return 0, 0
         from dscompile.runtime.pool import POOL
 
         use = POOL.use()
-        return use.used + use.idle
+        return use.used, use.owned
 
     def _compiled(self) -> dict[str, Any]:
         """How our graphs were checked, whether they came from the cache, and every fallback."""

@@ -114,16 +114,30 @@ def print_steps(result: dict[str, Any]) -> None:
 
 def print_memory(result: dict[str, Any]) -> None:
     """One row a variant, in MB (1e6 bytes)."""
+    keys = ("allocation_peak", "arena", "held_between_steps", "total", "resident_peak")
     rows = [
         [
             name,
-            *(f"{found[key] / MB:.1f}" for key in ("allocation_peak", "held_between_steps", "total", "resident_peak")),
+            *(f"{found[key] / MB:.1f}" for key in keys),
             f"{found['difference']:.1%}: {'agree' if found['agree'] else 'DO NOT AGREE within 10 %'}",
         ]
         for name, found in result.items()
     ]
-    header = ["variant", "allocations MB", "held between steps MB", "total MB", "resident MB", "the two peaks"]
+    header = ["variant", "allocations MB", "arena MB", "held MB", "total MB", "resident MB", "the two peaks"]
     print(table("In-step peak of forward + backward, above parameters and optimizer state", header, rows))
+
+
+def print_shares(result: dict[str, Any]) -> None:
+    """One row a variant, in per cent of its own forward + backward; then what of our program is compiled."""
+    kinds = ("gemm", "attention", "other_aten", "rest")
+    rows = [[name, *(f"{found['time'][kind]:.1%}" for kind in kinds)] for name, found in result.items()]
+    header = ["variant", "matrix products", "attention", "other PyTorch kernels", "generated kernels and host"]
+    print(table("Where forward + backward goes (one profiled step)", header, rows))
+    if ours := result.get(OURS):
+        print(
+            f"\n{ours['bytes_compiled']:.1%} of the bytes that nodes other than matrix products write are written in "
+            f"compiled regions; {ours['aten_regions']} of {ours['regions']} regions run with PyTorch's kernels"
+        )
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -139,7 +153,7 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     parser.add_argument("--variants", default=",".join(NAMES), help="comma-separated")
     parser.add_argument("--options", type=json.loads, default={}, help="dscompile's options, as JSON")
-    parser.add_argument("--parts", default="steps,memory,compile", help="comma-separated")
+    parser.add_argument("--parts", default="steps,memory,shares,compile", help="comma-separated")
     given = parser.parse_args(arguments)
     names = given.variants.split(",")
     if unknown := set(names) - set(NAMES):
@@ -160,6 +174,9 @@ def main(arguments: list[str] | None = None) -> Path:
     if "memory" in parts:
         result["memory"] = {name: in_fresh_process("memory", spec) for name, spec in specs.items()}
         print_memory(result["memory"])
+    if "shares" in parts:
+        result["shares"] = {name: in_fresh_process("shares", spec) for name, spec in specs.items()}
+        print_shares(result["shares"])
     if "compile" in parts:
         result["compile"] = compile_times(specs)
         rows = [[r["variant"], r["cache"], r["wall"], r["cpu"], r["order"]] for r in result["compile"]]

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory
+from benchmarks.shares import time_shares
 from benchmarks.variants import Spec, Trainer
+from dscompile.runtime.pool import POOL
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
@@ -44,19 +46,32 @@ def memory_task(spec: Spec) -> dict[str, Any]:
         trainer.forward_backward(trainer.batch(step))
         trainer.update()
     ids = trainer.batch(WARM_UP)
-    held = memory.live_bytes() - trainer.state_bytes() - ids.untyped_storage().nbytes()
+    held = memory.live_bytes() - trainer.state_bytes() - ids.untyped_storage().nbytes() - POOL.use().used
+    POOL.release_idle()
     resident = memory.resident_peak(lambda: trainer.forward_backward(ids))
     trainer.update()
     allocated = memory.allocation_peak(lambda: trainer.forward_backward(ids))
-    difference = abs(resident - allocated) / max(resident, allocated)
+    arena = POOL.use().owned
+    difference = abs(resident - allocated - arena) / max(resident, allocated + arena)
     return {
         "allocation_peak": allocated,
+        "arena": arena,
         "resident_peak": resident,
         "held_between_steps": held,
-        "total": allocated + held,
+        "total": allocated + arena + held,
         "difference": difference,
         "agree": difference <= memory.AGREE,
     }
+
+
+def shares_task(spec: Spec) -> dict[str, Any]:
+    """Shares of a steady forward + backward by kind of kernel; for ours also how much of it is compiled."""
+    trainer = Trainer(spec)
+    for step in range(WARM_UP):
+        trainer.forward_backward(trainer.batch(step))
+        trainer.update()
+    ids = trainer.batch(WARM_UP)
+    return {"time": time_shares(lambda: trainer.forward_backward(ids)), **_report(spec)}
 
 
 def in_fresh_process(task: str, spec: Spec, cache: Path | None = None) -> dict[str, Any]:
@@ -88,6 +103,8 @@ def _report(spec: Spec) -> dict[str, Any]:
     return {
         "regions": sum(r.facts["regions"] for r in reports),
         "compiled_regions": sum(r.facts["compiled_regions"] for r in reports),
+        "aten_regions": sum(r.facts["aten_regions"] for r in reports),
+        "bytes_compiled": sum(r.facts["bytes_compiled"] for r in reports) / sum(r.facts["bytes"] for r in reports),
         "fallbacks": [reason for r in reports for reason in r.fallbacks],
         "cached": all(r.cached for r in reports),
         "gemm": reports[-1].gemm,
@@ -104,7 +121,7 @@ def _cpu() -> float:
 def main() -> None:
     """Entry of the fresh process."""
     task, text = sys.argv[1:]
-    tasks = {"compile": compile_task, "memory": memory_task}
+    tasks = {"compile": compile_task, "memory": memory_task, "shares": shares_task}
     print(json.dumps(tasks[task](Spec.from_json(text))))
 
 

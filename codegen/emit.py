@@ -6,6 +6,7 @@ the region holds the only reference and can free or overwrite them while it runs
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 from torch import fx
 
 from dscompile.codegen.regions import Region, is_constant_tensor
-from dscompile.effects import constant
+from dscompile.effects import constant, shared_operand
 from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
 from dscompile.program import Program, RegionCode, Step, function_source
 from dscompile.source import module_of, source_line
-from dscompile.torch_compat import OpOverload, tensor_bytes
+from dscompile.torch_compat import HigherOrderOperator, OpOverload, tensor_bytes
 
-_MODULES = {"operator": operator, "_operator": operator, "math": None, "torch": torch, "builtins": None}
+_MODULES = frozenset({"operator", "_operator", "math", "torch", "builtins"})
+"""Modules whose functions a program may call: those that the runtime's namespace defines."""
 
 
 def emit_program(graph: StepGraph, regions: Sequence[Region], codes: dict[str, RegionCode]) -> Program:
@@ -72,20 +74,36 @@ def emit_aten(module: fx.GraphModule) -> str:
     """Source of ``run(args)`` that calls PyTorch's own kernel for each node of a region's module.
 
     Raises:
-        UnsupportedError: a node that Python source cannot name (a sub-module of a higher-order operator).
+        UnsupportedError: a node that Python source cannot name.
     """
+    return function_source("run", *_aten_body(module))
+
+
+def _aten_body(module: fx.GraphModule) -> tuple[list[str], list[Step], list[str]]:
+    """The inputs, steps and outputs of a graph, node by node; the branches and bodies it calls are defined first."""
     body = [n for n in module.graph.nodes if n.op == "call_function"]
-    if any(n.op == "get_attr" for n in module.graph.nodes):
-        raise UnsupportedError("a region with constants of its own cannot be printed as source")
     values: Any = module.graph.output_node().args[0]
     kept = {v.name for v in values if isinstance(v, fx.Node)}
     last_use = {read.name: index for index, node in enumerate(body) for read in node.all_input_nodes}
-    steps = [
+    steps = [_definition(node) for node in module.graph.find_nodes(op="get_attr")]
+    steps += [
         _node_step(n, _dead([n.name], last_use, kept) + _dying(n.all_input_nodes, last_use, i, kept))
         for i, n in enumerate(body)
     ]
     inputs = [p.name for p in module.graph.find_nodes(op="placeholder")]
-    return function_source("run", inputs, steps, [_expression(v) for v in values])
+    return inputs, steps, [_expression(v) for v in values]
+
+
+def _definition(node: fx.Node) -> Step:
+    """The graph that a higher-order operator is called with, as a function; names inside are its own."""
+    module = constant(node)
+    if not isinstance(module, fx.GraphModule):
+        raise UnsupportedError(f"constant {node.name!r} inside a region cannot be printed as source")
+    inputs, steps, outputs = _aten_body(module)
+    lines = [line for step in steps for line in step.text.splitlines()]
+    lines.append(f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
+    text = "\n    ".join([f"def {node.name}({', '.join(inputs)}):", *lines])
+    return Step(text, "def", (), (node.name,), ())
 
 
 def _dying(nodes: Iterable[fx.Node], last_use: dict[str, int], index: int, kept: set[str]) -> list[str]:
@@ -125,6 +143,8 @@ def _target(target: object) -> str:
     if isinstance(target, OpOverload):
         namespace, name = target._schema.name.split("::")
         return f"torch.ops.{namespace}.{name}.{target._overloadname}"
+    if isinstance(target, HigherOrderOperator):
+        return f"torch.ops.higher_order.{target.name()}"
     module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
     if module in _MODULES and name:
         return f"{module.removeprefix('_')}.{name}" if module != "builtins" else name
@@ -136,27 +156,38 @@ def _expression(value: object) -> str:
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, float):
-        return f"float({str(value)!r})" if value != value or value in (float("inf"), float("-inf")) else repr(value)
+        return float.__repr__(value) if math.isfinite(value) else f"float({str(value)!r})"
+    if isinstance(value, complex):
+        return f"complex({_expression(value.real)}, {_expression(value.imag)})"
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
     if isinstance(value, (list, tuple)):
         items = ", ".join(map(_expression, value))
         return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
+    if isinstance(value, (OpOverload, HigherOrderOperator)):  # what a higher-order operator calls
+        return _target(value)
     if isinstance(value, slice):
         return f"slice({_expression(value.start)}, {_expression(value.stop)}, {_expression(value.step)})"
-    if value is None or isinstance(value, (bool, int, str, complex, torch.dtype, torch.layout, torch.memory_format)):
+    if value is Ellipsis:
+        return "..."
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        return int.__repr__(value) if isinstance(value, int) else str.__repr__(value)  # an enum's member too
+    if value is None or isinstance(value, (bool, torch.dtype, torch.layout, torch.memory_format)):
         return repr(value)
     raise UnsupportedError(f"constant {value!r} of type {type(value).__name__} cannot be printed as source")
 
 
 def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dict[str, Any]:
-    """Figures of a program: nodes, regions, and how many non-GEMM bytes run inside compiled regions."""
+    """Figures of a program: nodes, regions, and how many non-GEMM bytes are computed inside compiled regions.
+
+    A view computes none, wherever it stands.
+    """
     compiled = {key for key, code in program.codes.items() if code.kind == "inductor"}
     inside = total = 0
     for region in regions:
-        moved = sum(_bytes(n) for n in region.nodes if not _is_gemm(n))
-        total += moved
-        inside += moved if region.key in compiled or region.inline else 0
+        made = sum(_bytes(n) for n in region.nodes if not _is_gemm(n))
+        total += made
+        inside += made if region.key in compiled else 0
     return {
         "nodes": len(graph.graph.nodes),
         "regions": sum(not r.inline for r in regions),
@@ -177,5 +208,8 @@ def _is_gemm(node: fx.Node) -> bool:
 
 
 def _bytes(node: fx.Node) -> int:
+    """Bytes that a node writes; the parts of an operator of several results count at the operator."""
+    if shared_operand(node) is not None or node.target is operator.getitem:
+        return 0
     value = node.meta.get("val")
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else tensor_bytes(value)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.regions import Region, region_module
 from dscompile.config import Config
-from dscompile.errors import UnsupportedError
 from dscompile.program import RegionCode
 from dscompile.torch_compat import InductorFailure, inductor_compile
 
@@ -37,12 +37,14 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reference=source)
     try:
-        artifact = inductor_compile(module, donated=region.donated, fused_rng=config.rng == "fused")
+        artifact = inductor_compile(
+            module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()
+        )
     except InductorFailure as failure:
         reason = f"{_where(region)}: {failure}"
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
         source = emit_aten(module)
-        return RegionCode(region.key, "aten", source, reason, source)
+        return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing)
     return RegionCode(region.key, "inductor", artifact.source_code, reference=_reference(module), artifact=artifact)
 
 

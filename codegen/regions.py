@@ -20,7 +20,7 @@ from dscompile.comm import comm_role
 from dscompile.config import Config
 from dscompile.effects import Root, Storages, constant
 from dscompile.graph import EXPLICIT, Role, StepGraph, info
-from dscompile.torch_compat import fake_like, fake_mode_of, free_symbol_names, tensor_bytes
+from dscompile.torch_compat import HigherOrderOperator, fake_like, fake_mode_of, free_symbol_names, tensor_bytes
 
 
 @dataclass
@@ -111,6 +111,7 @@ def _donate(graph: StepGraph, regions: list[Region], donatable: frozenset[str]) 
     kept = {root(v) for v in graph.output_values() if isinstance(v, fx.Node)}
     kept |= {root(p) for p in graph.placeholders() if p.name not in donatable}
     kept |= {root(n) for n in graph.nodes if n.op == "get_attr"}
+    kept |= _seen_by_bodies(graph, root)
     last_use: dict[Root, int] = {}
     for index, region in enumerate(regions):
         for node in region.inputs:
@@ -127,6 +128,15 @@ def _donate(graph: StepGraph, regions: list[Region], donatable: frozenset[str]) 
             and last_use[storage] == index
             and _owns_storage(region.inputs[position])
         )
+
+
+def _seen_by_bodies(graph: StepGraph, root: Callable[[fx.Node], Root]) -> set[Root]:
+    """Storages that higher-order operators take or return: a body may return its operand, whatever the graph says."""
+    found: set[Root] = set()
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            found.update(map(root, [*node.all_input_nodes, *node.users]))
+    return found
 
 
 def _owns_storage(node: fx.Node) -> bool:

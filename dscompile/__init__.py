@@ -37,6 +37,9 @@ _PUBLIC = {
     "reduce_pending": "accumulate",
     "discard_accumulation": "accumulate",
     "check_plain": "accumulate",
+    "deferred_init": "deferred",
+    "is_deferred": "deferred",
+    "materialise": "deferred",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -127,13 +127,14 @@ def _check_slot(slot: Slot) -> None:
             "never reduced. Run the last micro-batch outside no_sync(), or call reduce_pending(model) if it did not "
             "use this parameter, or discard_accumulation(model)."
         )
-    if slot.stale and slot.param.requires_grad and slot.param.grad is None:
-        name = slot.spec.fqn
+    if slot.stale:  # only a compiled model's forward pass leaves one stale
+        wrong = slot.moved or (slot.param.requires_grad and slot.param.grad is None)
         slot.renew()
-        raise ShardingError(
-            f"{name} was unfrozen or moved after the last forward pass of a compiled model, which did not notice: it "
-            "has no gradient. It is up to date now; run forward and backward again."
-        )
+        if wrong:
+            raise ShardingError(
+                f"{slot.spec.fqn} was unfrozen or moved after the model was compiled, which the last forward pass did "
+                "not notice. It is up to date now; run forward and backward again."
+            )
 
 
 # -- parameters that distribute() never saw --------------------------------------------------------------------------

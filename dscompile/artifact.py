@@ -19,7 +19,8 @@ import os
 import platform
 import re
 import sys
-from dataclasses import asdict
+import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,13 @@ class Artifact:
         while unique in taken:
             count += 1
             unique = f"{stem}-{count}"
-        self._graphs[unique] = entry = {"name": name, "complete": False, "steps": [], "programs": []}
+        self._graphs[unique] = entry = {
+            "name": name,
+            "complete": False,
+            "cached": False,
+            "steps": [],
+            "programs": [],
+        }
         self.write_manifest()
         return GraphWriter(self, unique, entry)
 
@@ -91,6 +98,22 @@ class Artifact:
         write_whole(self.directory / relative, content, hint="Choose another directory (option 'dump') or make room.")
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One graph's steps as they were written, compressed: a program loaded from the cache writes them again."""
+
+    data: bytes
+
+    @classmethod
+    def of(cls, steps: list[dict[str, Any]]) -> Recording:
+        """Pack steps: each has ``name``, ``text``, ``table`` and ``facts``."""
+        return cls(zlib.compress(json.dumps(steps).encode()))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Unpack them."""
+        return list(json.loads(zlib.decompress(self.data)))
+
+
 class GraphWriter:
     """Writes one graph's texts in the order of its passes; ``after_pass`` fits ``run_pipeline(on_pass=...)``."""
 
@@ -99,6 +122,7 @@ class GraphWriter:
         self._artifact = artifact
         self._folder = folder
         self._entry = entry
+        self._written: list[dict[str, Any]] = []
 
     @property
     def directory(self) -> Path:
@@ -107,11 +131,22 @@ class GraphWriter:
 
     def traced(self, graph: StepGraph) -> None:
         """Write the graph as it was traced (step 0)."""
-        self._step("traced", graph, {"nodes_after": len(graph.graph.nodes)})
+        self._restart(cached=False)
+        self._step("traced", print_graph(graph), _json(side_table(graph)), {"nodes_after": len(graph.graph.nodes)})
 
     def after_pass(self, record: PassRecord, graph: StepGraph) -> None:
         """Write the graph after a pass, with the pass's record."""
-        self._step(record.name, graph, asdict(record))
+        self._step(record.name, print_graph(graph), _json(side_table(graph)), json.loads(_json(asdict(record))))
+
+    def recording(self) -> Recording:
+        """What was written so far, to keep with the compiled program."""
+        return Recording.of(self._written)
+
+    def replay(self, recording: Recording) -> None:
+        """Write the steps of an earlier compilation, whose program was loaded from the cache."""
+        self._restart(cached=True)
+        for step in recording.steps():
+            self._step(step["name"], step["text"], step["table"], step["facts"])
 
     def program(self, name: str, source: str) -> None:
         """Write the final program's Python source as ``NAME.py``."""
@@ -125,11 +160,16 @@ class GraphWriter:
         self._entry["complete"] = True
         self._artifact.write_manifest()
 
-    def _step(self, name: str, graph: StepGraph, facts: dict[str, Any]) -> None:
-        text = print_graph(graph)
+    def _restart(self, *, cached: bool) -> None:
+        """Begin at step 0, also where a program from the cache turned out not to load and is compiled after all."""
+        self._written = []
+        self._entry.update({"cached": cached, "steps": [], "programs": []})
+
+    def _step(self, name: str, text: str, table: str, facts: dict[str, Any]) -> None:
         stem = f"{self._folder}/{len(self._entry['steps']):02d}-{name}"
         self._artifact.write(f"{stem}.txt", text)
-        self._artifact.write(f"{stem}.json", _json(side_table(graph)))
+        self._artifact.write(f"{stem}.json", table)
+        self._written.append({"name": name, "text": text, "table": table, "facts": facts})
         self._entry["steps"].append({"file": f"{stem}.txt", "digest": text_digest(text), **facts})
         self._artifact.write_manifest()
 

@@ -16,20 +16,22 @@ import torch
 from torch import fx
 
 from dscompile import cache
+from dscompile.cache_files import checked_files
 from dscompile.codegen.emit import emit_program
 from dscompile.codegen.lower import lower_regions
 from dscompile.codegen.regions import cut
 from dscompile.config import Config
 from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
 from dscompile.errors import UnsupportedError, VerifyError
-from dscompile.graph import GraphKind, StepGraph
+from dscompile.graph import GraphKind, InputKind, StepGraph
 from dscompile.manager import Numerics, PassContext, PassRecord, parse_pipeline, run_pipeline
 from dscompile.params import FrameInputs, frame_inputs, from_aot
 from dscompile.program import check_lifetimes
 from dscompile.report import GraphReport, announce
-from dscompile.runtime.code import ProgramCode
+from dscompile.runtime.code import ProgramCode, loading_into
 from dscompile.runtime.gemm import GemmChoice
 from dscompile.sharding import Sharding
+from dscompile.source import source_line
 from dscompile.split import split
 from dscompile.torch_compat import (
     OutputCode,
@@ -66,24 +68,43 @@ def dscompile(
     config = Config.load(options) if sharding.config is None else sharding.config.updated(options)
     if mode not in (None, "default"):
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
-    _check_devices(example_inputs)
+    _check_devices(inputs, example_inputs)
+    _check_replaced(gm, inputs)
+    files = checked_files()
     frame = Frame(config, inputs, f"graph{next(_COUNTER)}", sharding)
-    key = cache.key(config, sharding.key())
-    with our_cache_key(key, regions=config.cache, programs=config.cache and config.dump is None):
+    with (
+        our_cache_key(cache.key(config, sharding.key()), regions=config.cache, programs=config.cache),
+        loading_into(frame.name, frame.writer),
+    ):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_forward),
             bw_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_backward),
             inference_compiler=SerializableAOTDispatchCompiler(OutputCode, frame.compile_inference),
             partition_fn=frame.partition,
         )(gm, example_inputs)
+    if frame.seconds:  # not loaded from the cache
+        files.record()
     return compiled
 
 
-def _check_devices(example_inputs: Sequence[Any]) -> None:
-    for value in example_inputs:
+def _check_devices(inputs: FrameInputs, example_inputs: Sequence[Any]) -> None:
+    for what, value in zip(inputs.inputs, example_inputs, strict=True):
         if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "cuda", "meta"):
             raise UnsupportedError(
-                f"backend 'dscompile' does not support device {value.device}; move the model to 'cpu' (or 'cuda')."
+                f"backend 'dscompile' does not support device {value.device} ({what.kind} {what.fqn}); "
+                "move model and inputs to 'cpu' (or 'cuda')."
+            )
+
+
+def _check_replaced(gm: fx.GraphModule, inputs: FrameInputs) -> None:
+    """Refuse ``parameter.data = ...`` during forward: the new storage cannot be an output of a compiled graph."""
+    by_node = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs.inputs, strict=True))
+    for node in gm.graph.nodes:
+        what = by_node.get(node.args[0]) if node.target is torch.Tensor.set_ else None
+        if what is not None:
+            raise UnsupportedError(
+                f"the model replaces the data of {what.kind} {what.fqn} during forward, at {source_line(node)}; change "
+                "it in place (with torch.no_grad(): parameter.copy_(...)), or outside the compiled part."
             )
 
 
@@ -216,13 +237,19 @@ class Frame:
             fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
             summary=self.config.summary,
         )
-        code = ProgramCode(program, report, self.config).load()
+        last = graph.kind is not GraphKind.FORWARD
+        code = ProgramCode(program, report, self.config, last=last, not_cacheable=_not_cacheable(graph)).load()
         announce(report)
-        if self.writer is not None:
-            self.writer.program(str(graph.kind), program.source())
-            if graph.kind is not GraphKind.FORWARD:  # the last program of this frame
-                self.writer.close()
+        code.dump(self.writer)
+        if self.writer is not None and graph.kind is not GraphKind.BACKWARD:  # the frame's first program
+            code.recording = self.writer.recording()
         return code
+
+
+def _not_cacheable(graph: StepGraph) -> str:
+    """Why a program must not go to AOTAutograd's cache: on a hit it does not make the tokens that order effects."""
+    tokens = [i.name for i in graph.inputs if i.kind is InputKind.TOKEN]
+    return f"effects are ordered by tokens ({', '.join(tokens)}), which a cached program is not given" if tokens else ""
 
 
 def _writer(config: Config, name: str) -> GraphWriter | None:

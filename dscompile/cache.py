@@ -23,14 +23,9 @@ def key(config: Config, placements: str = "") -> str:
 
     ``placements`` says how a frame's parameters are sharded, and which rank this is.
     """
-    parts = [
-        placements,
-        config.digest(),
-        dscompile.__version__,
-        torch.__version__,
-        platform.python_version(),
-        source_digest(),
-    ]
+    recorded = "dumped" if config.dump is not None else ""  # such a program carries its texts; where they go is open
+    versions = [dscompile.__version__, torch.__version__, platform.python_version()]
+    parts = [placements, config.digest(), recorded, *versions, source_digest()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

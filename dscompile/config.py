@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,7 +63,8 @@ class Config(BaseModel):
     limit: int | None = Field(None, ge=0, description="Stop editing after this many numbered edits (for bisecting).")
     dump: str | None = Field(
         None,
-        description="Directory that receives the run's artifact: manifest, text, tables. Every start traces again.",
+        min_length=1,
+        description="Directory that receives the run's artifact: manifest, text, tables.",
         json_schema_extra={"output_only": True},
     )
 
@@ -84,14 +86,15 @@ class Config(BaseModel):
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",
     )
     buffers: Choice = Field(
-        "auto", description="Reuse large CPU buffers from step to step instead of returning them to the system."
+        "auto",
+        description="Reuse large CPU buffers from step to step instead of returning them to the system; 'auto': on Linux.",
     )
     zero: ZeroConfig = Field(default_factory=ZeroConfig, description="Sharding of parameters over ranks (ZeRO).")
     cache: bool = Field(True, description="Keep compiled programs on disk, shared by later processes.")
     summary: bool = Field(True, description="Log one line for each compiled graph.")
 
     @classmethod
-    def load(cls, source: Config | dict[str, Any] | str | Path | None = None) -> Config:
+    def load(cls, source: Config | Mapping[str, Any] | str | Path | None = None) -> Config:
         """Build a configuration from a mapping, a JSON file's path, or nothing (the defaults).
 
         Raises:
@@ -103,6 +106,8 @@ class Config(BaseModel):
         if isinstance(source, (str, Path)):
             where = str(source)
             source = _read_json(Path(source))
+        if not isinstance(source, (Mapping, type(None))):
+            raise ConfigError(f"{where}: expected a mapping of options, got {type(source).__name__} {source!r}.")
         values = dict(source or {})
         _reject_unknown(where, "", values, cls)
         try:
@@ -145,9 +150,11 @@ def _reject_unknown(where: str, prefix: str, values: dict[str, Any], model: type
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a JSON text file: {error.reason} at byte {error.start}.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}.") from None
     if not isinstance(value, dict):

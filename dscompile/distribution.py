@@ -26,7 +26,8 @@ from dscompile.errors import ConfigError, ShardingError, UnsupportedError
 from dscompile.ops import REPLICATED
 from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
 from dscompile.sharded import adopt, slots_in
-from dscompile.torch_compat import has_hooks, process_group
+from dscompile.slots import window
+from dscompile.torch_compat import has_hooks, process_group, set_local
 from dscompile.world import DATA, World, default_mesh
 
 
@@ -111,6 +112,8 @@ def _plan(model: nn.Module, config: Config, world: int, group: str) -> list[_Pla
     plan: dict[int, _Planned] = {}
     for fqn, param in model.named_parameters():
         if mark_of(param) is None:
+            if is_lazy(param):
+                raise UnsupportedError(f"parameter {fqn} has no shape yet; run one forward pass before distribute().")
             shape = tuple(param.shape)
             dim = choose_dim(shape, world, stage) if param.is_floating_point() else REPLICATED
             plan[id(param)] = _Planned(param, ShardSpec(fqn, shape, dim, world, group, stage), [])
@@ -170,12 +173,7 @@ class _Placer:
         self.broadcast(full)
         rank = self.mesh.get_local_rank(self.axis)
         value = full.detach()
-        resident = None
-        if spec.stage in (1, 2) and spec.dim != REPLICATED:
-            resident = value.clone(memory_format=torch.contiguous_format)
-            local = spec.shard_of(resident, rank)
-        else:
-            local = spec.shard_of(value, rank).clone(memory_format=torch.contiguous_format)
+        local = spec.shard_of(value, rank).clone(memory_format=torch.contiguous_format)
         placements: list[Placement] = [Replicate()] * self.mesh.ndim
         if spec.dim != REPLICATED:
             placements[cast(tuple[str, ...], self.mesh.mesh_dim_names).index(self.axis)] = Shard(spec.dim)
@@ -183,6 +181,10 @@ class _Placer:
         wrapped = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=value.shape, stride=stride)
         param = nn.Parameter(wrapped, requires_grad=full.requires_grad)
         param.__dict__.update(full.__dict__)  # what libraries note on parameters
+        resident = None
+        if spec.stage in (1, 2) and spec.dim != REPLICATED:
+            resident = value.clone(memory_format=torch.contiguous_format)
+            set_local(cast(DTensor, param), window(resident, spec, rank))
         set_mark(param, Mark(spec, self.config, resident))
         return cast(DTensor, param)
 
@@ -209,8 +211,6 @@ def _check(model: nn.Module, plan: list[_Planned]) -> None:
 
 def _check_parameter(planned: _Planned) -> None:
     param, fqn = planned.param, planned.spec.fqn
-    if is_lazy(param):
-        raise UnsupportedError(f"parameter {fqn} has no shape yet; run one forward pass before distribute().")
     if isinstance(param, DTensor):
         raise UnsupportedError(
             f"parameter {fqn} is a DTensor already ({param.placements}); distribute() takes plain ones."

@@ -68,6 +68,10 @@ def _rank_error(message: str, kind: str, ranks: tuple[int, ...]) -> RankError:
     return RankError(message, kind=kind, ranks=ranks)
 
 
+class DeferredError(DscompileError, RuntimeError):
+    """A tensor of :func:`dscompile.deferred_init` was used for its values before ``materialise`` gave it any."""
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the candidate nearest to ``word``, or an empty string."""
     match = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

@@ -52,7 +52,7 @@ EXPLICIT = frozenset({Role.GATHER, Role.REDUCE, Role.WAIT, Role.PACK, Role.UNPAC
 
 
 class InputKind(StrEnum):
-    """What a graph input is to the user."""
+    """What a graph input is to the user. A ``TOKEN`` carries no data: AOTAutograd threads it through effects."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -60,6 +60,7 @@ class InputKind(StrEnum):
     TANGENT = "tangent"
     SYMBOL = "symbol"
     SAVED = "saved"
+    TOKEN = "token"
     OPAQUE = "opaque"
 
 

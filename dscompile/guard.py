@@ -23,6 +23,11 @@ class Gathered(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _name(func) == "requires_grad_":
+            raise ShardingError(
+                "requires_grad_ on the gathered value of a sharded parameter has no effect: freeze the DTensor of "
+                "named_parameters(). If this is parametrize (weight_norm, ...): register it before distribute()."
+            )
         if _writes(func, args, kwargs):
             raise ShardingError(
                 f"in-place write ({_name(func)}) to the gathered value of a sharded parameter would be lost; write "

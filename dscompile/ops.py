@@ -1,9 +1,9 @@
 """The logical operators of sharded parameters: what a graph says before a pass decides how bytes move.
 
 ``unshard`` turns this rank's shard of a parameter into the full value, ``reduce_grad`` turns a full gradient into the
-mean over ranks of this rank's shard; each is the other's derivative. A backend that knows them lowers them to bucketed,
-overlapped collectives; under any other backend, and in eager mode, the kernels below run the collectives in place, so
-a sharded model is right everywhere.
+mean over ranks of this rank's shard; each is the other's derivative (of the mean of the ranks' losses).
+A backend that knows them lowers them to bucketed, overlapped collectives; under any other backend, and in eager mode,
+the kernels below run the collectives in place, so a sharded model is right everywhere.
 
 Layout, as ``torch.chunk``: along ``dim`` of full size ``n``, rank ``r`` of ``w`` holds rows ``[min(r*c, n),
 min((r+1)*c, n))`` with ``c = ceil(n / w)``; trailing ranks may hold none. ``dim == -1`` means replicated. ``group`` is
@@ -214,8 +214,9 @@ def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _reduce_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    full = unshard(grad, ctx.dim, ctx.size, ctx.world, ctx.group) / ctx.world
-    return full, None, None, None, None
+    # No 1/world: a rank's own value has gradients of that rank's loss, a shard those of the mean loss (so unshard
+    # averages), and the mean over ranks here divides by as many as that average will.
+    return unshard(grad, ctx.dim, ctx.size, ctx.world, ctx.group), None, None, None, None
 
 
 torch.library.register_autograd("dscompile::unshard", _unshard_backward, setup_context=_unshard_setup, lib=LIBRARY)

@@ -23,8 +23,8 @@ class RegionCode:
         key: structural hash of the region. kind: ``"inductor"`` (compiled) or ``"aten"`` (PyTorch's own kernels, one
         call a node). source: Python source of what runs; for ``aten`` it defines ``run(args)``. reference: source of
         ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to. reason: why
-        the region was not compiled ("" if it was). artifact: the compiled object, bound again after loading from
-        disk.
+        the region was not compiled ("" if it was). passing: that reason was the machine's state (a full disk), so the
+        program must not be kept. artifact: the compiled object, bound again after loading from disk.
     """
 
     key: str
@@ -32,6 +32,7 @@ class RegionCode:
     source: str
     reason: str = ""
     reference: str = ""
+    passing: bool = False
     artifact: Any = None
 
 

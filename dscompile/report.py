@@ -33,7 +33,10 @@ class GraphReport:
         """One line: what, how many regions, how it was checked, how long it took."""
         facts = self.facts
         parts = [f"{self.graph} {self.kind}: {facts.get('nodes', 0)} nodes"]
-        parts.append(f"{facts.get('regions', 0)} regions ({facts.get('compiled_regions', 0)} compiled)")
+        compiled = f"{facts.get('compiled_regions', 0)} compiled"
+        if facts.get("bytes"):
+            compiled += f", {100 * facts['bytes_compiled'] / facts['bytes']:.1f} % of non-GEMM bytes"
+        parts.append(f"{facts.get('regions', 0)} regions ({compiled})")
         if self.verdict:
             parts.append(self.verdict)
         parts.append("from the cache" if self.cached else f"{sum(self.seconds.values()):.1f} s")
@@ -83,6 +86,7 @@ def announce(report: GraphReport) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("[dscompile] %(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.INFO)
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)
         log.propagate = False
     log.info("%s", report.line())

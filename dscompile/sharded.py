@@ -271,4 +271,8 @@ def _rnn_members() -> dict[str, Any]:
     def ignore(self: Any, value: Any) -> None:
         """RNNBase rebuilds its list after ``.to()`` and unpickling."""
 
-    return {"_flat_weights": property(weights, ignore), "_flat_weight_refs": property(lambda self: [], ignore)}
+    return {
+        "_flat_weights": property(weights, ignore),
+        "_flat_weight_refs": property(lambda self: [], ignore),
+        "_weights_have_changed": lambda self: False,
+    }

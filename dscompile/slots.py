@@ -36,6 +36,16 @@ def alias(tensor: Tensor) -> Tensor:
     return same.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def window(full: Tensor, spec: ShardSpec, rank: int) -> Tensor:
+    """A rank's rows of a resident buffer: the same memory, as a tensor with a storage of its own.
+
+    A DTensor over a view with a storage offset takes the offset over, and then cannot be pickled or deep-copied
+    (torch 2.13); and pickling a view would write the whole buffer.
+    """
+    rows = spec.shard_of(full, rank)
+    return torch.from_dlpack(rows) if rows.numel() and rows.device.type != "meta" else rows.clone()
+
+
 class Attach(torch.autograd.Function):
     """A DTensor parameter as its local tensor. Saves nothing, so one call serves every backward pass."""
 
@@ -124,10 +134,12 @@ class Slot:
         if self.spec.stage not in (1, 2) or self.spec.dim == REPLICATED:
             return None
         known = mark_of(self.param)
-        if known is not None and known.resident is not None and _same_memory(known.resident, self._local):
-            return known.resident
+        if known is not None and known.resident is not None:
+            rows = self.spec.shard_of(known.resident, self.rank)
+            if rows.data_ptr() == self._local.data_ptr() and rows.dtype == self._local.dtype:
+                return known.resident
         full = self._local.new_empty(self.spec.shape)
-        local = self.spec.shard_of(full, self.rank)
+        local = window(full, self.spec, self.rank)
         local.copy_(self._local)
         set_local(self.param, local)
         self._local = local
@@ -147,9 +159,14 @@ class Slot:
         return wrap_like(self.param, local.detach())
 
     @property
+    def moved(self) -> bool:
+        """Whether the parameter has other memory than the graph's tensor."""
+        return self._local is not local_of(self.param)
+
+    @property
     def stale(self) -> bool:
         """Whether the parameter was moved, frozen or thawed since the graph's tensor was made."""
-        return self._local is not local_of(self.param) or self.shard.requires_grad != self.param.requires_grad
+        return self.moved or self.shard.requires_grad != self.param.requires_grad
 
     def own(self, module: nn.Module, name: str) -> None:
         """Let a module read the parameter through this slot."""
@@ -219,7 +236,3 @@ def slot_of(tensor: Tensor) -> Slot | None:
     """The slot of a parameter, if a module that holds it is alive."""
     mark = mark_of(tensor)
     return mark.slot() if mark is not None and mark.slot is not None else None
-
-
-def _same_memory(whole: Tensor, part: Tensor) -> bool:
-    return whole.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()

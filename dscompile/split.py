@@ -8,12 +8,14 @@ rules; the result says so.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-from dscompile.effects import shared_operand
+from dscompile.effects import Storages, shared_operand, written
 from dscompile.graph import GraphInput, GraphKind, GraphOutput, InputKind, Phase, Role, StepGraph, annotate, info
 from dscompile.torch_compat import default_partition, extract_forward_backward, is_opaque
 
@@ -38,6 +40,7 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
     assert graph.kind is GraphKind.JOINT
     reason = _needs_torch_partitioner(graph)
     if reason:
+        _save_reads_of_mutated(graph)
         forward, backward = default_partition(
             graph.module,
             [],
@@ -51,9 +54,12 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
         )
         _erase_unused(forward, Phase.BACKWARD)
         _erase_unused(backward, Phase.FORWARD)
+    for half in (forward, backward):
+        for node in half.graph.find_nodes(op="placeholder"):
+            node.meta = dict(node.meta)  # extraction hands over the joint node's own dictionary
     fw, bw = _as_forward(graph, forward), _as_backward(graph, backward)
     _sink_independent(bw)
-    saved = tuple(i.name for i in bw.inputs if i.kind is not InputKind.TANGENT)
+    saved = tuple(i.name for i in bw.inputs if i.kind not in (InputKind.TANGENT, InputKind.TOKEN))
     return Split(fw, bw, saved, reason or "save all")
 
 
@@ -76,6 +82,21 @@ def _needs_torch_partitioner(graph: StepGraph) -> str:
         if is_opaque(node) and (node.op != "placeholder" or any(user.op != "output" for user in node.users)):
             return "torch default partitioner (opaque values)"
     return ""
+
+
+def _save_reads_of_mutated(graph: StepGraph) -> None:
+    """Save what checkpointed code computes from inputs that are overwritten after forward (BatchNorm's statistics).
+
+    Computing it again in backward would read the new contents; autograd's version check forbids it.
+    """
+    storages = Storages(graph)
+    descriptors = graph.output_node.meta.get("desc") or []
+    overwritten = [d.mutated_input for d in descriptors if hasattr(d, "mutated_input")]
+    mutated = {storages.root(p) for p in graph.placeholders() if p.meta.get("desc") in overwritten}
+    for node in graph.nodes:
+        if "recompute" in node.meta and any(storages.root(operand) in mutated for operand in node.all_input_nodes):
+            for kept in (node, *(u for u in node.users if u.target is operator.getitem)):
+                kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def saved_for_backward(graph: StepGraph) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -147,13 +168,20 @@ def _as_backward(joint: StepGraph, module: fx.GraphModule) -> StepGraph:
 
 
 def _sink_independent(graph: StepGraph) -> None:
-    """Move each node that depends on no tangent to just before its first user: it then lives as short as it can."""
+    """Move each node that depends on no tangent to just before its first user: it then lives as short as it can.
+
+    What reads a storage that backward writes to stays: it may not pass the write.
+    """
     tangents = {i.name for i in graph.inputs if i.kind is InputKind.TANGENT}
+    storages = Storages(graph)
+    mutated = {storages.root(operand) for node in graph.nodes for operand in written(node)}
     dependent: set[fx.Node] = set()
     movable: set[fx.Node] = set()
     for node in graph.nodes:
         if node.name in tangents or any(operand in dependent for operand in node.all_input_nodes):
             dependent.add(node)
+        elif mutated and any(storages.root(n) in mutated for n in (node, *node.all_input_nodes)):
+            continue
         elif node.op == "call_function" and info(node).role in (Role.COMPUTE, Role.VIEW) and node.users:
             movable.add(node)
     output = graph.output_node

@@ -138,8 +138,9 @@ class CompiledStep:
         tensors: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         tensors.update(self._model.named_buffers(remove_duplicate=False))
         state = [tensors[name.removeprefix(_PREFIX)] for name in self._names]
+        tensors.update({f"batch[{i}]": value for i, value in enumerate(batch) if isinstance(value, Tensor)})
         with torch.no_grad():
-            results = self.code([*(t.detach() for t in state), *batch, torch.ones(())])
+            results = self.code([*(t.detach() for t in state), *map(_detached, batch), torch.ones(())])
             loss: Tensor | None = None
             for output, value in zip(self.graph.outputs, results, strict=True):
                 name = output.of
@@ -152,6 +153,10 @@ class CompiledStep:
                     loss = value
         assert loss is not None
         return loss
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _shape(value: Any) -> Any:

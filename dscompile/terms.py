@@ -225,6 +225,8 @@ class Evaluator:
             return ("slice", self.key(value.start, node), self.key(value.stop, node), self.key(value.step, node))
         if isinstance(value, torch.SymInt):
             return self.table.size(value)
+        if isinstance(value, (OpOverload, HigherOrderOperator)):  # what a higher-order operator calls
+            return ("operator", self.table.op(value))
         return self.table.opaque(node)
 
 

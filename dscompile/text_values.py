@@ -20,7 +20,7 @@ from torch import fx
 
 from dscompile.graph import GraphInput, GraphKind, InputKind, NodeInfo, Phase, Role
 from dscompile.text_symbols import expr_of, expr_text
-from dscompile.torch_compat import FakeTensor, HigherOrderOperator, OpOverload
+from dscompile.torch_compat import FakeTensor, HigherOrderOperator, OpOverload, no_modes
 
 VERSION = 1
 HEADER = f"dscompile graph v{VERSION}"
@@ -180,8 +180,9 @@ def constant_text(value: Any) -> str:
         return "fake"
     if value.numel() > INLINE_CONSTANT or not can_inline(value.dtype):
         return "sha256:" + constant_digest(value)
-    data = value.detach().cpu().flatten()
-    return value_text((data.float() if is_float8(value.dtype) else data).tolist())
+    with no_modes():  # dumps are written while AOTAutograd traces with fake tensors
+        data = value.detach().cpu().flatten()
+        return value_text((data.float() if is_float8(value.dtype) else data).tolist())
 
 
 def can_inline(dtype: torch.dtype) -> bool:
@@ -199,7 +200,8 @@ def is_float8(dtype: torch.dtype) -> bool:
 
 def constant_bytes(value: torch.Tensor) -> bytes:
     """The elements in row-major order, as the machine holds them."""
-    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    with no_modes():
+        return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def constant_digest(value: torch.Tensor) -> str:

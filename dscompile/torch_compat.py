@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import sympy
 import torch
+from filelock import Timeout
 from torch import fx
+from torch._C._dynamo.guards import _empty_strided_cpu as _empty_strided_cpu
+from torch._C._dynamo.guards import _reinterpret_tensor as _reinterpret_tensor
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
@@ -27,12 +35,16 @@ from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.codecache import FxGraphCache
+from torch._inductor.codegen import cpp as inductor_cpp
+from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.fx_passes.replace_random import replace_random_passes
 from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
 from torch._inductor.output_code import OutputCode as OutputCode
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._library.fake_class_registry import FakeScriptObject
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
@@ -46,8 +58,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.utils import _pytree
+from torch.utils._filelock import FileLock
 from torch.utils._ordered_set import OrderedSet
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+pytree = _pytree
 
 # -- fake tensors ----------------------------------------------------------------------------------------------------
 
@@ -70,6 +87,14 @@ def fake_like(mode: contextlib.AbstractContextManager[Any], value: Any) -> Any:
     return value
 
 
+def fresh_fake(value: Any) -> Any:
+    """A fake tensor like ``value`` in a storage of its own; anything that is not a strided fake tensor as it is."""
+    if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
 def storage_key(value: Any) -> int | None:
     """Identity of the storage behind a (fake) tensor, or None: two values with equal keys share memory.
 
@@ -81,6 +106,45 @@ def storage_key(value: Any) -> int | None:
         return int(value.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """The dispatch modes that are active in this thread, innermost last (``_get_current_dispatch_mode_stack``)."""
+    return list(_get_current_dispatch_mode_stack())
+
+
+def strict_fake_mode() -> FakeTensorMode:
+    """A fake mode that never runs a real kernel, and whose storages raise when asked for an address.
+
+    Others run an operator without a fake kernel on zeros, which may draw random numbers, and answer 0 with a warning.
+    Stands on ``functorch.config.fake_tensor_allow_unsafe_data_ptr_access``, read when the mode is made.
+    """
+    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode(allow_fallback_kernels=False)
+
+
+def forget_conversions(mode: FakeTensorMode) -> None:
+    """Drop the weak references a fake mode keeps of tensors it has seen: ``swap_tensors`` refuses tensors with any.
+
+    Stands on ``FakeTensorConverter.meta_converter`` and its ``tensor_memo``.
+    """
+    mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+
+
+def swap_contents(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Exchange class, attributes and data of two tensors: every reference to ``left`` then sees what ``right`` was.
+
+    ``torch.utils.swap_tensors`` does the same but refuses tensors with weak references, which recurrent layers keep
+    of their own parameters. Raises ``TypeError`` if the classes' layouts differ. Stands on ``_swap_tensor_impl``.
+    """
+    left.__class__, right.__class__ = right.__class__, left.__class__
+    left.__dict__, right.__dict__ = dict(right.__dict__), dict(left.__dict__)
+    torch._C._swap_tensor_impl(left, right)
+
+
+def tensor_hooks(tensor: torch.Tensor) -> bool:
+    """Whether gradient hooks were registered on the tensor (``_backward_hooks``, ``_post_accumulate_grad_hooks``)."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 # -- Dynamo ----------------------------------------------------------------------------------------------------------
@@ -247,10 +311,23 @@ def size_hint(size: Any) -> int:
 
 
 class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)
-    """TorchInductor could not compile a region; the message is its first line."""
+    """TorchInductor could not compile a region; the message is its first line.
+
+    ``passing`` says that the machine's state was the reason (a full disk, a missing compiler), not the region.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
-def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rng: bool) -> CompiledFxGraph:
+def inductor_compile(
+    module: fx.GraphModule,
+    *,
+    donated: Sequence[int],
+    fused_rng: bool,
+    decompositions: Mapping[OpOverload, Callable[..., Any]],
+) -> CompiledFxGraph:
     """Decompose a region's module and compile it with TorchInductor.
 
     Args:
@@ -258,6 +335,7 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
             node says which strides later regions rely on.
         donated: positions of inputs whose memory may be overwritten.
         fused_rng: draw random numbers inside kernels instead of with PyTorch's own generator calls.
+        decompositions: take precedence over Inductor's own.
 
     Raises:
         InductorFailure: whatever went wrong, in one line.
@@ -269,8 +347,8 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
-        with torch.no_grad(), _no_autocast(), inductor_config.patch(options):
-            decomposed = _decompose(module, inputs)
+        with torch.no_grad(), no_autocast(), inductor_config.patch(options), _corrected_cpu_codegen():
+            decomposed = _decompose(module, inputs, {**select_decomp_table(), **decompositions})
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
             result.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
@@ -281,13 +359,56 @@ def inductor_compile(module: fx.GraphModule, *, donated: Sequence[int], fused_rn
             with tracing(context):
                 return cast(CompiledFxGraph, compile_fx_inner(decomposed, inputs, is_backward=bool(donated)))
     except Exception as error:
-        raise InductorFailure(_first_line(error)) from error
+        passing = _passing_reason(error)
+        raise InductorFailure(passing or _first_line(error), passing=bool(passing)) from error
 
 
-def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
-    """Trace a module again with Inductor's decompositions, keeping placeholder names (they are part of cache keys)."""
+class _Tile2D(inductor_cpp.CppTile2DKernel):
+    """Inductor's 2-D tile with the right address for a parallel scatter.
+
+    torch 2.13 moves the index of a store to the tile's inner row, and its vectorised ``atomic_add`` (an accumulating
+    ``index_put`` on more than one thread) then moves it a second time: row ``k`` is added to row ``2 * k``, possibly
+    past the buffer's end. Falcon's fused query/key/value gradient is wrong by 2 % so. Here the index is moved once.
+    """
+
+    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        """Emit ``name[index] = value``, or the accumulating form."""
+        parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
+        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):
+            inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
+        else:
+            super().store(name, index, value, mode)
+
+
+class _KernelProxy(inductor_cpp.CppKernelProxy):
+    tile2d_kernel_cls = _Tile2D
+
+
+class _CpuScheduling(inductor_cpp.CppScheduling):
+    kernel_proxy_cls = _KernelProxy
+
+
+@contextlib.contextmanager
+def _corrected_cpu_codegen() -> Iterator[None]:
+    """Have Inductor generate CPU kernels through our subclasses while a region compiles; restored on the way out.
+
+    Stands on ``CppScheduling.kernel_proxy_cls`` and ``CppKernelProxy.tile2d_kernel_cls``, made for subclasses, and on
+    the table behind ``register_backend_for_device``. A CPU backend that the user chose or registered is left alone.
+    """
+    init_backend_registration()
+    stock = device_codegens["cpu"]
+    ours = isinstance(stock.scheduling(None), inductor_cpp.CppScheduling) and inductor_config.cpu_backend == "cpp"
+    if ours:
+        device_codegens["cpu"] = replace(stock, scheduling=_CpuScheduling)
+    try:
+        yield
+    finally:
+        device_codegens["cpu"] = stock
+
+
+def _decompose(module: fx.GraphModule, inputs: list[Any], table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:
+    """Trace a module again with decompositions, keeping placeholder names (they are part of cache keys)."""
     mode = detect_fake_mode(inputs) or contextlib.nullcontext()
-    table = select_decomp_table()
     run = fx.Interpreter(module).run
     with mode, fx.traceback.preserve_node_meta():
         traced: fx.GraphModule = make_fx(run, decomposition_table=table)(*inputs)
@@ -306,11 +427,33 @@ def _decompose(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     return traced
 
 
-@contextlib.contextmanager
-def _no_autocast() -> Iterator[None]:
-    """Compile with autocast off: the graph already holds the casts that the user's autocast made."""
-    with torch._C._DisableAutocast():
-        yield
+def no_autocast() -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast: a traced graph already holds the casts that the user's autocast made.
+
+    Stands on ``torch._C._DisableAutocast``.
+    """
+    context: contextlib.AbstractContextManager[Any] = torch._C._DisableAutocast()
+    return context
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast is on for any device. Stands on ``torch._C._is_any_autocast_enabled``."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def _passing_reason(error: BaseException) -> str:
+    """Why a later try may succeed where this one failed, or "".
+
+    Stands on ``InductorError.inner_exception``, ``InvalidCxxCompiler``, and on compilers quoting the system's words.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, (OSError, InvalidCxxCompiler)):
+            return _first_line(current)
+        current = getattr(current, "inner_exception", None) or current.__cause__ or current.__context__
+    words = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+    found = [word for word in (*words, "Killed signal") if word in str(error)]
+    return f"{_first_line(error)}: {found[0]}" if found else ""
 
 
 def _first_line(error: BaseException) -> str:
@@ -332,6 +475,29 @@ def load_artifact(artifact: CompiledFxGraph) -> Callable[[list[Any]], Any]:
     call = artifact.current_callable
     assert call is not None
     return call
+
+
+def cache_directory() -> str:
+    """Where Inductor and AOTAutograd keep compiled code and programs."""
+    return cache_dir()
+
+
+@contextlib.contextmanager
+def try_build_lock(root: Path, key: str) -> Iterator[bool]:
+    """Hold the lock under which Inductor builds the library ``key`` in ``root``; yields False if a build has it.
+
+    Stands on ``CppCodeCache`` locking ``locks/KEY.lock`` with ``torch.utils._filelock.FileLock``.
+    """
+    if not (root / "locks" / f"{key}.lock").exists():
+        yield True
+        return
+    try:
+        lock = FileLock(root / "locks" / f"{key}.lock", timeout=0).acquire()
+    except (Timeout, OSError):
+        yield False
+        return
+    with lock:
+        yield True
 
 
 def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:
@@ -424,6 +590,10 @@ def is_backed(size: Any) -> bool:
 # -- AOTAutograd's cache ---------------------------------------------------------------------------------------------
 
 
+NotCacheable = BypassAOTAutogradCache
+"""Raised while a program is stored: AOTAutograd leaves it out of its cache and goes on."""
+
+
 class _KeyOnly(CustomPartitionerFn):
     """Carries our cache key into PyTorch's: the hash of every compiled graph includes its partitioner's ``uuid``."""
 
@@ -474,6 +644,22 @@ def no_modes() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are real even while a trace with fake tensors is going on."""
     context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
     return context
+
+
+def empty_strided_cpu(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """What generated wrappers call for a CPU buffer: ``torch.empty_strided`` past the dispatcher.
+
+    Stands on ``torch._C._dynamo.guards._empty_strided_cpu``.
+    """
+    return _empty_strided_cpu(size, stride, dtype)
+
+
+def reinterpret(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A tensor on the same storage that autograd does not take for a view.
+
+    Stands on ``torch._C._dynamo.guards._reinterpret_tensor``.
+    """
+    return _reinterpret_tensor(tensor, size, stride)
 
 
 def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torch.Tensor]) -> bool:

@@ -155,10 +155,11 @@ def _partner(check: Check, output: int, group: int | None) -> str:
 def metadata(check: Check) -> None:
     """The fake value of every changed node and of its direct users is what the operator gives for its operands."""
     todo = _changed_and_users(check)
+    known: dict[Any, Any] = {}  # repeated layers make the same calls
     with without_guards(check.graph.graph):
         for node in todo:
             if node.op == "call_function" and not _not_recomputable(node):
-                _recompute(check, node)
+                _recompute(check, node, known)
 
 
 def _changed_and_users(check: Check) -> list[fx.Node]:
@@ -169,29 +170,51 @@ def _changed_and_users(check: Check) -> list[fx.Node]:
 
 
 def _not_recomputable(node: fx.Node) -> bool:
-    """Higher-order operators need their tracing context; resizing in place would change the operand's fake value."""
-    if isinstance(node.target, HigherOrderOperator):
+    """Higher-order operators need their tracing context; resizing in place would change the operand's fake value.
+
+    A node that defines a size from data (``nonzero``, ``masked_select``) would define another one when run again.
+    """
+    if isinstance(node.target, HigherOrderOperator) or "unbacked_bindings" in node.meta:
         return True
     return isinstance(node.target, OpOverload) and traits(node.target).reshapes
 
 
-def _recompute(check: Check, node: fx.Node) -> None:
+def _recompute(check: Check, node: fx.Node, known: dict[Any, Any]) -> None:
     if any(operand.op == "get_attr" and "val" not in operand.meta for operand in node.all_input_nodes):
         return
     missing = next((n for n in node.all_input_nodes if "val" not in n.meta), None)
     if missing is not None or "val" not in node.meta:
         check.report("metadata", f"%{(missing or node).name} has no fake value.", missing or node)
         return
-    try:
-        value = fake_value(node)
-    except Exception as error:  # whatever a fake kernel raises is the finding
-        lines = str(error).strip().splitlines()
-        check.report("metadata", f"%{node.name} does not accept its operands: {lines[0] if lines else error!r}", node)
-        return
-    expected, found = signature(value), signature(node.meta["val"])
+    key = _call_key((node.target, node.args, node.kwargs))
+    expected = known.get(key)
+    if expected is None:
+        try:
+            expected = known[key] = signature(fake_value(node))
+        except Exception as error:  # whatever a fake kernel raises is the finding
+            lines = str(error).strip().splitlines()
+            what = lines[0] if lines else repr(error)
+            check.report("metadata", f"%{node.name} does not accept its operands: {what}", node)
+            return
+    found = signature(node.meta["val"])
     if expected != found:
         text = f"%{node.name} is recorded as {_spell(found)}, but computes {_spell(expected)}."
         check.report("metadata", text, node)
+
+
+def _call_key(value: Any) -> Any:
+    """A hashable stand-in for a call or an argument: equal keys give values with equal signatures."""
+    if isinstance(value, fx.Node):
+        return ("%", signature(value.meta["val"]))
+    if isinstance(value, (list, tuple)):
+        return (len(value), *map(_call_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _call_key(part)) for name, part in sorted(value.items()))
+    if isinstance(value, slice):
+        return ("slice", *map(_call_key, (value.start, value.stop, value.step)))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return signature(value)
+    return (type(value), value)
 
 
 def effects(check: Check) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 import math
 import operator
+import re
 from typing import Any
 
 import torch
 
 from dscompile.program import Program, RegionCode
-from dscompile.runtime.pool import POOL
-from dscompile.runtime.sanitize import Boxed, checked_regions
-from dscompile.torch_compat import load_artifact, set_allocator
+from dscompile.runtime.pool import POOL, SMALLEST
+from dscompile.runtime.sanitize import Boxed, Checks
+from dscompile.torch_compat import autocast_is_on, load_artifact, no_autocast, set_allocator
+
+_ALLOCATION = re.compile(r"empty_strided_cpu\((\([\d, ]*\)), \([\d, ]*\), torch\.(\w+)\)")
 
 
 def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = False) -> Boxed:
@@ -25,10 +29,23 @@ def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = Fals
     """
     loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
-    if sanitize:
-        references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
-        namespace |= checked_regions(program, loaded, references)
-    return define(program.source(), program.name, namespace)
+    if not sanitize:
+        return _without_autocast(define(program.source(), program.name, namespace))
+    references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
+    checks = Checks(program, loaded, references)
+    return _without_autocast(checks.restarting(define(program.source(), program.name, namespace | checks.namespace)))
+
+
+def _without_autocast(run: Boxed) -> Boxed:
+    """Keep a program's casts those that were traced, whatever the caller has switched on around it."""
+
+    def call(args: list[Any]) -> Any:
+        if not autocast_is_on():
+            return run(args)
+        with no_autocast():
+            return run(args)
+
+    return call
 
 
 def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:
@@ -36,9 +53,20 @@ def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:
     if code.kind == "aten":
         return define(code.source, "run", {})
     call = load_artifact(code.artifact)
-    if reuse_buffers:
+    if reuse_buffers and allocates_large(code.source):
         set_allocator(call, POOL.empty_strided)
     return call
+
+
+def allocates_large(wrapper: str) -> bool:
+    """Whether a generated wrapper may ask for a buffer that the pool would serve; sizes it computes may be large.
+
+    Asking the pool costs a microsecond more than PyTorch's allocator, which a program of small buffers would feel.
+    """
+    found = _ALLOCATION.findall(wrapper)
+    if len(found) < wrapper.count("empty_strided_cpu("):
+        return True
+    return any(math.prod(ast.literal_eval(size)) * getattr(torch, dtype).itemsize >= SMALLEST for size, dtype in found)
 
 
 def define(source: str, name: str, namespace: dict[str, Any]) -> Boxed:

@@ -23,6 +23,9 @@ ACCURACY = 8.0
 GAIN = 1.25
 """oneDNN must be at least this much faster to be chosen by ``auto``."""
 
+CPUINFO = "/proc/cpuinfo"
+"""Where Linux lists the processor's features."""
+
 
 @dataclass(frozen=True, slots=True)
 class GemmChoice:
@@ -77,12 +80,16 @@ def _measure() -> tuple[bool, float, float]:
 
 
 def _has_bf16_units() -> bool:
-    """Whether oneDNN could use AMX tiles, which round fp32 operands to bf16 for shapes the probe did not try."""
+    """Whether oneDNN could use AMX tiles, which round fp32 operands to bf16 for shapes the probe did not try.
+
+    A machine that does not say counts as having them.
+    """
     try:
-        with open("/proc/cpuinfo") as file:
-            return "amx" in next((line for line in file if line.startswith("flags")), "")
+        with open(CPUINFO) as file:
+            flags = next((line for line in file if line.startswith("flags")), "amx")
     except OSError:
-        return False
+        return True
+    return "amx" in flags
 
 
 class _OneDnn:

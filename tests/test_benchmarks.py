@@ -11,6 +11,7 @@ import torch
 from benchmarks import machine, memory
 from benchmarks.measure import Sample, interleave, paired_ratio, summary, timed
 from benchmarks.results import table
+from benchmarks.shares import time_shares
 from benchmarks.variants import Spec, Trainer, storage_bytes
 
 MIB = 1 << 20
@@ -110,3 +111,14 @@ def test_machine_is_described() -> None:
     assert described["cpu"] != "unknown"
     assert described["torch"] == torch.__version__
     assert any(str(described["cpu"]) in line for line in machine.lines(described))
+
+
+def test_shares_of_time() -> None:
+    a, b = torch.randn(400, 400), torch.randn(4, 4, 16, 8)
+    products = time_shares(lambda: [a @ a for _ in range(5)])
+    assert products["gemm"] > 0.5
+    attention = time_shares(lambda: [torch.nn.functional.scaled_dot_product_attention(b, b, b) for _ in range(5)])
+    assert attention["attention"] > 0.5
+    others = time_shares(lambda: [a.exp() for _ in range(5)])
+    assert others["other_aten"] > 0.5
+    assert sum(others.values()) == pytest.approx(1)

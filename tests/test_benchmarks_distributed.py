@@ -118,7 +118,7 @@ def test_ranks_that_take_too_long_are_ended(tmp_path: Path) -> None:
 
 
 def one_rank(walls: list[float], **others: Any) -> dict[str, Any]:
-    rank: dict[str, Any] = {"wall": walls, "cpu": walls, "wire": 8.0, "held": 6, "pooled": 1, "peak": 3}
+    rank: dict[str, Any] = {"wall": walls, "cpu": walls, "wire": 8.0, "held": 6, "arena": 1, "peak": 3}
     rank |= {"resident_above_imports": 9, "compiler_start": 1.0, "first_step": 2.0, "losses": [3.0, 2.0, 1.0]}
     return {**rank, "fallbacks": [], "version": "torch", **others}
 

@@ -79,7 +79,7 @@ def test_every_code_folder_is_packaged() -> None:
 
 def test_entry_points_name_real_functions() -> None:
     project = PROJECT["project"]
-    targets = [*project["scripts"].values(), *project["entry-points"]["torch_dynamo_backends"].values()]
+    targets = [*project["scripts"].values(), *(t for group in project["entry-points"].values() for t in group.values())]
     for target in targets:
         module, _, name = target.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
@@ -197,6 +197,7 @@ def test_wheel_holds_the_package_and_nothing_else(distributions: dict[str, Path]
     assert f"{info}/licenses/LICENSE" in names
     assert "License-Expression: Apache-2.0" in metadata
     assert "[torch_dynamo_backends]\ndscompile = dscompile.backend:dscompile" in entry_points
+    assert "[torch.backends]\ndscompile = dscompile.accelerate_name:register" in entry_points
     for package, folder in FOLDERS.items():
         prefix = Path(package.replace(".", "/"))
         files = {p.relative_to(tree / folder) for p in (tree / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}

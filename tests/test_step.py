@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import dscompile
 from dscompile.errors import UnsupportedError
-from dscompile.graph import InputKind
+from dscompile.graph import InputKind, info
+from dscompile.text import print_graph
+from dscompile.text_parse import parse_graph
 
 ATEN = {"regions": "aten", "summary": False}
 
@@ -52,6 +54,23 @@ def test_inputs_are_named(batch: tuple[Tensor, Tensor]) -> None:
     assert gradients == {"embed.weight", "norm.weight", "norm.bias"}
 
 
+def test_the_batch_is_no_parameter(batch: tuple[Tensor, Tensor]) -> None:
+    graph = dscompile.trace_step(Model(), loss, *batch)
+    names = [i.fqn for i in graph.inputs if i.fqn]
+    assert len(set(names)) == len(names)
+    found = [i for i in graph.inputs if i.kind is InputKind.INPUT]
+    assert [i.fqn for i in found] == ["batch[0]", "batch[1]"]
+    assert not any(i.trainable or i.aliases for i in found)
+    shapes = {n.name: n.meta["val"].shape for n in graph.placeholders()}
+    assert [shapes[i.name] for i in found] == [b.shape for b in batch]
+    assert parse_graph(print_graph(graph)).inputs == graph.inputs
+
+
+def test_nodes_name_the_models_own_modules(batch: tuple[Tensor, Tensor]) -> None:
+    graph = dscompile.trace_step(Model(), loss, *batch)
+    assert {info(n).fqn for n in graph.nodes if n.op == "call_function"} - {""} == {"embed", "norm", "frozen", "head"}
+
+
 @pytest.mark.parametrize("config", [ATEN, {"summary": False}], ids=["aten", "compiled"])
 def test_gradients_equal_eager(batch: tuple[Tensor, Tensor], config: dict[str, object]) -> None:
     torch.manual_seed(0)
@@ -69,6 +88,27 @@ def test_gradients_equal_eager(batch: tuple[Tensor, Tensor], config: dict[str, o
             torch.testing.assert_close(p.grad, q.grad, msg=name)
     for (name, b), (_, c) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
         torch.testing.assert_close(b, c, msg=name)
+
+
+def test_a_batch_that_the_step_writes_to_and_differentiates() -> None:
+    """What belongs to the batch goes to the batch, never to the parameter of the same number."""
+
+    def writes(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+        x.add_(1)
+        return (model(x) * scale).square().mean()
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    reference = copy.deepcopy(model)
+    x, scale = torch.randn(2, 3), torch.randn(3, requires_grad=True)
+    y, other = x.clone(), scale.detach().clone().requires_grad_()
+    step = dscompile.compile_step(model, writes, x.clone(), scale, config=ATEN)
+    torch.testing.assert_close(step(x, scale), writes(reference, y, other).detach())
+    writes(reference, y.clone().sub_(1), other).backward()
+    torch.testing.assert_close(x, y)
+    torch.testing.assert_close(scale.grad, other.grad)
+    torch.testing.assert_close(list(model.parameters()), list(reference.parameters()))
+    torch.testing.assert_close(model.weight.grad, reference.weight.grad)
 
 
 def test_other_shapes_are_refused(batch: tuple[Tensor, Tensor]) -> None:

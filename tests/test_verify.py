@@ -86,6 +86,17 @@ def in_place() -> StepGraph:
     return h.done([before, after, h.call(aten.neg.default, copy)])
 
 
+def in_place_through_a_view() -> StepGraph:
+    """Writes half of a tensor through a view of it, and reads the whole before and after."""
+    h = Hand()
+    p, x = h.input("p", 4, kind=InputKind.BUFFER), h.input("x", 2)
+    old = h.call(aten.clone.default, p)
+    half = h.call(aten.slice.Tensor, p, 0, 0, 2)
+    result = h.call(aten.add_.Tensor, half, x)
+    after = h.call(aten.cos.default, p)
+    return h.done([h.call(aten.neg.default, old), after, h.call(aten.sin.default, result)])
+
+
 # -- the faults --------------------------------------------------------------------------------------------------------
 
 
@@ -232,11 +243,112 @@ def effect_source_changed(graph: StepGraph) -> None:
     first.args, second.args = (first.args[0], second.args[1]), (second.args[0], first.args[1])
 
 
+def read_before_write_through_view(graph: StepGraph) -> None:
+    """The whole is read before its half is written, although no argument of the read is the written node."""
+    read, write = calls(graph, aten.cos.default)[0], calls(graph, aten.add_.Tensor)[0]
+    write.prepend(read)
+
+
+def whole_read_of_old_copy(graph: StepGraph) -> None:
+    read, old = calls(graph, aten.cos.default)[0], calls(graph, aten.clone.default)[0]
+    read.args = (old,)
+
+
+def result_read_of_old_copy(graph: StepGraph) -> None:
+    """What the in-place operator returned is replaced by a view of the copy made before it."""
+    read, old = calls(graph, aten.sin.default)[0], calls(graph, aten.clone.default)[0]
+    stale = graph.insert_call(read, aten.slice.Tensor, (old, 0, 0, 2), like=old)
+    annotate(stale, role=Role.VIEW)
+    read.args = (stale,)
+
+
+def old_copy_taken_late(graph: StepGraph) -> None:
+    """The copy that was to keep the old value is taken after the write."""
+    old, write = calls(graph, aten.clone.default)[0], calls(graph, aten.add_.Tensor)[0]
+    write.append(old)
+
+
+def other_half_written(graph: StepGraph) -> None:
+    half = calls(graph, aten.slice.Tensor)[0]
+    half.args = (half.args[0], 0, 2, 4)
+
+
+def stale_write(graph: StepGraph) -> None:
+    """The write puts the old value back instead of the new one."""
+    write, copy = calls(graph, aten.copy_.default)[0], calls(graph, aten.clone.default)[0]
+    write.args = (write.args[0], copy)
+
+
+def write_twice(graph: StepGraph) -> None:
+    write = calls(graph, aten.add_.Tensor)[0]
+    again = graph.insert_call(next(iter(calls(graph, aten.cos.default))), write.target, write.args, like=write)
+    assert again.meta[INFO].role is Role.EFFECT
+
+
+def draw_with_other_probability(graph: StepGraph) -> None:
+    drop = calls(graph, aten.native_dropout.default)[0]
+    drop.args = (drop.args[0], 0.25, *drop.args[2:])
+
+
+def gradient_doubled(graph: StepGraph) -> None:
+    """A gradient is accumulated twice."""
+    values = graph.output_values()
+    i = next(i for i, o in enumerate(graph.outputs) if o.kind == "gradient")
+    values[i] = graph.insert_call(graph.output_node, aten.add.Tensor, (values[i], values[i]), like=values[i])
+    set_outputs(graph, values)
+
+
+def gradient_of_another_kind(graph: StepGraph) -> None:
+    """The sum over the batch becomes a mean: the classic confusion of reductions."""
+    node = next(v for v in graph.output_values() if isinstance(v, fx.Node) and v.target is aten.view.default)
+    total = node.args[0]
+    assert total.target is aten.sum.dim_IntList
+    total.replace_all_uses_with(graph.insert_call(node, aten.mean.dim, total.args, like=total))
+
+
+def recompute_through_view_after_write(graph: StepGraph) -> None:
+    """Backward recomputes from a view of the buffer that forward overwrites in the end."""
+    sine = calls(graph, aten.sin.default)[0]
+    user = next(n for n in sine.users if n.meta[INFO].phase is Phase.BACKWARD)
+    view = graph.insert_call(user, aten.view.default, (sine.args[0], [8]), like=sine)
+    annotate(view, phase=Phase.BACKWARD, role=Role.VIEW)
+    again = graph.insert_call(user, aten.sin.default, (view,), like=sine)
+    annotate(again, phase=Phase.BACKWARD)
+    user.replace_input_with(sine, again)
+
+
+def wrong_clone_dtype(graph: StepGraph) -> None:
+    node = calls(graph, aten.clone.default)[0]
+    with node.meta["val"].fake_mode:
+        node.meta["val"] = torch.empty(4, dtype=torch.float16)
+
+
+def wrong_clone_strides(graph: StepGraph) -> None:
+    node = calls(graph, aten.clone.default)[0]
+    with node.meta["val"].fake_mode:
+        node.meta["val"] = torch.empty(8)[::2]
+
+
+def wrong_view_dtype(graph: StepGraph) -> None:
+    node = calls(graph, aten.t.default)[0]
+    with node.meta["val"].fake_mode:
+        node.meta["val"] = node.meta["val"].to(torch.float16)
+
+
 def wrong_copy_dtype(graph: StepGraph) -> None:
     """The fake value of a cast says another type than the cast gives."""
     node = calls(graph, aten._to_copy.default)[0]
     with node.meta["val"].fake_mode:
         node.meta["val"] = node.meta["val"].to(torch.float16)
+
+
+def second_of_equal_calls_wrong(graph: StepGraph) -> None:
+    """Two linear layers make equal calls; both are touched, and the second one's fake value is wrong."""
+    first, second = calls(graph, aten.addmm.default)
+    assert first.meta["val"].shape == second.meta["val"].shape
+    graph.touched.update((first, second))
+    with second.meta["val"].fake_mode:
+        second.meta["val"] = second.meta["val"].to(torch.float16)
 
 
 def wrong_view_shape(graph: StepGraph) -> None:
@@ -383,12 +495,27 @@ FAULTS = [
     Fault(in_place, read_before_write, "effects", terms=True),
     Fault(in_place, read_of_old_copy, "equivalence", terms=True),
     Fault(in_place, copy_forgotten, "equivalence", terms=True),
+    Fault(in_place, stale_write, "equivalence", terms=True),
+    Fault(in_place_through_a_view, read_before_write_through_view, "effects", terms=True),
+    Fault(in_place_through_a_view, whole_read_of_old_copy, "equivalence", terms=True),
+    Fault(in_place_through_a_view, result_read_of_old_copy, "equivalence", terms=True),
+    Fault(in_place_through_a_view, old_copy_taken_late, "effects", terms=True),
+    Fault(in_place_through_a_view, other_half_written, "equivalence", terms=True),
+    Fault(in_place_through_a_view, write_twice, "effects", terms=True),
+    Fault(saved_sine, recompute_through_view_after_write, "equivalence", terms=True),
+    Fault(drops, draw_with_other_probability, "equivalence", terms=True),
+    Fault(drops, gradient_doubled, "equivalence", terms=True),
+    Fault(drops, gradient_of_another_kind, "equivalence", terms=True),
+    Fault(in_place, wrong_clone_dtype, "metadata", terms=False),
+    Fault(in_place, wrong_clone_strides, "metadata", terms=False),
+    Fault(tied, wrong_view_dtype, "metadata", terms=False),
     Fault(norm_with_writes, effects_swapped, "effects", terms=True),
     Fault(norm_with_writes, effect_removed, "effects", terms=True),
     Fault(norm_with_writes, effect_source_changed, "equivalence", terms=True),
     Fault(norm_with_writes, forward_write_late, "phase", terms=False),
     Fault(norm_with_writes, wrong_view_shape, "metadata", terms=False),
     Fault(drops, wrong_copy_dtype, "metadata", terms=False),
+    Fault(drops, second_of_equal_calls_wrong, "metadata", terms=False),
     Fault(tied, impossible_operands, "metadata", terms=False),
     Fault(tied, use_before_definition, "order", terms=False),
     Fault(tied, foreign_operand, "dead", terms=False),

@@ -17,8 +17,10 @@ from rich.console import Console
 
 from dscompile.config import Config
 from dscompile.errors import ConfigError, DscompileError, RunError, nearest
+from dscompile.manager import parse_pipeline
 from dscompile.tools.data import Batches, load_corpus
 from dscompile.tools.gpt import SIZES
+from dscompile.tools.interrupts import Interrupts
 from dscompile.tools.run_dir import RunDir, create_run, find_run
 from dscompile.tools.tokenizer import Tokenizer
 from dscompile.tools.training import DEFAULT_PLACE, Run, Settings
@@ -61,7 +63,7 @@ def train(
         "lr": lr,
         "data": None if data is None else str(data.resolve()),
         "backend": backend,
-        "config": None if config is None else Config.load(config).model_dump(exclude_defaults=True),
+        "config": None if config is None else _options(config),
     }
     given = {key: value for key, value in given.items() if value is not None}
     state = None
@@ -86,23 +88,31 @@ def train(
     if state is not None and corpus.digest != state["corpus"]:
         raise RunError(f"--resume {where.name}: the text has changed since the run began; start a new run.")
     batches = Batches(corpus.train, batch=settings.batch, context=size.context, seed=settings.seed)
-    if state is None:
-        where = create_run(run_dir, name, settings.model)
-    task = Run(settings, corpus, batches, where, state)
-    console.print(
-        f"{where.path}: {settings.model}, {task.parameters / 1e6:.1f}M parameters, {len(corpus.train):,} training "
-        f"tokens from {corpus.files} files, {len(corpus.held_out):,} held out from {corpus.held_out_files}",
-        markup=False,
-        soft_wrap=True,
-    )
-    if state is not None:
-        console.print(f"going on after step {task.step} of {settings.steps}")
-    try:
-        return task.go(console)
-    except Exception as error:
-        if (ours := _ours(error)) is None:
-            raise
-        raise ours from None
+    with Interrupts() as interrupts:  # before the run's directory exists: from then on there is a checkpoint to keep
+        if state is None:
+            where = create_run(run_dir, name, settings.model)
+        task = Run(settings, corpus, batches, where, state)
+        console.print(
+            f"{where.path}: {settings.model}, {task.parameters / 1e6:.1f}M parameters, {len(corpus.train):,} training "
+            f"tokens from {corpus.files} files, {len(corpus.held_out):,} held out from {corpus.held_out_files}",
+            markup=False,
+            soft_wrap=True,
+        )
+        if state is not None:
+            console.print(f"going on after step {task.step} of {settings.steps}")
+        try:
+            return task.go(console, interrupts)
+        except Exception as error:
+            if (ours := _ours(error)) is None:
+                raise
+            raise ours from None
+
+
+def _options(file: Path) -> dict[str, Any]:
+    """The options in a JSON file that differ from the defaults; a wrong pipeline is found now, not when compiling."""
+    loaded = Config.load(file)
+    parse_pipeline(loaded.pipeline)
+    return loaded.model_dump(exclude_defaults=True)
 
 
 def _new(given: Mapping[str, Any]) -> Settings:

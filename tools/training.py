@@ -113,7 +113,7 @@ class Run:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def go(self, console: Console) -> int:
+    def go(self, console: Console, interrupts: Interrupts) -> int:
         """Train to the last step, or to a signal; returns the exit status (128 + the signal's number).
 
         Raises:
@@ -126,7 +126,6 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             self.where.log_metrics(self.step) as log,
-            Interrupts() as interrupts,
             Progress(*columns, console=console, transient=not console.is_terminal) as progress,
         ):
             task = progress.add_task("compiling", total=settings.steps, completed=self.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,6 +218,73 @@ def test_two_shapes_recompile_at_most_once() -> None:
 @pytest.mark.parametrize("options", [ATEN, {}], ids=["aten", "compiled"])
 def test_dynamic_from_the_start(options: dict[str, Any]) -> None:
     assert_matches_eager(Attention(), (torch.randn(3, 5, 16),), options=options, dynamic=True)
+
+
+@pytest.mark.parametrize("options", [ATEN, {}], ids=["aten", "compiled"])
+def test_checkpointed_batchnorm_does_not_read_overwritten_statistics(options: dict[str, Any]) -> None:
+    """Gradients only: eager updates the statistics a second time in backward, torch.compile by design does not."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(lambda v: self.norm(v).sin() * v, x, use_reentrant=False).exp()
+
+    model = Block()
+    compiled = torch.compile(model, backend="dscompile", options=options)
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        found, expected = (torch.autograd.grad(run(x).sum(), model.norm.weight)[0] for run in (compiled, model))
+        torch.testing.assert_close(found, expected)
+
+
+def test_sizes_from_data_in_one_graph() -> None:
+    def select(x: Tensor) -> Tensor:
+        first, again = x * 2, x * 2  # merged: the selection then reads another node than the one it was traced with
+        return again[x > 0].exp() * first.sum() + x.sum().item()
+
+    x = torch.randn(4, 3, requires_grad=True)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        for options in (ATEN, {}):
+            torch._dynamo.reset()
+            compiled = torch.compile(select, backend="dscompile", options=options, fullgraph=True)
+            torch.testing.assert_close(compiled(x), select(x))
+            found, expected = (torch.autograd.grad(run(x).sum(), x)[0] for run in (compiled, select))
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_model_with_constants_can_be_dumped(tmp_path: Path) -> None:
+    """Texts are written while PyTorch traces with fake tensors; constants are real ones."""
+
+    def function(x: Tensor) -> Tensor:
+        return x * torch.tensor([1.0, 2.0, 3.0])
+
+    x = torch.randn(4, 3, requires_grad=True)
+    compiled = torch.compile(function, backend="dscompile", options={**ATEN, "dump": str(tmp_path)})
+    torch.testing.assert_close(compiled(x), function(x))
+    assert "[1.0, 2.0, 3.0]" in next(tmp_path.glob("*/00-traced.txt")).read_text()
+
+
+def test_second_derivatives_are_a_clear_error() -> None:
+    x = torch.randn(3, requires_grad=True)
+    compiled = torch.compile(lambda v: (v**3).sum(), backend="dscompile", options=ATEN)
+    (first,) = torch.autograd.grad(compiled(x), x, create_graph=True)
+    torch.testing.assert_close(first, 3 * x**2)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.autograd.grad(first.sum(), x)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_and_one_row_with_dynamic_shapes(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    compiled = torch.compile(model, backend="dscompile", options=ATEN, dynamic=True)
+    for batch in (3, rows):
+        x = torch.randn(batch, 6)
+        torch.testing.assert_close(compiled(x), model(x))
+        found, expected = (torch.autograd.grad(run(x).sum(), model[0].weight)[0] for run in (compiled, model))
+        torch.testing.assert_close(found, expected)
 
 
 def test_autocast_bf16() -> None:

@@ -1,0 +1,66 @@
+"""Decompositions that replace Inductor's own where those write memory for nothing.
+
+A decomposition here gives bit for bit the values of the one it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscompile.torch_compat import OpOverload
+
+_MEAN = 1  # at::Reduction::Mean
+
+
+def nll_loss_backward(
+    grad_output: Tensor,
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total_weight: Tensor,
+) -> Tensor:
+    """Gradient of ``nll_loss`` (and ``nll_loss2d``) to its log-probabilities, one pointwise expression.
+
+    Inductor's decomposition scatters -1 into a buffer of zeros as large as the log-probabilities, writing and reading
+    it from memory. Comparing each class index to the target gives the same values inside whatever kernel reads them.
+
+    Args:
+        grad_output: ``[]``, or the target's shape if ``reduction`` is 0.
+        self: log-probabilities ``[C]``, ``[N, C]`` or ``[N, C, H, W]``; only the shape and dtype count.
+        target: int64 class indices, the same shape without ``C``.
+        weight: ``[C]`` or None.
+        reduction: 0 none, 1 mean, 2 sum.
+        ignore_index: the target value that has no gradient.
+        total_weight: ``[]``, the weights summed over the targets.
+    """
+    channel = 0 if self.dim() < 2 else 1
+    if reduction == _MEAN:
+        grad_output = grad_output / total_weight
+    if self.dim() == 1 and target.dim() > 0:
+        target = target[0]
+    target = target.unsqueeze(channel)
+    shape = [1] * self.dim()
+    shape[channel] = self.shape[channel]
+    classes = torch.arange(self.shape[channel], device=self.device).view(shape)
+    used = target != ignore_index
+    chosen = torch.where(torch.where(used, target, 0) == classes, -1.0, 0.0).to(self.dtype)
+    if self.dim() > grad_output.dim() > 0:
+        grad_output = grad_output.unsqueeze(channel)
+    if weight is not None:
+        grad_output = grad_output * weight.view(shape)
+    return chosen * torch.where(used, grad_output, 0)
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """What to lay over Inductor's table."""
+    aten = torch.ops.aten
+    return {
+        aten.nll_loss_backward.default: nll_loss_backward,
+        aten.nll_loss2d_backward.default: nll_loss_backward,
+    }

@@ -1,0 +1,49 @@
+"""Our decompositions: bit for bit the values of PyTorch's kernels, and no buffer of zeros."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.memory import allocation_peak
+from dscompile.codegen.decompositions import nll_loss_backward
+
+
+@pytest.mark.parametrize(
+    ("shape", "reduction", "weighted"),
+    list(itertools.product([(7,), (5, 7), (2, 7, 3, 4)], [0, 1, 2], [False, True])),
+)
+def test_nll_loss_backward_equals_the_kernel(shape: tuple[int, ...], reduction: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(sum(shape) + reduction)
+    channel = 0 if len(shape) == 1 else 1
+    scores = torch.randn(shape, generator=generator)
+    target = torch.randint(7, [n for i, n in enumerate(shape) if i != channel], generator=generator)
+    if target.dim():
+        target.view(-1)[0] = -100  # one ignored target
+    weight = torch.rand(7, generator=generator) if weighted else None
+    spatial = len(shape) == 4
+    forward = torch.ops.aten.nll_loss2d_forward if spatial else torch.ops.aten.nll_loss_forward
+    backward = torch.ops.aten.nll_loss2d_backward if spatial else torch.ops.aten.nll_loss_backward
+    loss, total = forward(scores, target, weight, reduction, -100)
+    gradient = torch.randn(loss.shape, generator=generator)
+    expected = backward(gradient, scores, target, weight, reduction, -100, total)
+    found = nll_loss_backward(gradient, scores, target, weight, reduction, -100, total)
+    assert torch.equal(found, expected)
+    assert found.dtype is expected.dtype
+
+
+def test_a_compiled_cross_entropy_needs_one_buffer_of_the_scores_size() -> None:
+    """The saved log-probabilities become the gradient in place; Inductor's decomposition needs a second buffer."""
+    scores = torch.randn(512, 2048, requires_grad=True)
+    target = torch.randint(2048, (512,))
+    compiled = torch.compile(F.cross_entropy, backend="dscompile", options={"summary": False})
+
+    def step() -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(compiled(scores, target), scores)
+        return gradient
+
+    torch.testing.assert_close(step(), torch.autograd.grad(F.cross_entropy(scores, target), scores)[0])
+    assert allocation_peak(step) < 1.5 * scores.nbytes

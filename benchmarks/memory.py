@@ -45,10 +45,25 @@ def resident_peak(step: Callable[[], object]) -> int:
     """Peak resident bytes of ``step`` above its start, after handing freed memory back to the system. Linux only."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    start = _status("VmRSS")
+    reset_resident_peak()
+    start = resident()
     step()
-    return _status("VmHWM") - start
+    return resident_high() - start
+
+
+def resident() -> int:
+    """Resident bytes of this process now."""
+    return _status("VmRSS")
+
+
+def resident_high() -> int:
+    """The most resident bytes since :func:`reset_resident_peak`."""
+    return _status("VmHWM")
+
+
+def reset_resident_peak() -> None:
+    """Let the kernel's high-water mark start again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def live_bytes() -> int:
@@ -57,15 +72,16 @@ def live_bytes() -> int:
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
         kind = type(thing)  # not isinstance(): some modules keep objects whose `__class__` warns
-        if issubclass(kind, torch.Tensor) and thing.layout is torch.strided:
-            try:
+        try:
+            if issubclass(kind, torch.Tensor) and thing.layout is torch.strided:
                 thing = thing.untyped_storage()
-            except (RuntimeError, NotImplementedError):  # a fake or functional tensor of the compiler: no data
+            elif not issubclass(kind, torch.UntypedStorage):
                 continue
-        elif not issubclass(kind, torch.UntypedStorage):
+            address = thing.data_ptr() if thing.device.type == "cpu" else 0
+        except (RuntimeError, NotImplementedError):  # no data of its own: fake, functional, or a wrapper as DTensor
             continue
-        if thing.device.type == "cpu" and thing.data_ptr():
-            storages[thing.data_ptr()] = thing.nbytes()
+        if address:
+            storages[address] = thing.nbytes()
     return sum(storages.values())
 
 

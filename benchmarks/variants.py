@@ -67,6 +67,12 @@ def compile_with(variant: str, module: nn.Module, options: dict[str, Any]) -> Ca
     return torch.compile(module, backend="dscompile", options=options or None)
 
 
+def token_ids(spec: Spec, step: int) -> Tensor:
+    """Token ids ``[batch, context + 1]`` of a step: random, and the same for every variant."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(spec.config.vocab, (spec.batch, spec.config.context + 1), generator=generator)
+
+
 class Trainer:
     """A model, a fused AdamW, and one training step in two halves, so that each can be timed."""
 
@@ -78,10 +84,8 @@ class Trainer:
         self.forward = compile_with(spec.variant, self.model, spec.options)
 
     def batch(self, step: int) -> Tensor:
-        """Token ids ``[batch, context + 1]`` of a step: random, and the same for every variant."""
-        generator = torch.Generator().manual_seed(step)
-        shape = (self.spec.batch, self.spec.config.context + 1)
-        return torch.randint(self.spec.config.vocab, shape, generator=generator)
+        """Token ids of a step, as :func:`token_ids`."""
+        return token_ids(self.spec, step)
 
     def forward_backward(self, ids: Tensor) -> Tensor:
         """Leave gradients in ``.grad``; return the loss."""

@@ -9,16 +9,15 @@ unpack_shards``. The collectives are PyTorch's functional ones; what is here onl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dscompile.placement import resident_of
 from dscompile.resident import is_fresh, set_fresh
 from dscompile.shard_layout import ShardLayout, decode
-from dscompile.torch_compat import process_group
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 
@@ -163,11 +162,10 @@ def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group:
 
     A shard of ZeRO stage 1 or 2 is a view into a resident buffer of the full shape. The results share its memory: they
     hold until the next refresh. Whether ranks agree that a bucket is stale is the optimizer's doing: all of them step.
-    A shard that is no such view (its parameter was replaced) gives a fresh full tensor.
+    A shard without such a buffer (its parameter was replaced) gives a fresh full tensor.
     """
     found = decode(layouts, world)
-    rank = torch.distributed.get_rank(process_group(group))
-    fulls = [_resident(shard, layout, rank) for shard, layout in zip(shards, found, strict=True)]
+    fulls = [resident_of(shard) for shard in shards]
     if all(full is not None and is_fresh(shard) for shard, full in zip(shards, fulls, strict=True)):
         return [full for full in fulls if full is not None]
     gather = torch.ops._c10d_functional
@@ -182,16 +180,6 @@ def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group:
         set_fresh(shard)
         results.append(full)
     return results
-
-
-def _resident(shard: Tensor, layout: ShardLayout, rank: int) -> Tensor | None:
-    """The whole buffer that ``shard`` is a view into, or None if its storage has not that size."""
-    strides = torch.empty(layout.shape, device="meta").stride()
-    offset = shard.storage_offset() - layout.rows(rank)[0] * strides[layout.axis]
-    needed = (offset + math.prod(layout.shape)) * shard.element_size()
-    if offset < 0 or shard.untyped_storage().nbytes() < needed or shard.stride() != strides:
-        return None
-    return shard.as_strided(layout.shape, strides, offset)
 
 
 def _refresh_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from dscompile.codegen.regions import Region, is_constant_tensor
+from dscompile.comm import WAIT
 from dscompile.effects import constant, shared_operand
 from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
@@ -129,6 +130,8 @@ def _node_step(node: fx.Node, dying: list[str]) -> Step:
     text = f"{node.name} = {call_text(node)}"
     if dying:
         text += f"\ndel {', '.join(dying)}"
+    if node.target is WAIT:  # other ranks are told where this one stands
+        text = f"at({module_of(node) or node.name!r})\n{text}"
     reads = tuple(dict.fromkeys(n.name for n in node.all_input_nodes))
     return Step(text, str(node.target), reads, (node.name,), tuple(dying))
 

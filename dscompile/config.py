@@ -36,8 +36,9 @@ class ZeroConfig(BaseModel):
     stage: Literal[0, 1, 2, 3] = Field(
         3, description="0 replicates; 1 and 2 shard masters and optimizer state (2: gradients too); 3 parameters too."
     )
-    reduce_bucket_size: Elements = Field(500_000_000, description="Most elements reduced by one collective.")
-    allgather_bucket_size: Elements = Field(500_000_000, description="Most elements gathered by one collective.")
+    # DeepSpeed's default for these two is 5e8: one bucket, and a copy of all gradients, for any model below that.
+    reduce_bucket_size: Elements = Field(8_000_000, description="Most elements reduced by one collective.")
+    allgather_bucket_size: Elements = Field(8_000_000, description="Most elements gathered by one collective.")
     stage3_prefetch_bucket_size: Elements = Field(50_000_000, description="Most elements gathered ahead of their use.")
     stage3_param_persistence_threshold: Elements = Field(
         100_000, description="Parameters of fewer elements stay gathered between forward and backward."
@@ -90,6 +91,11 @@ class Config(BaseModel):
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
     )
     zero: ZeroConfig = Field(default_factory=ZeroConfig, description="Sharding of parameters over ranks (ZeRO).")
+    rank_timeout: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds within which ranks end after another died, raised or diverged; 0: unwatched.",
+    )
     cache: bool = Field(True, description="Keep compiled programs on disk, shared by later processes.")
     summary: bool = Field(True, description="Log one line for each compiled graph.")
 

@@ -18,6 +18,7 @@ from dscompile.program import Program
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.execute import bind
 from dscompile.runtime.gemm import GemmChoice, with_gemm
+from dscompile.runtime.guarded import guarded, nowhere, watch_of
 from dscompile.runtime.pool import wanted
 from dscompile.runtime.sanitize import Boxed
 from dscompile.torch_compat import NotCacheable, OutputCode, unloaded
@@ -76,7 +77,16 @@ class ProgramCode(OutputCode):
 
     def load(self) -> ProgramCode:
         """Bind the source to its regions in this process."""
-        run = bind(self.program, reuse_buffers=wanted(self.config.buffers), sanitize=self.config.sanitize)
+        collectives: list[str] = self.program.facts.get("collectives", [])
+        watch = watch_of(collectives[0].split()[1], self.config.rank_timeout) if collectives else None
+        run = bind(
+            self.program,
+            reuse_buffers=wanted(self.config.buffers),
+            sanitize=self.config.sanitize,
+            at=watch.at if watch is not None else nowhere,
+        )
+        if watch is not None:
+            run = guarded(run, watch, collectives, f"{self.report.graph} {self.report.kind}")
         self.run = with_gemm(run, GemmChoice.of(self.config.gemm))
         return self
 

@@ -7,6 +7,7 @@ import linecache
 import math
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,16 +20,20 @@ from dscompile.torch_compat import autocast_is_on, load_artifact, no_autocast, s
 _ALLOCATION = re.compile(r"empty_strided_cpu\((\([\d, ]*\)), \([\d, ]*\), torch\.(\w+)\)")
 
 
-def bind(program: Program, *, reuse_buffers: bool = False, sanitize: bool = False) -> Boxed:
+def bind(
+    program: Program, *, reuse_buffers: bool = False, sanitize: bool = False, at: Callable[[str], None] | None = None
+) -> Boxed:
     """Make the executable function of a program: ``run(args) -> tuple``; ``args`` is emptied as it is used.
 
     Args:
         program: what to run.
         reuse_buffers: compiled regions take large CPU buffers from the pool.
+        at: told where the program is before it waits for other ranks.
         sanitize: compare every region with PyTorch's own kernels as it runs.
     """
     loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
+    namespace["at"] = at or (lambda place: None)
     if not sanitize:
         return _without_autocast(define(program.source(), program.name, namespace))
     references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}

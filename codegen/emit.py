@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from dscompile.codegen.regions import Region, is_constant_tensor
-from dscompile.comm import WAIT
+from dscompile.comm import ROLES, WAIT
 from dscompile.effects import constant, shared_operand
 from dscompile.errors import UnsupportedError
 from dscompile.graph import StepGraph
@@ -130,8 +130,6 @@ def _node_step(node: fx.Node, dying: list[str]) -> Step:
     text = f"{node.name} = {call_text(node)}"
     if dying:
         text += f"\ndel {', '.join(dying)}"
-    if node.target is WAIT:  # other ranks are told where this one stands
-        text = f"at({module_of(node) or node.name!r})\n{text}"
     reads = tuple(dict.fromkeys(n.name for n in node.all_input_nodes))
     return Step(text, str(node.target), reads, (node.name,), tuple(dying))
 
@@ -139,10 +137,14 @@ def _node_step(node: fx.Node, dying: list[str]) -> Step:
 def call_text(node: fx.Node) -> str:
     """A node as a Python call, with names that the runtime's namespace defines (``torch``, ``operator``, ``math``)."""
     arguments = [_expression(a) for a in node.args] + [f"{k}={_expression(v)}" for k, v in node.kwargs.items()]
+    if node.target is WAIT:  # other ranks are told where this one stands
+        arguments.append(repr(module_of(node) or node.name))
     return f"{_target(node.target)}({', '.join(arguments)})"
 
 
 def _target(target: object) -> str:
+    if target in ROLES:
+        return f"comm.{target._schema.name.split('::')[1]}"
     if isinstance(target, OpOverload):
         namespace, name = target._schema.name.split("::")
         return f"torch.ops.{namespace}.{name}.{target._overloadname}"

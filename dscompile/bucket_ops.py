@@ -29,7 +29,17 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
     torch.library.register_fake(f"dscompile::{name}", fake, lib=_LIBRARY)
 
 
-def _total(layouts: Sequence[ShardLayout]) -> int:
+New = Callable[[Tensor, Sequence[int]], Tensor]
+"""``new(like, shape)`` gives uninitialised memory of the dtype and device of ``like``: where buffers come from."""
+
+
+def new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """PyTorch's own allocator."""
+    return like.new_empty(shape)
+
+
+def total(layouts: Sequence[ShardLayout]) -> int:
+    """Elements of one rank's part of a flat buffer."""
     return sum(layout.piece_numel for layout in layouts)
 
 
@@ -45,10 +55,10 @@ def _offsets(layouts: Sequence[ShardLayout]) -> list[tuple[ShardLayout, int, int
 # -- gathers ---------------------------------------------------------------------------------------------------------
 
 
-def pack_shards(shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+def pack_shards(shards: Sequence[Tensor], layouts: Sequence[int], world: int, new: New = new_empty) -> Tensor:
     """Copy this rank's shards, padded, into one flat buffer: ``[sum of piece_numel]``, dtype of the shards."""
     found = decode(layouts, world)
-    flat = shards[0].new_empty(_total(found))
+    flat = new(shards[0], (total(found),))
     for shard, (layout, start, stop) in zip(shards, _offsets(found), strict=True):
         piece = flat[start:stop].view(layout.piece)
         source = shard.reshape(layout.grid) if layout.dim < 0 else shard
@@ -60,21 +70,18 @@ def pack_shards(shards: Sequence[Tensor], layouts: Sequence[int], world: int) ->
 
 
 def _pack_shards_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
-    return shards[0].new_empty(_total(decode(layouts, world)))
+    return shards[0].new_empty(total(decode(layouts, world)))
 
 
-def unpack_params(gathered: Tensor, layouts: Sequence[int], world: int) -> list[Tensor]:
+def unpack_params(gathered: Tensor, layouts: Sequence[int], world: int, new: New = new_empty) -> list[Tensor]:
     """The full tensors of a gathered flat buffer ``[world * sum of piece_numel]``, each in memory of its own."""
     found = decode(layouts, world)
     ranks = gathered.view(world, -1)
-    return [_assemble(ranks[:, start:stop], layout, gathered) for layout, start, stop in _offsets(found)]
-
-
-def _assemble(pieces: Tensor, layout: ShardLayout, like: Tensor) -> Tensor:
-    """The tensor whose padded pieces are the rows of ``pieces`` (``[world, piece_numel]``)."""
-    full = like.new_empty(layout.shape)
-    _fill(full, pieces, layout)
-    return full
+    fulls = []
+    for layout, start, stop in _offsets(found):
+        fulls.append(new(gathered, layout.shape))
+        _fill(fulls[-1], ranks[:, start:stop], layout)
+    return fulls
 
 
 def _fill(full: Tensor, pieces: Tensor, layout: ShardLayout) -> None:
@@ -98,10 +105,10 @@ def _unpack_params_fake(gathered: Tensor, layouts: Sequence[int], world: int) ->
 # -- reductions ------------------------------------------------------------------------------------------------------
 
 
-def pack_grads(grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+def pack_grads(grads: Sequence[Tensor], layouts: Sequence[int], world: int, new: New = new_empty) -> Tensor:
     """Copy full gradients into one flat buffer, rank-major and padded: ``[world * sum of piece_numel]``."""
     found = decode(layouts, world)
-    flat = grads[0].new_empty(world * _total(found))
+    flat = new(grads[0], (world * total(found),))
     ranks = flat.view(world, -1)
     for grad, (layout, start, stop) in zip(grads, _offsets(found), strict=True):
         pieces = ranks[:, start:stop].view(world, *layout.piece)
@@ -120,20 +127,21 @@ def pack_grads(grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> T
 
 
 def _pack_grads_fake(grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
-    return grads[0].new_empty(world * _total(decode(layouts, world)))
+    return grads[0].new_empty(world * total(decode(layouts, world)))
 
 
-def sum_ranks(exchanged: Tensor, world: int) -> Tensor:
+def sum_ranks(exchanged: Tensor, world: int, new: New = new_empty) -> Tensor:
     """The mean over ranks of a buffer that holds one part from each rank, ``[world * n] -> [n]``.
 
     Parts are added in the order of ranks and the sum is multiplied by ``1 / world``: every rank, and every run, gets
     the same bits.
     """
     parts = exchanged.view(world, -1)
-    total = parts[0].clone()
-    for rank in range(1, world):
-        total += parts[rank]
-    return total.mul_(1.0 / world)
+    mean = new(exchanged, (parts.shape[1],))
+    torch.add(parts[0], parts[1], out=mean)
+    for rank in range(2, world):
+        mean += parts[rank]
+    return mean.mul_(1.0 / world)
 
 
 def _sum_ranks_fake(exchanged: Tensor, world: int) -> Tensor:
@@ -157,7 +165,9 @@ def _unpack_shards_fake(flat: Tensor, layouts: Sequence[int], world: int, rank: 
 # -- resident parameters ---------------------------------------------------------------------------------------------
 
 
-def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:
+def refresh(
+    shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, new: New = new_empty
+) -> list[Tensor]:
     """The full parameters whose rows the shards are, other ranks' rows gathered if the shards were written since.
 
     A shard of ZeRO stage 1 or 2 is a view into a resident buffer of the full shape. The results share its memory: they
@@ -169,15 +179,16 @@ def refresh(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group:
     if all(full is not None and is_fresh(shard) for shard, full in zip(shards, fulls, strict=True)):
         return [full for full in fulls if full is not None]
     gather = torch.ops._c10d_functional
-    flat = pack_shards(shards, layouts, world)
-    gathered = gather.wait_tensor(gather.all_gather_into_tensor(flat, world, group)).view(world, -1)
+    flat = pack_shards(shards, layouts, world, new)
+    whole = new(flat, (world * flat.numel(),))
+    gathered = gather.wait_tensor(gather.all_gather_into_tensor_out(flat, world, group, out=whole)).view(world, -1)
     results = []
     for shard, full, (layout, start, stop) in zip(shards, fulls, _offsets(found), strict=True):
         if full is None:
-            results.append(_assemble(gathered[:, start:stop], layout, flat))
-            continue
+            full = shard.new_empty(layout.shape)
+        else:
+            set_fresh(shard)
         _fill(full, gathered[:, start:stop], layout)
-        set_fresh(shard)
         results.append(full)
     return results
 

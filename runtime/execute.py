@@ -7,12 +7,14 @@ import linecache
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from dscompile.bucket_ops import new_empty
 from dscompile.program import Program, RegionCode
+from dscompile.runtime.comm import Comm
 from dscompile.runtime.pool import POOL, SMALLEST
 from dscompile.runtime.sanitize import Boxed, Checks
 from dscompile.torch_compat import autocast_is_on, load_artifact, no_autocast, set_allocator
@@ -33,12 +35,22 @@ def bind(
     """
     loaded = {key: load_region(code, reuse_buffers=reuse_buffers) for key, code in program.codes.items()}
     namespace: dict[str, Any] = {name: loaded[key] for name, key in program.calls.items()} | program.constants
-    namespace["at"] = at or (lambda place: None)
+    namespace["comm"] = Comm(at or (lambda place: None), _pooled if reuse_buffers else new_empty)
     if not sanitize:
         return _without_autocast(define(program.source(), program.name, namespace))
     references = {key: define(c.reference, "run", {}) for key, c in program.codes.items() if c.reference}
     checks = Checks(program, loaded, references)
     return _without_autocast(checks.restarting(define(program.source(), program.name, namespace | checks.namespace)))
+
+
+def _pooled(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A buffer from the pool, where the pool serves the device."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    strides = [1] * len(shape)
+    for index in range(len(shape) - 2, -1, -1):
+        strides[index] = strides[index + 1] * max(shape[index + 1], 1)
+    return POOL.empty_strided(tuple(shape), tuple(strides), like.dtype)
 
 
 def _without_autocast(run: Boxed) -> Boxed:

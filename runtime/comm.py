@@ -1,0 +1,130 @@
+"""Communication as a program runs it: buffers from the pool, works that are awaited, and the place where a rank waits.
+
+The printed program calls ``comm.NAME(...)`` for the operators of :mod:`dscompile.comm`. They mean what the operators
+mean; here a bucket of one contiguous tensor is not copied, and large buffers are reused from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dscompile import bucket_ops
+from dscompile.bucket_ops import New
+from dscompile.shard_layout import ShardLayout, decode
+from dscompile.torch_compat import process_group
+
+c10d = torch.ops._c10d_functional
+ours = torch.ops.dscompile
+
+
+class Comm:
+    """The operators of one program.
+
+    Args:
+        at: told the place (module or node) before each wait.
+        new: where buffers come from.
+    """
+
+    def __init__(self, at: Callable[[str], None], new: New) -> None:
+        self._at = at
+        self._new = new
+        self._works: dict[int, tuple[dist.Work, Tensor, Tensor]] = {}
+
+    # -- collectives -------------------------------------------------------------------------------------------------
+
+    def all_gather_into_tensor(self, flat: Tensor, world: int, group: str) -> Tensor:
+        """Launch a gather of ``flat`` ``[n]`` into ``[world * n]``."""
+        out = self._new(flat, (world * flat.numel(),))
+        return self._launch(
+            out, flat, lambda pg: dist.all_gather_into_tensor(out, flat, group=pg, async_op=True), group
+        )
+
+    def all_to_all_single(self, flat: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
+        """Launch an exchange: part ``r`` of ``flat`` goes to rank ``r``."""
+        out = self._new(flat, (sum(receive),))
+        return self._launch(
+            out, flat, lambda pg: dist.all_to_all_single(out, flat, receive, send, group=pg, async_op=True), group
+        )
+
+    def reduce_scatter_tensor(self, flat: Tensor, kind: str, world: int, group: str) -> Tensor:
+        """Launch a reduction of ``flat`` ``[world * n]`` to this rank's ``[n]``."""
+        out: Tensor = c10d.reduce_scatter_tensor(flat, kind, world, group)
+        return out
+
+    def _launch(
+        self, out: Tensor, flat: Tensor, start: Callable[[dist.ProcessGroup], dist.Work | None], group: str
+    ) -> Tensor:
+        work = start(process_group(group))
+        assert work is not None
+        self._works[id(out)] = (work, out, flat)  # both buffers live until the wait
+        return out
+
+    def wait_tensor(self, launched: Tensor, place: str) -> Tensor:
+        """Wait for a launched collective; ``place`` is what other ranks are told this one waits for."""
+        self._at(place)
+        found = self._works.pop(id(launched), None)
+        if found is None:
+            out: Tensor = c10d.wait_tensor(launched)
+            return out
+        found[0].wait()
+        return launched
+
+    # -- buffers -----------------------------------------------------------------------------------------------------
+
+    def pack_shards(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+        """:func:`dscompile.bucket_ops.pack_shards`; a single contiguous shard without padding is its own buffer."""
+        alone = _alone(layouts, world)
+        if alone is not None and shards[0].is_contiguous() and shards[0].numel() == alone.piece_numel:
+            return shards[0].detach().view(-1)
+        return bucket_ops.pack_shards(shards, layouts, world, self._new)
+
+    def unpack_params(self, gathered: Tensor, layouts: Sequence[int], world: int) -> list[Tensor]:
+        """:func:`dscompile.bucket_ops.unpack_params`; a single evenly cut parameter is the gathered buffer itself."""
+        alone = _alone(layouts, world)
+        if alone is not None:
+            return [gathered.view(alone.shape)]
+        return bucket_ops.unpack_params(gathered, layouts, world, self._new)
+
+    def pack_grads(self, grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+        """:func:`dscompile.bucket_ops.pack_grads`; a single evenly cut contiguous gradient is its own buffer."""
+        if _alone(layouts, world) is not None and grads[0].is_contiguous():
+            return grads[0].view(-1)
+        return bucket_ops.pack_grads(grads, layouts, world, self._new)
+
+    def sum_ranks(self, exchanged: Tensor, world: int) -> Tensor:
+        """:func:`dscompile.bucket_ops.sum_ranks`."""
+        return bucket_ops.sum_ranks(exchanged, world, self._new)
+
+    def unpack_shards(self, flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
+        """:func:`dscompile.bucket_ops.unpack_shards`; a single shard without padding is the buffer itself."""
+        alone = _alone(layouts, world)
+        if alone is not None:
+            return [flat.view(alone.local_shape(rank))]
+        return bucket_ops.unpack_shards(flat, layouts, world, rank)
+
+    def refresh(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:
+        """:func:`dscompile.bucket_ops.refresh`."""
+        self._at("refresh of resident parameters")
+        return bucket_ops.refresh(shards, layouts, world, group, self._new)
+
+    def unshard(self, shard: Tensor, *rest: object) -> Tensor:
+        """A marker that no pass lowered."""
+        out: Tensor = ours.unshard(shard, *rest)
+        return out
+
+    def reduce_grad(self, grad: Tensor, *rest: object) -> Tensor:
+        """A marker that no pass lowered."""
+        out: Tensor = ours.reduce_grad(grad, *rest)
+        return out
+
+
+def _alone(layouts: Sequence[int], world: int) -> ShardLayout | None:
+    """The layout of a bucket of one tensor whose pieces lie one behind the other in the tensor itself, else None."""
+    found = decode(layouts, world)
+    if len(found) != 1 or found[0].axis != 0 or found[0].grid[0] != world * found[0].chunk:
+        return None
+    return found[0]

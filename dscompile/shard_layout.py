@@ -50,6 +50,11 @@ class ShardLayout:
         """Elements of a padded piece."""
         return math.prod(self.piece)
 
+    @property
+    def is_consecutive(self) -> bool:
+        """Whether the pieces, without padding, lie one behind the other in the tensor itself."""
+        return self.axis == 0 and self.grid[0] == self.world * self.chunk
+
     def rows(self, rank: int) -> tuple[int, int]:
         """First row of a rank's piece and the row after its last."""
         size = self.grid[self.axis]

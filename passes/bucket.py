@@ -24,7 +24,9 @@ from dscompile.shard_layout import REPLICATED, decode, encode
 
 
 @graph_pass("bucket", after={"zero0", "zero1", "zero2", "zero3", "selective_unshard"}, provides={"collectives"})
-def bucket(graph: StepGraph, ctx: PassContext, *, gather: int = 500_000_000, reduce: int = 500_000_000) -> None:
+def bucket(
+    graph: StepGraph, ctx: PassContext, *, gather: int = 8_000_000, reduce: int = 8_000_000, alone: int = 500_000
+) -> None:
     """Lower every marker: one flat buffer and one collective for the gathers or gradients of a block.
 
     Args:
@@ -32,17 +34,19 @@ def bucket(graph: StepGraph, ctx: PassContext, *, gather: int = 500_000_000, red
         ctx: knows the groups' backends.
         gather: most elements gathered by one collective.
         reduce: most elements reduced by one collective.
+        alone: a tensor of at least this many elements whose pieces lie one behind the other (cut along dimension 0,
+            without padding) has a collective of its own: then nothing is copied in or out.
     """
     for phase in (Phase.FORWARD, Phase.BACKWARD):
-        _gather_phase(graph, ctx, phase, gather)
+        _gather_phase(graph, ctx, phase, gather, alone)
     _refresh_all(graph, ctx, gather)
-    _reduce_backward(graph, ctx, reduce)
+    _reduce_backward(graph, ctx, reduce, alone)
 
 
 # -- gathers ---------------------------------------------------------------------------------------------------------
 
 
-def _gather_phase(graph: StepGraph, ctx: PassContext, phase: Phase, cap: int) -> None:
+def _gather_phase(graph: StepGraph, ctx: PassContext, phase: Phase, cap: int, alone: int) -> None:
     sections = Sections(graph, phase)
     wanted: dict[tuple[object, ...], list[Marker]] = {}
     for marker in unshards(graph):
@@ -54,17 +58,18 @@ def _gather_phase(graph: StepGraph, ctx: PassContext, phase: Phase, cap: int) ->
         if marker.operand.op != "placeholder":
             _lower_gather(graph, ctx, [marker], marker.node)
             continue
-        wanted.setdefault((block, *_kind(marker)), []).append(marker)
+        wanted.setdefault((block, *_kind(marker, alone)), []).append(marker)
     for (block, *_), markers in wanted.items():
         assert isinstance(block, int)
         for members in _capped(markers, cap):
             _lower_gather(graph, ctx, members, sections.start(block))
 
 
-def _kind(marker: Marker) -> tuple[object, ...]:
-    """What members of a bucket have in common."""
-    value = marker.operand.meta["val"]
-    return value.dtype, value.device, marker.layout.world, marker.group, marker.layout.dim == REPLICATED
+def _kind(marker: Marker, alone: int) -> tuple[object, ...]:
+    """What members of a bucket have in common; a tensor that travels alone has its own name in it."""
+    value, layout = marker.operand.meta["val"], marker.layout
+    name = marker.node.name if marker.elements >= alone and layout.is_consecutive else ""
+    return value.dtype, value.device, layout.world, marker.group, layout.dim == REPLICATED, name
 
 
 def _capped(markers: Iterable[Marker], cap: int) -> list[list[Marker]]:
@@ -145,7 +150,7 @@ def _merge_refreshes(graph: StepGraph, ctx: PassContext, nodes: list[fx.Node]) -
 # -- reductions ------------------------------------------------------------------------------------------------------
 
 
-def _reduce_backward(graph: StepGraph, ctx: PassContext, cap: int) -> None:
+def _reduce_backward(graph: StepGraph, ctx: PassContext, cap: int, alone: int) -> None:
     sections = Sections(graph, Phase.BACKWARD)
     wanted: dict[tuple[object, ...], list[Marker]] = {}
     late = _marked_late(graph, sections)
@@ -156,7 +161,7 @@ def _reduce_backward(graph: StepGraph, ctx: PassContext, cap: int) -> None:
         if block is None or any(user is not graph.output_node for user in marker.node.users):
             _lower_reduce(graph, ctx, [marker], marker.node)
             continue
-        wanted.setdefault((block, *_kind(marker)), []).append(marker)
+        wanted.setdefault((block, *_kind(marker, alone)), []).append(marker)
     for (block, *_), markers in wanted.items():
         assert isinstance(block, int)
         for members in _capped(markers, cap):

@@ -6,6 +6,7 @@ mean; here a bucket of one contiguous tensor is not copied, and large buffers ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from dscompile import bucket_ops
 from dscompile.bucket_ops import New
 from dscompile.shard_layout import ShardLayout, decode
-from dscompile.torch_compat import process_group
+from dscompile.torch_compat import group_backend, process_group
 
 c10d = torch.ops._c10d_functional
 ours = torch.ops.dscompile
@@ -32,35 +33,43 @@ class Comm:
     def __init__(self, at: Callable[[str], None], new: New) -> None:
         self._at = at
         self._new = new
-        self._works: dict[int, tuple[dist.Work, Tensor, Tensor]] = {}
+        self._works: dict[int, tuple[list[dist.Work], Tensor, Tensor]] = {}
 
     # -- collectives -------------------------------------------------------------------------------------------------
 
     def all_gather_into_tensor(self, flat: Tensor, world: int, group: str) -> Tensor:
-        """Launch a gather of ``flat`` ``[n]`` into ``[world * n]``."""
+        """Launch a gather of ``flat`` ``[n]`` into ``[world * n]``.
+
+        gloo's own all-gather copies everything it received once more. Between every two ranks one message each way
+        moves the same bytes, and what arrives is in its place.
+        """
         out = self._new(flat, (world * flat.numel(),))
-        return self._launch(
-            out, flat, lambda pg: dist.all_gather_into_tensor(out, flat, group=pg, async_op=True), group
-        )
+        if group_backend(group, flat.device) != "gloo":
+            start = functools.partial(dist.all_gather_into_tensor, out, flat, async_op=True)
+            return self._launch(out, flat, [start(group=process_group(group))])
+        pg, parts = process_group(group), out.view(world, -1)
+        rank = pg.rank()
+        parts[rank].copy_(flat)
+        works = []
+        for step in range(1, world):  # every rank talks to another one at a time: no rank is flooded
+            to, source = (rank + step) % world, (rank - step) % world
+            works.append(pg.send([flat], to, 0))
+            works.append(pg.recv([parts[source]], source, 0))
+        return self._launch(out, flat, works)
 
     def all_to_all_single(self, flat: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
         """Launch an exchange: part ``r`` of ``flat`` goes to rank ``r``."""
         out = self._new(flat, (sum(receive),))
-        return self._launch(
-            out, flat, lambda pg: dist.all_to_all_single(out, flat, receive, send, group=pg, async_op=True), group
-        )
+        work = dist.all_to_all_single(out, flat, receive, send, group=process_group(group), async_op=True)
+        return self._launch(out, flat, [work])
 
     def reduce_scatter_tensor(self, flat: Tensor, kind: str, world: int, group: str) -> Tensor:
         """Launch a reduction of ``flat`` ``[world * n]`` to this rank's ``[n]``."""
         out: Tensor = c10d.reduce_scatter_tensor(flat, kind, world, group)
         return out
 
-    def _launch(
-        self, out: Tensor, flat: Tensor, start: Callable[[dist.ProcessGroup], dist.Work | None], group: str
-    ) -> Tensor:
-        work = start(process_group(group))
-        assert work is not None
-        self._works[id(out)] = (work, out, flat)  # both buffers live until the wait
+    def _launch(self, out: Tensor, flat: Tensor, works: list[dist.Work]) -> Tensor:
+        self._works[id(out)] = (works, out, flat)  # both buffers live until the wait
         return out
 
     def wait_tensor(self, launched: Tensor, place: str) -> Tensor:
@@ -70,7 +79,8 @@ class Comm:
         if found is None:
             out: Tensor = c10d.wait_tensor(launched)
             return out
-        found[0].wait()
+        for work in found[0]:
+            work.wait()
         return launched
 
     # -- buffers -----------------------------------------------------------------------------------------------------
@@ -125,6 +135,4 @@ class Comm:
 def _alone(layouts: Sequence[int], world: int) -> ShardLayout | None:
     """The layout of a bucket of one tensor whose pieces lie one behind the other in the tensor itself, else None."""
     found = decode(layouts, world)
-    if len(found) != 1 or found[0].axis != 0 or found[0].grid[0] != world * found[0].chunk:
-        return None
-    return found[0]
+    return found[0] if len(found) == 1 and found[0].is_consecutive else None

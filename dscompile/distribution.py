@@ -7,6 +7,7 @@ every collective step (forward, eager reads, printing a parameter) on every rank
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def distribute(
     world = World.of(mesh)
     plan = _plan(model, settings, world.size(axis), world.group(axis))
     _check(model, plan)
+    _agree(plan, world.group(axis))
     placer = _Placer(mesh, axis, world.group(axis), settings, sync_init)
     _place(model, plan, placer, buffers=not known)
     for planned in plan:
@@ -193,6 +195,28 @@ class _Placer:
             set_local(cast(DTensor, param), window(resident, spec, rank))
         set_mark(param, Mark(spec, self.config, resident))
         return cast(DTensor, param)
+
+
+def _agree(plan: list[_Planned], group: str) -> None:
+    """Compare what every rank is about to shard: ranks with different models would wait for each other for ever.
+
+    Raises:
+        ShardingError: on every rank, naming the first parameter that differs and the two ranks.
+    """
+    pg = process_group(group)
+    if pg.size() == 1 or dist.get_backend(pg) == "fake":
+        return
+    mine = [f"{planned.spec.fqn} {tuple(planned.spec.shape)} {planned.param.dtype}" for planned in plan]
+    found: list[list[str]] = [[] for _ in range(pg.size())]
+    dist.all_gather_object(found, mine, group=pg)
+    for rank, theirs in enumerate(found):
+        pairs = itertools.zip_longest(found[0], theirs, fillvalue="no further parameter")
+        difference = next(((a, b) for a, b in pairs if a != b), None)
+        if difference is not None:
+            raise ShardingError(
+                f"distribute() got different models: rank 0 has {difference[0]!r} where rank {rank} has "
+                f"{difference[1]!r}. Build the same model on every rank."
+            )
 
 
 # -- what cannot be distributed --------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.regions import Region, region_module
 from dscompile.config import Config
 from dscompile.errors import UnsupportedError
+from dscompile.inductor_compat import InductorFailure, inductor_compile
 from dscompile.program import RegionCode
-from dscompile.torch_compat import InductorFailure, inductor_compile
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from dscompile.config import Config
 from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
 from dscompile.errors import UnsupportedError, VerifyError
 from dscompile.graph import GraphKind, InputKind, StepGraph
+from dscompile.inductor_compat import OutputCode, SerializableAOTDispatchCompiler, our_cache_key
 from dscompile.manager import Numerics, PassContext, PassRecord, parse_pipeline, run_pipeline
 from dscompile.params import FrameInputs, frame_inputs, from_aot
 from dscompile.program import check_lifetimes
@@ -33,14 +34,7 @@ from dscompile.runtime.gemm import GemmChoice
 from dscompile.sharding import Sharding
 from dscompile.source import source_line
 from dscompile.split import split
-from dscompile.torch_compat import (
-    OutputCode,
-    SerializableAOTDispatchCompiler,
-    aot_autograd,
-    default_partition,
-    donated_saved_values,
-    our_cache_key,
-)
+from dscompile.torch_compat import aot_autograd, default_partition, donated_saved_values
 from dscompile.verify_comm import check_saved, listing
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dscompile.artifact import write_whole
 from dscompile.errors import RunError
-from dscompile.torch_compat import cache_directory, try_build_lock
+from dscompile.inductor_compat import cache_directory, try_build_lock
 
 log = logging.getLogger("dscompile")
 

@@ -1,4 +1,4 @@
-"""The only file that names private parts of PyTorch. Everything else imports them from here.
+"""Private parts of PyTorch. Only this file and :mod:`dscompile.inductor_compat` name any; everything else imports them.
 
 Each helper says which private name it stands on, so that a new PyTorch release is checked in one sitting.
 """
@@ -6,44 +6,22 @@ Each helper says which private name it stands on, so that a new PyTorch release 
 from __future__ import annotations
 
 import contextlib
-import copy
-import errno
 import functools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any, cast
 
 import sympy
 import torch
-from filelock import Timeout
 from torch import fx
-from torch._C._dynamo import guards as _guards
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
-from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler as SerializableAOTDispatchCompiler
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
 from torch._functorch.partitioners import default_partition as default_partition
 from torch._guards import TracingContext as TracingContext
 from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
-from torch._inductor import config as inductor_config
-from torch._inductor.codecache import FxGraphCache
-from torch._inductor.codegen import cpp as inductor_cpp
-from torch._inductor.codegen.common import device_codegens, init_backend_registration
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.exc import InvalidCxxCompiler
-from torch._inductor.fx_passes.replace_random import replace_random_passes
-from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
-from torch._inductor.output_code import OutputCode as OutputCode
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._library.fake_class_registry import FakeScriptObject
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
@@ -52,13 +30,10 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed import Store, distributed_c10d
 from torch.distributed.tensor import DTensor
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils import _pytree
-from torch.utils._filelock import FileLock
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
@@ -307,126 +282,6 @@ def size_hint(size: Any) -> int:
     return int(hint) if hint is not None else 1
 
 
-# -- Inductor --------------------------------------------------------------------------------------------------------
-
-
-class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)
-    """TorchInductor could not compile a region; the message is its first line.
-
-    ``passing`` says that the machine's state was the reason (a full disk, a missing compiler), not the region.
-    """
-
-    def __init__(self, message: str, *, passing: bool = False) -> None:
-        super().__init__(message)
-        self.passing = passing
-
-
-def inductor_compile(
-    module: fx.GraphModule,
-    *,
-    donated: Sequence[int],
-    fused_rng: bool,
-    decompositions: Mapping[OpOverload, Callable[..., Any]],
-) -> CompiledFxGraph:
-    """Decompose a region's module and compile it with TorchInductor.
-
-    Args:
-        module: placeholders carry fake values; outputs are one tuple; ``meta["original_output_strides"]`` on the output
-            node says which strides later regions rely on.
-        donated: positions of inputs whose memory may be overwritten.
-        fused_rng: draw random numbers inside kernels instead of with PyTorch's own generator calls.
-        decompositions: take precedence over Inductor's own.
-
-    Raises:
-        InductorFailure: whatever went wrong, in one line.
-
-    Stands on ``compile_fx_inner``, ``select_decomp_table`` and ``DonatedBuffer`` (through
-    ``fw_metadata.bw_donated_idxs``).
-    """
-    output = module.graph.output_node()
-    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
-    try:
-        with torch.no_grad(), no_autocast(), inductor_config.patch(options), _corrected_cpu_codegen():
-            decomposed = _decompose(module, inputs, {**select_decomp_table(), **decompositions})
-            result = decomposed.graph.output_node()
-            result.meta["original_output_strides"] = output.meta["original_output_strides"]
-            result.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
-            if fused_rng:
-                replace_random_passes(decomposed)
-            context = TracingContext(detect_fake_mode(inputs))
-            context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated), static_input_indices=[])  # type: ignore[assignment]
-            with tracing(context):
-                return cast(CompiledFxGraph, compile_fx_inner(decomposed, inputs, is_backward=bool(donated)))
-    except Exception as error:
-        passing = _passing_reason(error)
-        raise InductorFailure(passing or _first_line(error), passing=bool(passing)) from error
-
-
-class _Tile2D(inductor_cpp.CppTile2DKernel):
-    """Inductor's 2-D tile with the right address for a parallel scatter.
-
-    torch 2.13 moves the index of a store to the tile's inner row, and its vectorised ``atomic_add`` (an accumulating
-    ``index_put`` on more than one thread) then moves it a second time: row ``k`` is added to row ``2 * k``, possibly
-    past the buffer's end. Falcon's fused query/key/value gradient is wrong by 2 % so. Here the index is moved once.
-    """
-
-    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
-        """Emit ``name[index] = value``, or the accumulating form."""
-        parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
-        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):  # type: ignore[no-untyped-call]
-            inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
-        else:
-            super().store(name, index, value, mode)  # type: ignore[no-untyped-call]
-
-
-class _KernelProxy(inductor_cpp.CppKernelProxy):
-    tile2d_kernel_cls = _Tile2D
-
-
-class _CpuScheduling(inductor_cpp.CppScheduling):
-    kernel_proxy_cls = _KernelProxy
-
-
-@contextlib.contextmanager
-def _corrected_cpu_codegen() -> Iterator[None]:
-    """Have Inductor generate CPU kernels through our subclasses while a region compiles; restored on the way out.
-
-    Stands on ``CppScheduling.kernel_proxy_cls`` and ``CppKernelProxy.tile2d_kernel_cls``, made for subclasses, and on
-    the table behind ``register_backend_for_device``. A CPU backend that the user chose or registered is left alone.
-    """
-    init_backend_registration()
-    stock = device_codegens["cpu"]
-    ours = isinstance(stock.scheduling(None), inductor_cpp.CppScheduling) and inductor_config.cpu_backend == "cpp"
-    if ours:
-        device_codegens["cpu"] = replace(stock, scheduling=_CpuScheduling)
-    try:
-        yield
-    finally:
-        device_codegens["cpu"] = stock
-
-
-def _decompose(module: fx.GraphModule, inputs: list[Any], table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:
-    """Trace a module again with decompositions, keeping placeholder names (they are part of cache keys)."""
-    mode = detect_fake_mode(inputs) or contextlib.nullcontext()
-    run = fx.Interpreter(module).run
-    with mode, fx.traceback.preserve_node_meta():
-        traced: fx.GraphModule = make_fx(run, decomposition_table=table)(*inputs)
-        if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes):
-            traced = make_fx(functionalize(run), decomposition_table=table)(*inputs)
-    for new, old in zip(
-        traced.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
-    ):
-        new.target = old.target
-        new.name = old.name
-    result = traced.graph.output_node()
-    if isinstance(result.args[0], fx.Node):  # a single output: keep the tuple convention
-        result.args = ((result.args[0],),)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-    return traced
-
-
 def no_autocast() -> contextlib.AbstractContextManager[Any]:
     """A context without autocast: a traced graph already holds the casts that the user's autocast made.
 
@@ -439,72 +294,6 @@ def no_autocast() -> contextlib.AbstractContextManager[Any]:
 def autocast_is_on() -> bool:
     """Whether autocast is on for any device. Stands on ``torch._C._is_any_autocast_enabled``."""
     return bool(torch._C._is_any_autocast_enabled())
-
-
-def _passing_reason(error: BaseException) -> str:
-    """Why a later try may succeed where this one failed, or "".
-
-    Stands on ``InductorError.inner_exception``, ``InvalidCxxCompiler``, and on compilers quoting the system's words.
-    """
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, (OSError, InvalidCxxCompiler)):
-            return _first_line(current)
-        current = getattr(current, "inner_exception", None) or current.__cause__ or current.__context__
-    words = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
-    found = [word for word in (*words, "Killed signal") if word in str(error)]
-    return f"{_first_line(error)}: {found[0]}" if found else ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def load_artifact(artifact: CompiledFxGraph) -> Callable[[list[Any]], Any]:
-    """The boxed callable of a compiled region, reloading it from disk if it was just unpickled.
-
-    Stands on ``FxGraphCache.cache_hit_post_compile``, which writes the Python wrapper and finds or rebuilds its
-    kernels.
-    """
-    if artifact.current_callable is None:
-        loaded, _ = FxGraphCache.cache_hit_post_compile(artifact, {}, CompiledFxGraphConstants())
-        if loaded is None or loaded.current_callable is None:
-            raise RuntimeError("a cached region could not be loaded")
-        artifact = loaded
-    call = artifact.current_callable
-    assert call is not None
-    return call
-
-
-def cache_directory() -> str:
-    """Where Inductor and AOTAutograd keep compiled code and programs."""
-    return cache_dir()
-
-
-@contextlib.contextmanager
-def try_build_lock(root: Path, key: str) -> Iterator[bool]:
-    """Hold the lock under which Inductor builds the library ``key`` in ``root``; yields False if a build has it.
-
-    Stands on ``CppCodeCache`` locking ``locks/KEY.lock`` with ``torch.utils._filelock.FileLock``.
-    """
-    if not (root / "locks" / f"{key}.lock").exists():
-        yield True
-        return
-    try:
-        lock = FileLock(root / "locks" / f"{key}.lock", timeout=0).acquire()
-    except (Timeout, OSError):
-        yield False
-        return
-    with lock:
-        yield True
-
-
-def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:
-    """A copy of a compiled region that can be pickled."""
-    bare = copy.copy(artifact)
-    bare.prepare_for_serialization()
-    return bare
 
 
 # -- canonical text --------------------------------------------------------------------------------------------------
@@ -587,48 +376,6 @@ def is_backed(size: Any) -> bool:
     return not free_unbacked_symbols(size)
 
 
-# -- AOTAutograd's cache ---------------------------------------------------------------------------------------------
-
-
-NotCacheable = BypassAOTAutogradCache
-"""Raised while a program is stored: AOTAutograd leaves it out of its cache and goes on."""
-
-
-class _KeyOnly(CustomPartitionerFn):
-    """Carries our cache key into PyTorch's: the hash of every compiled graph includes its partitioner's ``uuid``."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        raise AssertionError("dscompile hands AOTAutograd its own partition function")
-
-    def uuid(self) -> str:
-        return self.key
-
-
-@contextlib.contextmanager
-def our_cache_key(key: str, *, regions: bool, programs: bool) -> Iterator[None]:
-    """While AOTAutograd runs: add ``key`` to its cache key, store whole programs, and compile backward right away.
-
-    Args:
-        key: hash of everything of ours that a compiled program depends on.
-        regions: use Inductor's cache of compiled regions.
-        programs: use AOTAutograd's cache of whole programs; off, every start traces and runs the passes again.
-
-    Stands on ``bundled_autograd_cache`` (an entry holds the ``OutputCode`` itself), ``custom_partitioner_fn.uuid`` and
-    ``force_non_lazy_backward_lowering`` (the entry is complete before the first backward).
-    """
-    functorch = {
-        "bundled_autograd_cache": True,
-        "force_non_lazy_backward_lowering": True,
-        "enable_autograd_cache": programs,
-    }
-    inductor = {"custom_partitioner_fn": _KeyOnly(key), "fx_graph_cache": regions}
-    with functorch_config.patch(functorch), inductor_config.patch(inductor):
-        yield
-
-
 @contextlib.contextmanager
 def without_guards(graph: fx.Graph) -> Iterator[None]:
     """Recompute fake values without adding guards to the graph's symbolic shapes.
@@ -644,36 +391,6 @@ def no_modes() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are real even while a trace with fake tensors is going on."""
     context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
     return context
-
-
-def empty_strided_cpu(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """What generated wrappers call for a CPU buffer: ``torch.empty_strided`` past the dispatcher.
-
-    Stands on ``torch._C._dynamo.guards._empty_strided_cpu``.
-    """
-    tensor: torch.Tensor = _guards._empty_strided_cpu(size, stride, dtype)  # type: ignore[attr-defined]
-    return tensor
-
-
-def reinterpret(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
-    """A tensor on the same storage that autograd does not take for a view.
-
-    Stands on ``torch._C._dynamo.guards._reinterpret_tensor``.
-    """
-    other: torch.Tensor = _guards._reinterpret_tensor(tensor, size, stride)  # type: ignore[attr-defined]
-    return other
-
-
-def set_allocator(call: Callable[[list[Any]], Any], allocate: Callable[..., torch.Tensor]) -> bool:
-    """Let a compiled region's generated wrapper take its CPU buffers from ``allocate(size, stride, dtype)``.
-
-    Stands on the wrapper's module-level name ``empty_strided_cpu``; returns False if this wrapper has none.
-    """
-    namespace = getattr(getattr(call, "__func__", call), "__globals__", {})
-    if "empty_strided_cpu" not in namespace:
-        return False
-    namespace["empty_strided_cpu"] = allocate
-    return True
 
 
 # -- the step entry --------------------------------------------------------------------------------------------------

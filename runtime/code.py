@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dscompile.config import Config
+from dscompile.inductor_compat import NotCacheable, OutputCode, unloaded
 from dscompile.program import Program
 from dscompile.report import GraphReport, announce
 from dscompile.runtime.execute import bind
@@ -21,7 +22,6 @@ from dscompile.runtime.gemm import GemmChoice, with_gemm
 from dscompile.runtime.guarded import guarded, nowhere, watch_of
 from dscompile.runtime.pool import wanted
 from dscompile.runtime.sanitize import Boxed
-from dscompile.torch_compat import NotCacheable, OutputCode, unloaded
 
 if TYPE_CHECKING:
     from dscompile.artifact import GraphWriter, Recording

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from dscompile.bucket_ops import new_empty
+from dscompile.inductor_compat import load_artifact, set_allocator
 from dscompile.program import Program, RegionCode
 from dscompile.runtime.comm import Comm
 from dscompile.runtime.pool import POOL, SMALLEST
 from dscompile.runtime.sanitize import Boxed, Checks
-from dscompile.torch_compat import autocast_is_on, load_artifact, no_autocast, set_allocator
+from dscompile.torch_compat import autocast_is_on, no_autocast
 
 _ALLOCATION = re.compile(r"empty_strided_cpu\((\([\d, ]*\)), \([\d, ]*\), torch\.(\w+)\)")
 

@@ -28,7 +28,7 @@ from math import prod
 
 import torch
 
-from dscompile.torch_compat import empty_strided_cpu, reinterpret
+from dscompile.inductor_compat import empty_strided_cpu, reinterpret
 
 log = logging.getLogger(__name__)
 

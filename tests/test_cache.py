@@ -19,8 +19,8 @@ from torch import nn
 from dscompile.backend import dscompile
 from dscompile.cache_files import RECORDS, CacheFiles
 from dscompile.codegen import lower
+from dscompile.inductor_compat import InductorFailure
 from dscompile.report import REPORTS
-from dscompile.torch_compat import InductorFailure
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = next(Path(torch.__file__).parent.glob("lib/libtorch_global_deps.so"))

@@ -16,10 +16,10 @@ from dscompile.codegen.lower import lower_region, lower_regions
 from dscompile.codegen.regions import Region, cut
 from dscompile.config import Config
 from dscompile.graph import StepGraph
+from dscompile.inductor_compat import InductorFailure
 from dscompile.report import GraphReport
 from dscompile.runtime.execute import load_region
 from dscompile.tools.gpt import GPT, GPTConfig
-from dscompile.torch_compat import InductorFailure
 from tests.build import Hand
 
 aten = torch.ops.aten

@@ -1,4 +1,4 @@
-"""A sharded training run ends with a named error when a rank goes, raises or diverges: the watch, seen from a program."""
+"""Sharded training ends with a named error when a rank goes, raises or diverges: the watch, seen from a program."""
 
 from __future__ import annotations
 

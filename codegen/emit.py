@@ -143,10 +143,10 @@ def call_text(node: fx.Node) -> str:
 
 
 def _target(target: object) -> str:
-    if target in ROLES:
-        return f"comm.{target._schema.name.split('::')[1]}"
     if isinstance(target, OpOverload):
         namespace, name = target._schema.name.split("::")
+        if target in ROLES:
+            return f"comm.{name}"
         return f"torch.ops.{namespace}.{name}.{target._overloadname}"
     if isinstance(target, HigherOrderOperator):
         return f"torch.ops.higher_order.{target.name()}"

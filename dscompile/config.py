@@ -90,7 +90,9 @@ class Config(BaseModel):
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
     )
-    zero: ZeroConfig = Field(default_factory=ZeroConfig, description="Sharding of parameters over ranks (ZeRO).")
+    zero: ZeroConfig = Field(
+        default_factory=lambda: ZeroConfig.model_validate({}), description="Sharding of parameters over ranks (ZeRO)."
+    )
     rank_timeout: float = Field(
         30.0,
         ge=0,

@@ -52,13 +52,13 @@ def _gather_phase(graph: StepGraph, ctx: PassContext, phase: Phase, cap: int, al
     for marker in unshards(graph):
         if info(marker.node).phase is not phase or is_local(marker):
             continue
-        block = sections.first_use(marker.node)
-        if block is None:
+        first = sections.first_use(marker.node)
+        if first is None:
             continue  # nothing but an output reads it: the marker's own kernel gathers
         if marker.operand.op != "placeholder":
             _lower_gather(graph, ctx, [marker], marker.node)
             continue
-        wanted.setdefault((block, *_kind(marker, alone)), []).append(marker)
+        wanted.setdefault((first, *_kind(marker, alone)), []).append(marker)
     for (block, *_), markers in wanted.items():
         assert isinstance(block, int)
         for members in _capped(markers, cap):
@@ -114,7 +114,7 @@ def _refresh_all(graph: StepGraph, ctx: PassContext, cap: int) -> None:
     sizes: dict[int, int] = {}
     for node in nodes:
         shards, _, world, group = node.args
-        value = shards[0].meta["val"]  # type: ignore[index,union-attr]
+        value = shards[0].meta["val"]
         elements = sum(full.numel() for full in node.meta["val"])
         open_ = groups.setdefault((value.dtype, value.device, world, group, info(node).phase), [])
         if not open_ or sizes[id(open_[-1])] + elements > cap:
@@ -139,7 +139,9 @@ def _merge_refreshes(graph: StepGraph, ctx: PassContext, nodes: list[fx.Node]) -
     for node in nodes:
         count = len(decode(node.args[1], world))  # type: ignore[arg-type]
         for user in list(node.users):
-            new = take(graph, merged, index + user.args[1], user, before=first)  # type: ignore[operator]
+            position = user.args[1]
+            assert isinstance(position, int)
+            new = take(graph, merged, index + position, user, before=first)
             graph.replace(user, new)
         index += count
     for node in nodes:
@@ -157,11 +159,11 @@ def _reduce_backward(graph: StepGraph, ctx: PassContext, cap: int, alone: int) -
     for marker in reduces(graph):
         if is_local(marker):
             continue
-        block = len(sections.spans) - 1 if marker.node in late else sections.of(marker.operand)
-        if block is None or any(user is not graph.output_node for user in marker.node.users):
+        made = len(sections.spans) - 1 if marker.node in late else sections.of(marker.operand)
+        if made is None or any(user is not graph.output_node for user in marker.node.users):
             _lower_reduce(graph, ctx, [marker], marker.node)
             continue
-        wanted.setdefault((block, *_kind(marker, alone)), []).append(marker)
+        wanted.setdefault((made, *_kind(marker, alone)), []).append(marker)
     for (block, *_), markers in wanted.items():
         assert isinstance(block, int)
         for members in _capped(markers, cap):

@@ -83,7 +83,8 @@ def emit_aten(module: fx.GraphModule) -> str:
 def _aten_body(module: fx.GraphModule) -> tuple[list[str], list[Step], list[str]]:
     """The inputs, steps and outputs of a graph, node by node; the branches and bodies it calls are defined first."""
     body = [n for n in module.graph.nodes if n.op == "call_function"]
-    values: Any = module.graph.output_node().args[0]
+    result: Any = module.graph.output_node().args[0]
+    values = [result] if isinstance(result, fx.Node) else result
     kept = {v.name for v in values if isinstance(v, fx.Node)}
     last_use = {read.name: index for index, node in enumerate(body) for read in node.all_input_nodes}
     steps = [_definition(node) for node in module.graph.find_nodes(op="get_attr")]
@@ -102,7 +103,10 @@ def _definition(node: fx.Node) -> Step:
         raise UnsupportedError(f"constant {node.name!r} inside a region cannot be printed as source")
     inputs, steps, outputs = _aten_body(module)
     lines = [line for step in steps for line in step.text.splitlines()]
-    lines.append(f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
+    single = isinstance(module.graph.output_node().args[0], fx.Node)  # a loop's condition returns no tuple
+    lines.append(
+        f"return {outputs[0]}" if single else f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})"
+    )
     text = "\n    ".join([f"def {node.name}({', '.join(inputs)}):", *lines])
     return Step(text, "def", (), (node.name,), ())
 

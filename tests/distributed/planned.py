@@ -23,7 +23,7 @@ from dscompile.torch_compat import aot_autograd
 
 @contextmanager
 def fake_world(size: int, rank: int = 0) -> Iterator[None]:
-    """This process as one rank of ``size``; collectives do nothing."""
+    """Make this process one rank of ``size``; collectives do nothing."""
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         yield

@@ -209,7 +209,7 @@ def test_a_tiny_models_planned_graph(stage: int, request: pytest.FixtureRequest)
         model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4, bias=False))
         found = plan(model, torch.zeros(2, 8), stage=stage, **NOTHING_KEPT)
     text = print_graph(found.joint)
-    path = GRAPHS / f"zero{stage}.expected.txt"
+    path = GRAPHS / f"zero{stage}.planned.txt"
     if not path.exists():
         path.write_text(text)
         pytest.fail(f"{path} was written; read it and commit it")

@@ -25,7 +25,7 @@ from dscompile.verify import baseline, verify
 from tests.build import trace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/passes.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/passes.md", "docs/zero.md")
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -91,6 +91,13 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_zero_code_trains(tmp_path: Path) -> None:
+    (code,) = blocks("docs/zero.md", "python")
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    python(str(script), cwd=ROOT)
 
 
 def test_readme_code_trains(tmp_path: Path) -> None:

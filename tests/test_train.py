@@ -32,10 +32,10 @@ TEXT = argparse.__file__
 ROOT = Path(__file__).parent.parent
 
 
-def options(place, *more, steps=12, backend="eager"):
+def options(place, *more, steps=12, backend="eager", ranks=1):
     return [
         *("train", "--run-dir", str(place), "--data", TEXT, "--batch", "2"),
-        *("--steps", str(steps), "--backend", backend, *more),
+        *("--steps", str(steps), "--backend", backend, "--ranks", str(ranks), *more),
     ]
 
 
@@ -240,7 +240,21 @@ def test_resume_refuses_a_changed_text(tmp_path, capsys):
     text = tmp_path / "text.py"
     text.write_bytes(Path(TEXT).read_bytes())
     place = ["--run-dir", str(tmp_path / "runs")]
-    arguments = ["train", "--data", str(text), "--batch", "2", "--steps", "2", "--backend", "eager", "--name", "a"]
+    arguments = [
+        "train",
+        "--data",
+        str(text),
+        "--batch",
+        "2",
+        "--steps",
+        "2",
+        "--backend",
+        "eager",
+        "--ranks",
+        "1",
+        "--name",
+        "a",
+    ]
     assert command([*arguments, *place]) == 0
     text.write_bytes(Path(TEXT).read_bytes().replace(b"parser", b"parcel", 1))
     capsys.readouterr()

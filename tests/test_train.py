@@ -240,22 +240,8 @@ def test_resume_refuses_a_changed_text(tmp_path, capsys):
     text = tmp_path / "text.py"
     text.write_bytes(Path(TEXT).read_bytes())
     place = ["--run-dir", str(tmp_path / "runs")]
-    arguments = [
-        "train",
-        "--data",
-        str(text),
-        "--batch",
-        "2",
-        "--steps",
-        "2",
-        "--backend",
-        "eager",
-        "--ranks",
-        "1",
-        "--name",
-        "a",
-    ]
-    assert command([*arguments, *place]) == 0
+    arguments = options(tmp_path / "runs", "--name", "a", "--data", str(text), steps=2)
+    assert command(arguments) == 0
     text.write_bytes(Path(TEXT).read_bytes().replace(b"parser", b"parcel", 1))
     capsys.readouterr()
     one_line(capsys, command(["train", "--resume", "a", "--steps", "4", *place]), "the text has changed")

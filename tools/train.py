@@ -236,7 +236,8 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"--zero {settings.zero}: no such stage; 0, 1, 2 or 3.")
     if settings.batch % settings.ranks:
         raise ConfigError(
-            f"--batch {settings.batch}: does not split evenly over {settings.ranks} ranks; give a multiple, or --ranks 1."
+            f"--batch {settings.batch}: does not split evenly over {settings.ranks} ranks; give a multiple, "
+            "or --ranks 1."
         )
     if not 0 < settings.lr < math.inf:
         raise ConfigError(f"--lr {settings.lr}: must be positive and finite.")

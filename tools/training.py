@@ -337,7 +337,8 @@ class Run:
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay; embeddings do not and learn faster; vectors do neither."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # Not m.weight: reading a sharded parameter as an attribute gives its full value.
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     tables = [p for p in model.parameters() if id(p) in embeddings]
     rest = [p for p in model.parameters() if id(p) not in embeddings]
     return [

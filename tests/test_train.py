@@ -432,7 +432,7 @@ def test_wrong_options_are_one_line_and_leave_nothing(tmp_path, capsys, more, pa
 
 def test_wrong_data_and_config_are_one_line(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a few words\n")
-    missing = ["train", "--run-dir", str(tmp_path / "runs"), "--data", str(tmp_path / "test.txt")]
+    missing = ["train", "--run-dir", str(tmp_path / "runs"), "--ranks", "1", "--data", str(tmp_path / "test.txt")]
     one_line(capsys, command(missing), "no such file", "Did you mean 'text.txt'?")
     one_line(capsys, command([*missing[:-1], str(tmp_path / "text.txt")]), "too little text")
     (tmp_path / "options.json").write_text('{"verfy": "each"}')

@@ -145,6 +145,20 @@ def test_a_signal_keeps_a_checkpoint_of_one_step(tmp_path, whom):
     assert command(["train", "--resume", "a", "--run-dir", str(tmp_path), "--steps", steps, "--ranks", "1"]) == 0
 
 
+def test_a_signal_to_ranks_that_still_start_is_quiet(tmp_path):
+    started = Started(*options(tmp_path, "a", steps=100_000))
+    end = time.monotonic() + 60
+    while len(started.children()) < 2:
+        assert started.process.poll() is None, started.process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    children = started.children()
+    os.killpg(started.process.pid, signal.SIGINT)
+    assert started.end(timeout=40) == (130, "", "")
+    assert_gone(children)
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_rank_that_is_killed_ends_the_others_with_a_named_error(tmp_path):
     started, where = Started(*options(tmp_path, "a", steps=100_000)), RunDir(tmp_path / "a")
     started.wait_for_rows(where, 3)

@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from multiprocessing import resource_tracker
+from types import FrameType
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -25,6 +28,7 @@ from dscompile.errors import RankError
 SHUTDOWN_SECONDS = 30
 """What a rank gets to end after a signal or another rank's failure; then it is killed."""
 
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -38,7 +42,7 @@ def launch(ranks: int, work: Callable[..., int], *arguments: Any) -> int:
     Raises:
         RankError: a rank ended by a signal, which it could not report itself.
     """
-    with tempfile.TemporaryDirectory(prefix="dscompile_") as logs, _as_found(), _threads(ranks):
+    with tempfile.TemporaryDirectory(prefix="dscompile_") as logs, _as_found(), _threads(ranks), _held_back():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -71,6 +75,9 @@ def launch(ranks: int, work: Callable[..., int], *arguments: Any) -> int:
 
 def _rank(work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
     """One rank's process. Leaves by its exit status, which the agent compares with 0."""
+    for number in _HELD_BACK:  # until the run has handlers of its own
+        signal.signal(number, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host name up, which may not resolve
     try:
@@ -80,6 +87,27 @@ def _rank(work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
         status = 1
     if status != 0:
         sys.exit(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Let signals to a new process wait until :func:`_rank` begins: while it imports it could only print a traceback.
+
+    A process inherits the mask of the thread that starts it. This process still gets its signals, by another thread.
+    """
+    resource_tracker.ensure_running()  # it would unblock them
+    done = threading.Event()
+    threading.Thread(target=done.wait, name="dscompile signals", daemon=True).start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
 
 
 @contextmanager

@@ -32,10 +32,10 @@ TEXT = argparse.__file__
 ROOT = Path(__file__).parent.parent
 
 
-def options(place, *more, steps=12, backend="eager"):
+def options(place, *more, steps=12, backend="eager", ranks=1):
     return [
         *("train", "--run-dir", str(place), "--data", TEXT, "--batch", "2"),
-        *("--steps", str(steps), "--backend", backend, *more),
+        *("--steps", str(steps), "--backend", backend, "--ranks", str(ranks), *more),
     ]
 
 
@@ -240,8 +240,8 @@ def test_resume_refuses_a_changed_text(tmp_path, capsys):
     text = tmp_path / "text.py"
     text.write_bytes(Path(TEXT).read_bytes())
     place = ["--run-dir", str(tmp_path / "runs")]
-    arguments = ["train", "--data", str(text), "--batch", "2", "--steps", "2", "--backend", "eager", "--name", "a"]
-    assert command([*arguments, *place]) == 0
+    arguments = options(tmp_path / "runs", "--name", "a", "--data", str(text), steps=2)
+    assert command(arguments) == 0
     text.write_bytes(Path(TEXT).read_bytes().replace(b"parser", b"parcel", 1))
     capsys.readouterr()
     one_line(capsys, command(["train", "--resume", "a", "--steps", "4", *place]), "the text has changed")
@@ -432,7 +432,7 @@ def test_wrong_options_are_one_line_and_leave_nothing(tmp_path, capsys, more, pa
 
 def test_wrong_data_and_config_are_one_line(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a few words\n")
-    missing = ["train", "--run-dir", str(tmp_path / "runs"), "--data", str(tmp_path / "test.txt")]
+    missing = ["train", "--run-dir", str(tmp_path / "runs"), "--ranks", "1", "--data", str(tmp_path / "test.txt")]
     one_line(capsys, command(missing), "no such file", "Did you mean 'text.txt'?")
     one_line(capsys, command([*missing[:-1], str(tmp_path / "text.txt")]), "too little text")
     (tmp_path / "options.json").write_text('{"verfy": "each"}')

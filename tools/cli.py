@@ -39,9 +39,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status; every error a user can make is one line on stderr."""
+    return reported(lambda: application(arguments)(arguments, prog_name="dscompile", standalone_mode=False))
+
+
+def reported(call: Callable[[], object]) -> int:
+    """The exit status of ``call``: what it returns, or that of the error it ends with, which is written to stderr."""
     stderr = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
-        status = application(arguments)(arguments, prog_name="dscompile", standalone_mode=False)
+        status = call()
+    except typer.Exit as error:
+        return int(error.exit_code)
     except VerifyError as error:
         stderr.print(str(error))
         return 1

@@ -18,11 +18,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Handles both signals while it is entered; a second signal raises ``KeyboardInterrupt`` wherever it arrives."""
+    """Handles both signals while it is entered.
 
-    def __init__(self) -> None:
+    A second signal raises ``KeyboardInterrupt`` wherever it arrives, unless ``patient``: a rank gets one from the
+    terminal and one more from its launcher, which also ends it if it takes too long.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
         self.caught: int | None = None
         """Number of the signal that arrived, if one did."""
+        self._patient = patient
         self._raises = False
         self._before: dict[int, Any] = {}
 
@@ -36,16 +41,20 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal raise :class:`Interrupted` within this block."""
+        """Let a signal raise :class:`Interrupted` within this block, or before it if one has arrived."""
         self._raises = True
         try:
+            if self.caught is not None:
+                raise Interrupted
             yield
         finally:
             self._raises = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.caught = self.caught is None, number
-        if not first:
-            raise KeyboardInterrupt
+        if self.caught is not None:
+            if not self._patient:
+                raise KeyboardInterrupt
+            return
+        self.caught = number
         if self._raises:
             raise Interrupted

@@ -24,10 +24,10 @@ def show_summary(
     step_seconds: Sequence[float],
     first_step: float,
     seconds: float,
-    peak_mib: float,
+    peaks_mib: Sequence[float],
     sample: str,
 ) -> None:
-    """Print the summary. Losses are nats per token; times are seconds."""
+    """Print the summary. Losses are nats per token; times are seconds; ``peaks_mib`` has one entry a rank."""
     reports = last_report()
     table = Table.grid(padding=(0, 2))
     rows = [
@@ -40,13 +40,19 @@ def show_summary(
     if step_seconds:
         step = median(step_seconds)
         rows.append(("speed", f"{tokens_per_step / step:,.0f} tokens/s, {step * 1e3:.0f} ms a step (median)"))
-    rows.append(("peak memory", f"{peak_mib:,.0f} MiB"))
+    rows.append(("peak memory", _peaks(peaks_mib)))
     rows += _compiler_rows(reports)
     rows.append(("files", f"{run.path}/: checkpoint.pt, metrics.csv, config.json, graphs/"))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     console.print(Panel(Text(sample), title="sample", title_align="left"))
     console.print(table)
+
+
+def _peaks(peaks_mib: Sequence[float]) -> str:
+    if len(peaks_mib) == 1:
+        return f"{peaks_mib[0]:,.0f} MiB"
+    return ", ".join(f"{peak:,.0f} MiB (rank {rank})" for rank, peak in enumerate(peaks_mib))
 
 
 def _compiler_rows(reports: Sequence[GraphReport]) -> list[tuple[str, str]]:

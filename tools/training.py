@@ -1,15 +1,18 @@
 """One training run of ``dscompile train``: model, optimizer, position and files, and the loop over them.
 
 The model is the unchanged single-device one of :mod:`dscompile.tools.gpt`; nothing in the loop knows about the
-compiler. Every forward pass, the held-out ones too, has one shape and runs with gradients enabled, so that one
-training graph is all that is ever compiled. A resumed run has the same losses: batches and learning rates are
-functions of (seed, step), and the checkpoint holds model, optimizer and random state.
+compiler. On several ranks each trains on its rows of the same batches, so the losses are those of one rank; the first
+rank prints and writes the files. Every forward pass, the held-out ones too, has one shape and runs with gradients
+enabled, so that one training graph is all that is ever compiled. A resumed run has the same losses: batches and
+learning rates are functions of (seed, step), and the checkpoint holds model, optimizer and random state, as whole
+tensors whatever the number of ranks.
 """
 
 from __future__ import annotations
 
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,11 +26,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from dscompile.errors import RunError
+from dscompile.config import Config
+from dscompile.errors import RankError, RunError
+from dscompile.reads import gathered
 from dscompile.report import REPORTS
-from dscompile.tools.data import Batches, Corpus, held_out_batches
+from dscompile.tools.data import IGNORED_TARGET, Batches, Corpus, held_out_batches
 from dscompile.tools.gpt import GPT, SIZES
 from dscompile.tools.interrupts import Interrupted, Interrupts
+from dscompile.tools.ranks import Ranks
 from dscompile.tools.run_dir import MetricsLog, RunDir
 from dscompile.tools.summary import show_summary
 
@@ -53,24 +59,42 @@ class Settings:
     data: str | None
     backend: str
     config: dict[str, Any]
+    ranks: int = 1
+    zero: int = 3
+
+    def compiler(self) -> Config:
+        """The compiler's options."""
+        zero = {**self.config.get("zero", {}), "stage": self.zero}
+        return Config.load({"summary": False, **self.config, "zero": zero})
 
 
 class Run:
-    """One training run. ``state`` is the checkpoint of the run to go on with, or ``None``."""
+    """One training run. ``state`` is the checkpoint of the run to go on with, or None; ``ranks`` is entered."""
 
     def __init__(
-        self, settings: Settings, corpus: Corpus, batches: Batches, where: RunDir, state: Mapping[str, Any] | None
+        self,
+        settings: Settings,
+        corpus: Corpus,
+        batches: Batches,
+        where: RunDir,
+        state: Mapping[str, Any] | None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.settings, self.corpus, self.batches, self.where = settings, corpus, batches, where
+        self.ranks = ranks or Ranks(1)
         torch.manual_seed(settings.seed)
-        self.model = GPT(SIZES[settings.model])
+        self.model: nn.Module = GPT(SIZES[settings.model])
+        if state is not None:
+            self._restore(lambda: self.model.load_state_dict(state["model"]))
+        self.model = self.ranks.shard(self.model, settings.compiler())
         self.optimizer = torch.optim.AdamW(_groups(self.model), lr=settings.lr, betas=(0.9, 0.95), fused=True)
         self.step = 0
         self.first_step_seconds = 0.0
         self.step_seconds: list[float] = []
         if state is not None:
-            self._restore(state)
+            self._restore(lambda: self._resume(state))
         self._saved_step = -1
+        self._stopped: int | None = None
         self.compiled = self._compile()
 
     @property
@@ -78,12 +102,14 @@ class Run:
         """Number of trained values."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(self.ranks.shard_optimizer_state(self.optimizer, state["optimizer"]))
+        torch.set_rng_state(state["rng"])
+        self.step = int(state["step"])
+
+    def _restore(self, load: Callable[[], object]) -> None:
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            self.step = int(state["step"])
+            load()
         except (RuntimeError, ValueError, TypeError, KeyError):
             raise RunError(
                 f"{self.where.checkpoint}: the checkpoint does not fit its model; start a new run."
@@ -95,17 +121,21 @@ class Run:
             return self.model
         options = None
         if backend == "dscompile":
+            # The stage is known from the parameters; every rank has the same graphs but for its own number.
             options = {"dump": str(self.where.path / "graphs"), "summary": False, **self.settings.config}
+            options.pop("zero", None)
+            if not self.ranks.first:
+                del options["dump"]
         compiled: Callable[..., Tensor] = torch.compile(self.model, backend=backend, options=options)
         return compiled
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
+        """Everything a resumed run needs, on any number of ranks. Every rank must call it."""
         return {
             "settings": asdict(self.settings),
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.ranks.whole(dict(self.model.state_dict())),
+            "optimizer": self.ranks.whole(self.optimizer.state_dict()),
             "rng": torch.get_rng_state(),
             "merges": [list(pair) for pair in self.corpus.tokenizer.merges],
             "corpus": self.corpus.digest,
@@ -121,20 +151,25 @@ class Run:
         """
         REPORTS.clear()
         settings, start, held_out = self.settings, time.perf_counter(), math.nan
-        self.where.write_config({**asdict(settings), "parameters": self.parameters, "torch": torch.__version__})
+        if self.ranks.first:
+            self.where.write_config({**asdict(settings), "parameters": self.parameters, "torch": torch.__version__})
         self._save()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
-            self.where.log_metrics(self.step) as log,
+            self.where.log_metrics(self.step) if self.ranks.first else nullcontext() as log,
             Progress(*columns, console=console, transient=not console.is_terminal) as progress,
         ):
             task = progress.add_task("compiling", total=settings.steps, completed=self.step)
             try:
                 held_out = self._loop(log, interrupts, progress, task)
-            except Interrupted:  # while compiling: no parameter has changed since the last whole step
-                self.optimizer.zero_grad(set_to_none=True)
+            except Exception as error:
+                self._broken_off(self.ranks.named(error), interrupts)
+            except Interrupted:
+                self._stopped = interrupts.caught
+            if self._stopped is not None and not self.first_step_seconds:
+                self.optimizer.zero_grad(set_to_none=True)  # compiling broke off: nothing else has changed since
             self._save()
-        if interrupts.caught is not None and self.step < settings.steps:
+        if self._stopped is not None and self.step < settings.steps:
             parent = self.where.path.parent
             place = "" if parent == DEFAULT_PLACE else f" --run-dir {parent}"
             console.print(
@@ -143,7 +178,8 @@ class Run:
                 soft_wrap=True,
                 markup=False,
             )
-            return 128 + interrupts.caught
+            return 128 + self._stopped
+        peaks, sample = self.ranks.all(peak_mib()), self.sample()
         show_summary(
             console,
             run=self.where,
@@ -153,16 +189,35 @@ class Run:
             step_seconds=self.step_seconds,
             first_step=self.first_step_seconds,
             seconds=time.perf_counter() - start,
-            peak_mib=peak_mib(),
-            sample=self.sample(),
+            peaks_mib=peaks,
+            sample=sample,
         )
         return 0
 
-    def _loop(self, log: MetricsLog, interrupts: Interrupts, progress: Progress, task: TaskID) -> float:
+    def _broken_off(self, error: Exception, interrupts: Interrupts) -> None:
+        """Raise ``error``, unless another rank heard the signal of this one while it compiled, and is gone already."""
+        gone = isinstance(error, RankError) and error.kind in ("left", "unknown")
+        if not gone or interrupts.caught is None or self.first_step_seconds:
+            raise error
+        self._stopped = interrupts.caught
+
+    def _agree(self, interrupts: Interrupts, save: bool) -> bool:
+        """Take note of a signal to any rank, in step with the others; returns whether to save."""
+        signals = (signal.SIGTERM, signal.SIGINT)
+        *heard, saves = self.ranks.sum(*(interrupts.caught == number for number in signals), save)
+        self._stopped = next((number for number, count in zip(signals, heard, strict=True) if count), None)
+        return saves > 0
+
+    def _loop(self, log: MetricsLog | None, interrupts: Interrupts, progress: Progress, task: TaskID) -> float:
         """Train until the end or a signal; returns the last held-out loss (not a number if there was none)."""
         settings = self.settings
         held_out, saved = math.nan, time.perf_counter()
-        while self.step < settings.steps and interrupts.caught is None:
+        while self.step < settings.steps:
+            if self._agree(interrupts, save=time.perf_counter() - saved > CHECKPOINT_SECONDS):
+                self._save()
+                saved = time.perf_counter()
+            if self._stopped is not None:
+                break
             row = self._train_step(interrupts)
             if self.step % math.ceil(settings.steps / EVALUATIONS) == 0 or self.step == settings.steps:
                 row["held_out_loss"] = held_out = self.held_out_loss()
@@ -171,15 +226,13 @@ class Run:
                     f"step {self.step}: loss {row['loss']:.3f}, held-out {held_out:.3f} ({share:.2f} of unigram), "
                     f"{row['tokens_per_s']:,} tokens/s, peak {row['peak_mib']:,} MiB"
                 )
-            log.add(row)
+            if log is not None:
+                log.add(row)
             progress.update(
                 task,
                 completed=self.step,
                 description=f"loss {row['loss']:.3f}  {row['tokens_per_s']:,} tokens/s  peak {row['peak_mib']:,} MiB",
             )
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                self._save()
-                saved = time.perf_counter()
         return held_out
 
     def _train_step(self, interrupts: Interrupts) -> dict[str, Any]:
@@ -191,12 +244,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         # The first step compiles, for up to a minute: a signal need not wait for its end.
         with nullcontext() if self.first_step_seconds else interrupts.at_once():
-            loss = self.compiled(inputs, targets)
-            value = float(loss.detach())
+            loss = self.compiled(self.ranks.part(inputs), self.ranks.part(targets))
             loss.backward()
+        value = self._mean(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = nn.utils.get_total_norm(gradients)
-        norm = float(total)
+        norm = float(self.ranks.whole(total))
         if not (math.isfinite(value) and math.isfinite(norm)):
             self._stop(f"the loss is {value}, the gradients' norm {norm}")
         nn.utils.clip_grads_with_norm_(self.model.parameters(), CLIP, total)
@@ -223,11 +276,17 @@ class Run:
         if self.step == self._saved_step:
             return
         if self.first_step_seconds:
-            value = float(self.compiled(*self.batches(self.step)).detach())
+            value = self._mean(self.compiled(*map(self.ranks.part, self.batches(self.step))))
             if not math.isfinite(value):
                 self._stop(f"the loss is {value}")
-        self.where.save(self.state())
+        state = self.state()
+        if self.ranks.first:
+            self.where.save(state)
         self._saved_step = self.step
+
+    def _mean(self, loss: Tensor) -> float:
+        """The mean over ranks, which have equally many tokens."""
+        return self.ranks.sum(float(loss.detach()))[0] / self.ranks.world
 
     def _stop(self, what: str) -> NoReturn:
         named = [
@@ -236,41 +295,50 @@ class Run:
                 ("first parameter", ((n, p) for n, p in self.model.named_parameters())),
                 ("first gradient", ((n, p.grad) for n, p in self.model.named_parameters())),
             )
-            if (name := next((n for n, v in values if v is not None and not v.isfinite().all()), None))
+            if (name := next((n for n, v in values if v is not None and not self._finite(v)), None))
         ]
         raise RunError(
             f"step {self.step + 1}: {what}{''.join(named)}. The checkpoint of step {self._saved_step} is kept in "
             f"{self.where.path}; start a new run with a lower --lr than {self.settings.lr:g}, or look at the data."
         )
 
+    def _finite(self, value: Tensor) -> bool:
+        return bool(self.ranks.whole(value.detach()).isfinite().all())
+
     def held_out_loss(self) -> float:
         """Mean loss over all held-out tokens, nats per token."""
         # Not under no_grad: that would compile a second graph. GPT has no dropout, so training mode changes nothing.
-        context, total, tokens = SIZES[self.settings.model].context, 0.0, 0
-        for inputs, targets, count in held_out_batches(
-            self.corpus.held_out, batch=self.settings.batch, context=context
-        ):
-            total += float(self.compiled(inputs, targets).detach()) * count
-            tokens += count
+        context, mine = SIZES[self.settings.model].context, 0.0
+        for inputs, targets, _ in held_out_batches(self.corpus.held_out, batch=self.settings.batch, context=context):
+            part = self.ranks.part(targets)
+            loss = float(self.compiled(self.ranks.part(inputs), part).detach())
+            if count := int((part != IGNORED_TARGET).sum()):  # else the loss is 0 / 0
+                mine += loss * count
+        total, tokens = self.ranks.sum(mine)[0], len(self.corpus.held_out) - 1
         if not math.isfinite(total):
             self._stop(f"the held-out loss is {total / tokens}")
         return total / tokens
 
     @torch.no_grad()
     def sample(self, length: int = 160, temperature: float = 0.7) -> str:
-        """Text that the model writes after ``def``, token by token, by the eager model (its shapes grow)."""
+        """Text that the model writes after ``def``, token by token, by the eager model (its shapes grow).
+
+        Every rank must call it; the first one writes.
+        """
         generator = torch.Generator().manual_seed(self.settings.seed)
         context, tokenizer = SIZES[self.settings.model].context, self.corpus.tokenizer
         ids = [int(i) for i in tokenizer.encode(b"\ndef ")]
-        for _ in range(length):
-            logits = self.model(torch.tensor([ids[-context:]]))[0, -1, : tokenizer.vocab]
-            ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+        with gathered(self.model):
+            for _ in range(length if self.ranks.first else 0):
+                logits = self.model(torch.tensor([ids[-context:]]))[0, -1, : tokenizer.vocab]
+                ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
         return tokenizer.decode(ids).decode(errors="replace").replace("\0", "\n")
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay; embeddings do not and learn faster; vectors do neither."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # Not m.weight: reading a sharded parameter as an attribute gives its full value.
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     tables = [p for p in model.parameters() if id(p) in embeddings]
     rest = [p for p in model.parameters() if id(p) not in embeddings]
     return [

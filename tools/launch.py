@@ -1,0 +1,137 @@
+"""Start the ranks of a training run on this machine: torchrun's agent, with its reports in our words.
+
+Under ``torchrun`` itself (many machines) nothing of this runs: its workers come here as ranks already.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from types import FrameType
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dscompile.errors import RankError
+
+SHUTDOWN_SECONDS = 30
+"""What a rank gets to end after a signal or another rank's failure; then it is killed."""
+
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def launch(ranks: int, work: Callable[..., int], *arguments: Any) -> int:
+    """Run ``work(*arguments)`` in ``ranks`` new processes and return the exit status.
+
+    ``work`` is a module-level function that reports its own errors and returns an exit status. A rank that fails ends
+    the others: with SIGTERM, and with SIGKILL after :data:`SHUTDOWN_SECONDS`. A signal to this process reaches every
+    rank; the status is then 128 + its number. No rank outlives this process.
+
+    Raises:
+        RankError: a rank ended by a signal, which it could not report itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="dscompile_") as logs, _as_found(), _threads(ranks), _held_back():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        try:
+            elastic_launch(config, _rank)(work, arguments)
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        except ChildFailedError as error:
+            rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+            if failure.exitcode > 0:
+                return int(failure.exitcode)
+            name = signal.Signals(-failure.exitcode).name
+            raise RankError(
+                f"rank {rank} (process {failure.pid}) was ended by {name}, so the others were ended too. "
+                "'dscompile train --resume' goes on from the last checkpoint.",
+                kind="died",
+                ranks=(rank,),
+            ) from None
+    return 0
+
+
+def _rank(work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    """One rank's process. Leaves by its exit status, which the agent compares with 0."""
+    for number in _HELD_BACK:  # until the run has handlers of its own
+        signal.signal(number, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host name up, which may not resolve
+    try:
+        status = work(*arguments)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status != 0:
+        sys.exit(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Let signals to a new process wait until :func:`_rank` begins: while it imports it could only print a traceback.
+
+    A process inherits the mask of the thread that starts it. This process still gets its signals, by another thread.
+    """
+    resource_tracker.ensure_running()  # it would unblock them
+    done = threading.Event()
+    threading.Thread(target=done.wait, name="dscompile signals", daemon=True).start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
+
+
+@contextmanager
+def _as_found() -> Iterator[None]:
+    """Keep the agent's log lines off the screen, and put back the signal handlers that it replaces for good."""
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _threads(ranks: int) -> Iterator[None]:
+    """Share the processors among the ranks, unless the user chose a number of threads."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dscompile.config import Config
 from dscompile.distribution import distribute
-from dscompile.errors import ConfigError, DscompileError, RunError
+from dscompile.errors import ConfigError, DscompileError, RankError, RunError
 from dscompile.runtime.guarded import watch_of
 from dscompile.runtime.watch import Watch, is_connection_error
 from dscompile.torch_compat import default_store
@@ -90,8 +90,12 @@ class Ranks:
 
     def named(self, error: Exception) -> Exception:
         """The :class:`RankError` behind a collective that lost its peer; any other error is returned as it is."""
-        if self._watch is None or not is_connection_error(error):
+        if self._mesh is None or not is_connection_error(error):
             return error
+        if self._watch is None:
+            return RankError(
+                f"a collective failed on rank {self.rank}, which watches no other (rank_timeout 0): {error}"
+            )
         return self._watch.explain(error)
 
     def _said(self, message: str) -> bool:

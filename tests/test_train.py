@@ -127,6 +127,14 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, capsys, in
     assert cut[-1]["held_out_loss"] == whole[-1]["held_out_loss"]
 
 
+def test_what_to_type_is_short_in_the_default_place(tmp_path, capsys, interrupt_at, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    interrupt_at(2)
+    arguments = ["train", "--data", TEXT, "--batch", "2", "--backend", "eager", "--ranks", "1", "--name", "a"]
+    assert command(arguments) == 130
+    assert capsys.readouterr().out.endswith("dscompile train --resume a\n")
+
+
 def test_steps_after_the_checkpoint_are_done_again_not_twice_in_the_metrics(tmp_path):
     assert command(options(tmp_path, "--name", "a", steps=6)) == 0
     where = RunDir(tmp_path / "a")

@@ -82,7 +82,7 @@ def train(
         raise ConfigError(f"--name {name}: a resumed run keeps its name; write --resume {name}.")
     if not resume and run is not None:
         raise ConfigError(f"unexpected argument {run!r}: write --resume {run} or --name {run}.")
-    request = Request(given, run_dir.resolve(), run if resume else name, resume)
+    request = Request(given, run_dir, run if resume else name, resume)
     if launched() is not None:
         return _train(request, given["ranks"])
     start = request.start()  # so that wrong options are found before any process is started

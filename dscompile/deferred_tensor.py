@@ -13,7 +13,7 @@ from torch import nn
 
 from dscompile.effects import traits
 from dscompile.errors import DeferredError, UnsupportedError
-from dscompile.torch_compat import FakeTensor, OpOverload, pytree, tensor_hooks
+from dscompile.torch_compat import FakeTensor, OpOverload, has_hooks, pytree
 
 if TYPE_CHECKING:
     from dscompile.deferred_record import Recorder
@@ -102,7 +102,7 @@ class DeferredTensor(FakeTensor):
 
 def real_twin(tensor: DeferredTensor, real: torch.Tensor) -> torch.Tensor:
     """``real`` with the class, ``requires_grad`` and attributes that ``tensor`` would have had undeferred."""
-    if tensor_hooks(tensor):
+    if has_hooks(tensor):
         raise UnsupportedError(tensor.complaint("gradient hooks were registered on it: register them afterwards"))
     grad = tensor.requires_grad and tensor.is_leaf
     twin = nn.Parameter(real, requires_grad=grad) if isinstance(tensor, nn.Parameter) else real.requires_grad_(grad)

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.shard_layout import REPLICATED as REPLICATED
 from dscompile.torch_compat import group_backend, process_group
-
-REPLICATED = -1
-"""The value of ``dim`` for a parameter that every rank holds whole."""
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 LIBRARY.define(

@@ -116,11 +116,6 @@ def swap_contents(left: torch.Tensor, right: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(left, right)
 
 
-def tensor_hooks(tensor: torch.Tensor) -> bool:
-    """Whether gradient hooks were registered on the tensor (``_backward_hooks``, ``_post_accumulate_grad_hooks``)."""
-    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
-
-
 # -- Dynamo ----------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +217,7 @@ def without_torch_function() -> contextlib.AbstractContextManager[Any]:
 
 def has_hooks(tensor: torch.Tensor) -> bool:
     """Whether someone registered a gradient hook. Stands on ``_backward_hooks`` and ``_post_accumulate_grad_hooks``."""
-    return bool(tensor._backward_hooks) or bool(tensor._post_accumulate_grad_hooks)
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 # -- splitting and sizes ---------------------------------------------------------------------------------------------

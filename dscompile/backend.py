@@ -8,6 +8,7 @@ the explicit split happen there), and to compile the forward and the backward gr
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from dscompile.config import Config
 from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
 from dscompile.errors import UnsupportedError, VerifyError
 from dscompile.graph import GraphKind, InputKind, StepGraph
-from dscompile.inductor_compat import OutputCode, SerializableAOTDispatchCompiler, our_cache_key
+from dscompile.inductor_compat import OutputCode, SerializableAOTDispatchCompiler, our_cache_key, probe_vector_isa
 from dscompile.manager import Numerics, PassContext, PassRecord, parse_pipeline, run_pipeline
 from dscompile.params import FrameInputs, frame_inputs, from_aot
 from dscompile.program import check_lifetimes
@@ -66,6 +67,8 @@ def dscompile(
     _check_replaced(gm, inputs)
     files = checked_files()
     frame = Frame(config, inputs, f"graph{next(_COUNTER)}", sharding)
+    if files.empty and config.regions != "aten":
+        frame.probe = probe_vector_isa()
     with (
         our_cache_key(cache.key(config, sharding.key()), regions=config.cache, programs=config.cache),
         loading_into(frame.name, frame.writer),
@@ -117,6 +120,7 @@ class Frame:
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self.writer = _writer(config, name)
+        self.probe: threading.Thread | None = None
 
     # -- AOTAutograd calls these -------------------------------------------------------------------------------------
 
@@ -215,6 +219,8 @@ class Frame:
         """Cut a graph into regions, compile them, lay out the program, check its lifetimes, and report."""
         start = time.perf_counter()
         regions = cut(graph, self.config, donatable=donatable)
+        if self.probe is not None:
+            self.probe.join()
         codes = lower_regions(regions, self.config)
         program = emit_program(graph, regions, codes)
         check_lifetimes(program)

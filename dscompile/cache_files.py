@@ -57,6 +57,11 @@ class CacheFiles:
         self.root = root
         self._known: dict[str, Stamp] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing had been compiled into the directory when it was checked."""
+        return not self._known
+
     def check(self) -> list[str]:
         """Remove damaged files; returns their paths, relative to the cache directory, and warns of them.
 

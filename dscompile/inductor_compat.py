@@ -10,6 +10,7 @@ import contextlib
 import copy
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from torch._inductor.codecache import FxGraphCache
 from torch._inductor.codegen import cpp as inductor_cpp
 from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
@@ -211,6 +213,23 @@ def load_artifact(artifact: CompiledFxGraph) -> Callable[[list[Any]], Any]:
 def cache_directory() -> str:
     """Where Inductor and AOTAutograd keep compiled code and programs."""
     return cache_dir()
+
+
+def probe_vector_isa() -> threading.Thread:
+    """Find out on a thread of its own which vector instructions the C++ compiler and this CPU have; join it.
+
+    With an empty cache directory Inductor builds and loads a test library for each instruction set, about 7 s, at the
+    first kernel that it writes. The compilers are other processes: a second core does that while the graph is traced.
+    A failure is left for Inductor to meet again, and to report. Stands on ``valid_vec_isa_list``.
+    """
+
+    def probe() -> None:
+        with contextlib.suppress(Exception):
+            valid_vec_isa_list()
+
+    thread = threading.Thread(target=probe, name="dscompile-vector-isa", daemon=True)
+    thread.start()
+    return thread
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from torch import fx, nn
 
 from dscompile.comm import LAUNCHES, REFRESH, ours
-from dscompile.equivalence import Verdict
+from dscompile.equivalence import Verdict, prove
+from dscompile.errors import VerifyError
 from dscompile.graph import StepGraph
 from dscompile.manager import Numerics
+from dscompile.sharding import Sharding
 from tests.distributed.planned import Plan, fake_world, launches, markers, plan
 
 
@@ -111,3 +115,49 @@ def test_casts_happen_while_packing() -> None:
 
 def _is_parameter(node: fx.Node) -> bool:
     return node.op == "placeholder" and node.meta["val"].dtype is torch.float32
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+def retyped(target: object, index: int, dtype: torch.dtype | None) -> Callable[[StepGraph], None]:
+    """Give the first call of an operator another dtype as its argument ``index``."""
+
+    def fault(graph: StepGraph) -> None:
+        node = graph.graph.find_nodes(op="call_function", target=target, sort=True)[0]
+        assert node.args[index] in (torch.bfloat16, torch.float32)
+        node.args = (*node.args[:index], dtype, *node.args[index + 1 :])
+
+    return fault
+
+
+FAULTS = {
+    "gathered in fp16": (3, retyped(ours.pack_shards.default, 3, torch.float16)),
+    "gathered in fp32": (3, retyped(ours.pack_shards.default, 3, None)),
+    "reduced in fp32": (3, retyped(ours.pack_grads.default, 3, torch.float32)),
+    "reduced in fp16": (2, retyped(ours.pack_grads.default, 3, torch.float16)),
+    "gradients left in bf16": (3, retyped(ours.unpack_shards.default, 4, None)),
+    "whole gradients left in bf16": (0, retyped(ours.unpack_params.default, 3, None)),
+    "copies in fp16": (1, retyped(REFRESH, 4, torch.float16)),
+    "copies of replicated parameters in fp16": (0, retyped(REFRESH, 4, torch.float16)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_proof_catches(name: str) -> None:
+    stage, fault = FAULTS[name]
+    found = planned(stage, "bf16")
+    assert found.reference is not None
+    assert prove(found.reference, found.joint).verdict is Verdict.PROVED
+    fault(found.joint)
+    assert prove(found.reference, found.joint).verdict is not Verdict.PROVED
+
+
+def test_a_wrong_dtype_in_the_placement_table_is_named() -> None:
+    with fake_world(4):
+        traced = plan(Net(), ids(), pipeline="canonicalise,zero3", precision={"param_dtype": "bf16"}, stage=3)
+    specs = dict(traced.sharding.specs)
+    name = "blocks.1.0.weight"
+    specs[name] = replace(specs[name], wire=torch.float32)
+    with pytest.raises(VerifyError, match=r"placement.*blocks\.1\.0\.weight"):
+        Sharding(specs).check(traced.joint)

@@ -142,7 +142,7 @@ def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
 def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync) -> property:
     """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
     compiling, marker = torch.compiler.is_compiling, _MARKER
-    shard, silent, leaf, accumulated = attribute_keys(name)
+    shard, silent, leaf, offered, taken = attribute_keys(name)
 
     def reduce(self: nn.Module) -> Tensor | None:
         if compiling():
@@ -156,7 +156,9 @@ def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync
 
     def boundary(self: nn.Module) -> Tensor | None:
         if compiling():
-            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, accumulated), dim, size, world, group))
+            if getattr(self, taken):
+                return local(self)
+            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, offered), dim, size, world, group))
         return _read(self, name, sync)
 
     def refuse(self: nn.Module, *_: Any) -> NoReturn:

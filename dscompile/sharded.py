@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -27,7 +28,6 @@ from dscompile.slots import Slot, attribute_keys, slot_of
 from dscompile.world import World
 
 STATE = "_dscompile"
-FOREIGN = "_dscompile_foreign"
 _MARKER = torch.ops.dscompile.unshard.default
 
 
@@ -55,24 +55,26 @@ class Shards:
 
 
 class ParameterTable(dict[str, nn.Parameter | None]):
-    """A module's ``_parameters``: notes values that do not belong there, as ``torch.func.functional_call`` puts them.
+    """A module's ``_parameters``: notices values that do not belong there, as ``torch.func.functional_call`` puts them.
 
-    Graphs read a parameter's slot, not this table, so a write that only the table sees would be ignored. Dynamo traces
-    the method below, so it holds for a ``functional_call`` inside compiled code as well as around it.
+    Graphs read a parameter's slot, not this table, so a write that only the table sees would be ignored: while it holds
+    another value, the module's attributes for graphs are None, and its property looks here. Dynamo traces the method
+    below, so this holds for a ``functional_call`` inside compiled code as well as around it.
     """
 
-    def __init__(self, values: dict[str, nn.Parameter | None], shards: Shards, foreign: dict[str, Any]) -> None:
-        dict.__init__(self, values)
+    def __init__(self, module: nn.Module, shards: Shards) -> None:
+        dict.__init__(self, module._parameters)
+        self.module = weakref.ref(module)
         self.shards = shards
-        self.foreign = foreign
 
     def __setitem__(self, name: str, value: Any) -> None:
         dict.__setitem__(self, name, value)
-        slot = self.shards.slots.get(name)
-        if slot is None or slot.param is value:
-            self.foreign.pop(name, None)
-        else:
-            self.foreign[name] = value
+        slot, module = self.shards.slots.get(name), self.module()
+        if slot is not None and module is not None:
+            own = slot.param is value
+            shard, silent, *_ = attribute_keys(name)
+            setattr(module, shard, slot.shard if own else None)
+            setattr(module, silent, slot.silent if own else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (list(self.items()),)
@@ -100,19 +102,13 @@ def adopt(module: nn.Module, name: str, param: DTensor, spec: ShardSpec, config:
     shards = shards_of(module)
     if shards is None:
         shards = module.__dict__[STATE] = Shards({}, config)
-        _tabulate(module, shards)
+        module.__dict__["_parameters"] = ParameterTable(module, shards)
     module._parameters[name] = cast(nn.Parameter, param)
     for key in ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ():
         module.__dict__.pop(key, None)  # full copies; the class computes them
     shards.specs[name] = spec
     _attach(module, name, param)
     set_variant(module, Sync.REDUCE)
-
-
-def _tabulate(module: nn.Module, shards: Shards) -> None:
-    foreign: dict[str, Any] = {}
-    module.__dict__[FOREIGN] = foreign
-    module.__dict__["_parameters"] = ParameterTable(module._parameters, shards, foreign)
 
 
 def adopt_containers(model: nn.Module) -> None:
@@ -128,14 +124,13 @@ def _attach(module: nn.Module, name: str, param: DTensor) -> None:
     if slot is None or slot.param is not param:
         slot = Slot(param, shards.specs[name], shards.config)
     shards.slots[name] = slot
-    module.__dict__[FOREIGN].pop(name, None)
     slot.own(module, name)
 
 
 def _release(module: nn.Module, name: str) -> None:
     """Forget a sharded parameter, which the user replaced by None or by a plain one."""
     shards = cast(Shards, shards_of(module))
-    for table in (shards.specs, shards.slots, module.__dict__[FOREIGN]):
+    for table in (shards.specs, shards.slots):
         table.pop(name, None)
     for key in attribute_keys(name):
         module.__dict__.pop(key, None)
@@ -162,7 +157,8 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
     shards = cast(Shards, shards_of(module))
     slot = shards.slots.get(name)
     if slot is None or slot.param is not cast(Tensor, param):
-        return _foreign(param, shards.specs[name])
+        spec = shards.specs[name]
+        return _foreign(param, spec.dim, spec.size, spec.world, spec.group)
     if slot.full is not None and (slot.writable or not torch.is_grad_enabled()):
         return slot.full if slot.writable else slot.full.as_subclass(Gathered)
     if slot.stale:
@@ -172,10 +168,10 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
     return value.as_subclass(Gathered)
 
 
-def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
+def _foreign(param: Tensor, dim: int, size: int, world: int, group: str) -> Tensor:
     """A value put there for a moment (``torch.func.functional_call``): a full tensor, or a DTensor placed alike."""
     if isinstance(param, DTensor):
-        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group)
+        return unshard(param.to_local(), dim, size, world, group)
     return param
 
 
@@ -183,37 +179,32 @@ def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync
     """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
     compiling, marker = torch.compiler.is_compiling, _MARKER
 
-    def given(self: Any) -> Tensor | None:
-        value = self._dscompile_foreign[name]
-        return (
-            cast(Tensor, marker(value.to_local(), None, None, dim, size, world, group))
-            if isinstance(value, DTensor)
-            else value
-        )
-
     shard, silent, leaf, offered, taken = attribute_keys(name)
 
-    def reduce(self: Any) -> Tensor | None:
+    def given(self: nn.Module) -> Tensor:
+        value = self._parameters[name]
+        return _foreign(cast(Tensor, value), dim, size, world, group)
+
+    def reduce(self: nn.Module) -> Tensor | None:
         if compiling():
-            if self._dscompile_foreign and name in self._dscompile_foreign:
-                return given(self)
-            return cast(Tensor, marker(getattr(self, shard), None, None, dim, size, world, group))
+            value = getattr(self, shard)
+            return given(self) if value is None else marker(value, None, None, dim, size, world, group)
         return _read(self, name, sync)
 
-    def local(self: Any) -> Tensor | None:
+    def local(self: nn.Module) -> Tensor | None:
         if compiling():
-            if self._dscompile_foreign and name in self._dscompile_foreign:
-                return given(self)
-            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, dim, size, world, group))
+            value = getattr(self, silent)
+            return given(self) if value is None else marker(value, getattr(self, leaf), None, dim, size, world, group)
         return _read(self, name, sync)
 
-    def boundary(self: Any) -> Tensor | None:
+    def boundary(self: nn.Module) -> Tensor | None:
         if compiling():
-            if self._dscompile_foreign and name in self._dscompile_foreign:
-                return given(self)
             if getattr(self, taken):
                 return local(self)
-            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, offered), dim, size, world, group))
+            value = getattr(self, shard)
+            return (
+                given(self) if value is None else marker(value, None, getattr(self, offered), dim, size, world, group)
+            )
         return _read(self, name, sync)
 
     def refuse(self: nn.Module, *_: Any) -> NoReturn:
@@ -330,7 +321,6 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         state = dict(cast(dict[str, Any], self.__getstate__()))
-        state.pop(FOREIGN, None)
         state["_parameters"] = dict(self._parameters)
         for name in cast(Shards, shards_of(self)).specs:
             for key in attribute_keys(name):
@@ -339,7 +329,7 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def revive(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
-        _tabulate(self, cast(Shards, shards_of(self)))
+        self.__dict__["_parameters"] = ParameterTable(self, cast(Shards, shards_of(self)))
         for name in cast(Shards, shards_of(self)).specs:
             param = cast(DTensor, self._parameters[name])
             World.of(param.device_mesh)

@@ -12,13 +12,14 @@ a *logical* name (:mod:`dscompile.world`), equal on every rank, so graphs and ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dscompile.shard_layout import REPLICATED as REPLICATED
-from dscompile.torch_compat import group_backend, process_group
+from dscompile.torch_compat import FakeTensor, FakeTensorMode, group_backend, process_group
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 LIBRARY.define(
@@ -93,6 +94,28 @@ def reduce_grad(
     return mean
 
 
+# -- whose reduction an accumulated gradient joins -------------------------------------------------------------------
+
+_TAKE = "dscompile_take"
+
+
+def on_take(accumulated: Tensor, callback: Callable[[], object]) -> None:
+    """Call ``callback`` when a reader that was given ``accumulated`` begins (:mod:`dscompile.slots`)."""
+    setattr(accumulated, _TAKE, callback)
+
+
+def is_offered(tensor: Tensor) -> bool:
+    """Whether :func:`on_take` was called on this very tensor."""
+    return hasattr(tensor, _TAKE)
+
+
+def take(accumulated: Tensor | None) -> None:
+    """A reader begins that will add ``accumulated`` to its gradient before reducing it. Later readers must not."""
+    callback = getattr(accumulated, _TAKE, None)
+    if callback is not None:
+        callback()
+
+
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +130,7 @@ def _unshard_kernel(
     dtype: torch.dtype | None = None,
     wire: torch.dtype | None = None,
 ) -> Tensor:
+    take(accumulated)
     if world == 1 or dim == REPLICATED:
         return _copied(shard, dtype)
     return _gather(shard if dtype is None else shard.to(dtype), dim, size, world, group)
@@ -254,6 +278,33 @@ torch.library.register_fake("dscompile::unshard", _unshard_fake, lib=LIBRARY)
 torch.library.register_fake("dscompile::reduce_grad", _reduce_fake, lib=LIBRARY)
 
 
+def _shape_quickly(mode: FakeTensorMode, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The fake result of a marker, without the general path, which caches only ``aten`` operators.
+
+    A model has one marker for each parameter, and each is traced four times: this halves what sharding adds to it.
+    """
+    source = args[0]
+    reads = func is torch.ops.dscompile.unshard.default
+    dim, size = (args[3], args[4]) if reads else (args[1], args[2])
+    dtypes = args[7:8] if reads else args[6:4:-1]  # the first that is given counts
+    shape = list(source.shape)
+    if dim != REPLICATED:
+        shape[dim] = size
+    if (
+        kwargs
+        or type(source) is not FakeTensor
+        or source.fake_mode is not mode
+        or any(type(n) is not int for n in shape)
+    ):
+        return mode.__torch_dispatch__(func, types, args, kwargs)
+    dtype = next((d for d in dtypes if d is not None), source.dtype)
+    return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), source.fake_device)
+
+
+for _name in ("unshard", "reduce_grad"):
+    torch.library.register_torch_dispatch(f"dscompile::{_name}", FakeTensorMode, _shape_quickly, lib=LIBRARY)
+
+
 # -- derivatives -----------------------------------------------------------------------------------------------------
 
 
@@ -263,14 +314,16 @@ def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtype = shard.dtype if leaf is None else leaf.dtype
     ctx.local = 0 if ctx.dim == REPLICATED else shard.shape[ctx.dim]
     ctx.to_leaf = leaf is not None
-    ctx.save_for_backward(accumulated)
+    # No saved tensor: a checkpointed block reads again in backward, when another reader may have the accumulator, and
+    # checkpointing compares the tensors that the two runs save.
+    ctx.accumulated = accumulated
 
 
 def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     nothing = (None,) * 6
     if ctx.to_leaf:
         return None, grad.to(ctx.dtype), None, *nothing
-    (accumulated,) = ctx.saved_tensors
+    accumulated = ctx.accumulated
     # A tied parameter has several unshard nodes, and autograd sums their gradients: the accumulated one must join only
     # one of them. The mark lives on the tensor, so it holds for one backward pass in eager mode (the accumulator is
     # dropped at its end) and for one trace of the joint graph, where these are fake tensors.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -56,6 +57,32 @@ class Shards:
         return Shards, (self.specs, self.config)
 
 
+class ParameterTable(dict[str, nn.Parameter | None]):
+    """A module's ``_parameters``: notices values that do not belong there, as ``torch.func.functional_call`` puts them.
+
+    Graphs read a parameter's slot, not this table, so a write that only the table sees would be ignored: while it holds
+    another value, the module's attributes for graphs are None, and its property looks here. Dynamo traces the method
+    below, so this holds for a ``functional_call`` inside compiled code as well as around it.
+    """
+
+    def __init__(self, module: nn.Module, shards: Shards) -> None:
+        dict.__init__(self, module._parameters)
+        self.module = weakref.ref(module)
+        self.shards = shards
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        dict.__setitem__(self, name, value)
+        slot, module = self.shards.slots.get(name), self.module()
+        if slot is not None and module is not None:
+            own = slot.param is value
+            shard, silent, *_ = attribute_keys(name)
+            setattr(module, shard, slot.shard if own else None)
+            setattr(module, silent, slot.silent if own else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (list(self.items()),)
+
+
 def shards_of(module: nn.Module) -> Shards | None:
     """What a module knows of its own sharded parameters (not its children's), or None."""
     found = module.__dict__.get(STATE)
@@ -78,12 +105,20 @@ def adopt(module: nn.Module, name: str, param: DTensor, spec: ShardSpec, config:
     shards = shards_of(module)
     if shards is None:
         shards = module.__dict__[STATE] = Shards({}, config)
+        module.__dict__["_parameters"] = ParameterTable(module, shards)
     module._parameters[name] = cast(nn.Parameter, param)
     for key in ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ():
         module.__dict__.pop(key, None)  # full copies; the class computes them
     shards.specs[name] = spec
     _attach(module, name, param)
     set_variant(module, Sync.REDUCE)
+
+
+def adopt_containers(model: nn.Module) -> None:
+    """Let the modules above sharded ones reach into these (:func:`container_class`)."""
+    for module in model.modules():
+        if shards_of(module) is None and slots_in(module) and not hasattr(type(module), "_dscompile_base"):
+            module.__class__ = cast(Any, container_class)(type(module))
 
 
 def _attach(module: nn.Module, name: str, param: DTensor) -> None:
@@ -131,7 +166,8 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
     shards = cast(Shards, shards_of(module))
     slot = shards.slots.get(name)
     if slot is None or slot.param is not cast(Tensor, param):
-        return _foreign(param, shards.specs[name])
+        spec = shards.specs[name]
+        return _foreign(param, _tail(spec))
     if slot.full is not None and (slot.writable or not torch.is_grad_enabled()):
         return slot.full if slot.writable else slot.full.as_subclass(Gathered)
     if slot.stale:
@@ -141,31 +177,42 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
     return value.as_subclass(Gathered)
 
 
-def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
+def _foreign(param: Tensor, tail: Tail) -> Tensor:
     """A value put there for a moment (``torch.func.functional_call``): a full tensor, or a DTensor placed alike."""
+    dtypes = tail[4:]
     if isinstance(param, DTensor):
-        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group, dtype=spec.dtype, wire=spec.wire)
-    return param if spec.dtype is None else param.to(spec.dtype)
+        return unshard(param.to_local(), *tail[:4], None, None, *dtypes)
+    return param.to(dtypes[0]) if dtypes and dtypes[0] is not None else param
 
 
 def _property(name: str, tail: Tail, sync: Sync) -> property:
     """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
     compiling, marker = torch.compiler.is_compiling, _MARKER
-    shard, silent, leaf, accumulated = attribute_keys(name)
+
+    shard, silent, leaf, offered, taken = attribute_keys(name)
+
+    def given(self: nn.Module) -> Tensor:
+        value = self._parameters[name]
+        return _foreign(cast(Tensor, value), tail)
 
     def reduce(self: nn.Module) -> Tensor | None:
         if compiling():
-            return cast(Tensor, marker(getattr(self, shard), None, None, *tail))
+            value = getattr(self, shard)
+            return given(self) if value is None else marker(value, None, None, *tail)
         return _read(self, name, sync)
 
     def local(self: nn.Module) -> Tensor | None:
         if compiling():
-            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, *tail))
+            value = getattr(self, silent)
+            return given(self) if value is None else marker(value, getattr(self, leaf), None, *tail)
         return _read(self, name, sync)
 
     def boundary(self: nn.Module) -> Tensor | None:
         if compiling():
-            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, accumulated), *tail))
+            if getattr(self, taken):
+                return local(self)
+            value = getattr(self, shard)
+            return given(self) if value is None else marker(value, None, getattr(self, offered), *tail)
         return _read(self, name, sync)
 
     def refuse(self: nn.Module, *_: Any) -> NoReturn:
@@ -193,13 +240,51 @@ def sharded_class(base: type[nn.Module], layout: Layout, sync: Sync) -> type[nn.
     if not layout:
         return base
     members: dict[str, Any] = {entry[0]: _property(*entry, sync) for entry in layout}
-    members |= _methods(base)
+    members |= _reaching_methods(base) | _methods(base)
     members |= {"_dscompile_base": base, "_dscompile_layout": layout, "_dscompile_sync": sync}
     members |= {"__module__": base.__module__}
     members |= {"__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if issubclass(base, nn.RNNBase):
         members |= _rnn_members()
     return type(base.__name__, (base,), members)
+
+
+@functools.cache
+def container_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` for a module that holds sharded parameters only through its children."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _revive_container, (base,), cast(Any, self).__getstate__()
+
+    members: dict[str, Any] = {**_reaching_methods(base), "__reduce_ex__": reduce, "_dscompile_base": base}
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), members)
+
+
+def _revive_container(base: type[nn.Module]) -> nn.Module:
+    cls: type[nn.Module] = cast(Any, container_class)(base)
+    return cls.__new__(cls)
+
+
+def _reaching_methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods of ``nn.Module`` that reach into children, for modules with sharded parameters anywhere below."""
+
+    def get_parameter(self: nn.Module, target: str) -> nn.Parameter:
+        path, _, name = target.rpartition(".")
+        owner = self.get_submodule(path)
+        shards = shards_of(owner)
+        if shards is not None and name in shards.slots:  # not the attribute, which is the gathered value
+            return cast(nn.Parameter, owner._parameters[name])
+        return base.get_parameter(self, target)
+
+    def requires_grad_(self: nn.Module, requires_grad: bool = True) -> nn.Module:
+        base.requires_grad_(self, requires_grad)
+        for slot in slots_in(self):
+            if slot.stale:
+                slot.renew()
+        return self
+
+    return {"get_parameter": get_parameter, "requires_grad_": requires_grad_}
 
 
 def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
@@ -244,6 +329,7 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         state = dict(cast(dict[str, Any], self.__getstate__()))
+        state["_parameters"] = dict(self._parameters)
         for name in cast(Shards, shards_of(self)).specs:
             for key in attribute_keys(name):
                 state.pop(key, None)
@@ -251,6 +337,7 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def revive(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
+        self.__dict__["_parameters"] = ParameterTable(self, cast(Shards, shards_of(self)))
         for name in cast(Shards, shards_of(self)).specs:
             param = cast(DTensor, self._parameters[name])
             World.of(param.device_mesh)

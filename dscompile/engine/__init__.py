@@ -1,0 +1,1 @@
+"""The training engine: what a DeepSpeed-style script needs around the compiler."""

@@ -1,0 +1,58 @@
+"""State of the random generators of one rank: Python's, NumPy's, PyTorch's CPU and current CUDA device."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+from typing import Any
+
+import numpy
+import torch
+
+
+def get_rng() -> dict[str, Any]:
+    """The state of this process' generators as JSON values."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(kind), _pack(keys.tobytes()), int(position), int(has_gauss), float(cached)],
+        "torch": _pack(torch.get_rng_state().numpy().tobytes()),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = _pack(torch.cuda.get_rng_state().numpy().tobytes())
+    return state
+
+
+def set_rng(state: dict[str, Any]) -> None:
+    """Put the generators into a state of :func:`get_rng`. Raises ``ValueError`` and its like for anything else."""
+    version, internal, gauss = state["python"]
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    numpy_keys = numpy.frombuffer(_unpack(keys), dtype=numpy.uint32)
+    torch_state = torch.frombuffer(bytearray(_unpack(state["torch"])), dtype=torch.uint8)
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state((kind, numpy_keys, position, has_gauss, cached))
+    torch.set_rng_state(torch_state)
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(_unpack(state["cuda"])), dtype=torch.uint8))
+
+
+def derive_rng(states: list[dict[str, Any]], rank: int, world: int) -> None:
+    """Seed this rank's generators from the saved ones of another number of ranks: repeatable, different on each rank.
+
+    There is no state to go on with: the streams of N ranks are not those of M.
+    """
+    text = repr((states[0]["torch"], states[0]["python"], world, rank))
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    random.seed(seed)
+    numpy.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)  # CUDA's too
+
+
+def _pack(data: bytes) -> str:
+    return base64.b85encode(data).decode()
+
+
+def _unpack(text: str) -> bytes:
+    return base64.b85decode(text)

@@ -1,0 +1,52 @@
+"""Saved at one number of ranks and stage, gone on with at another: the same losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dscompile.engine.checkpoint_files import DirectoryReader
+from tests.engine.checkpoint_runs import Run
+from tests.ranks import run_ranks
+
+BEFORE, AFTER = 5, 10
+
+
+def save_and_go_on(rank: int, world: int, stage: int, folder: str, kind: str) -> list[float]:
+    run = Run(stage, kind)
+    run.train(BEFORE)
+    run.save(folder)
+    return run.train(AFTER)
+
+
+def go_on(rank: int, world: int, stage: int, folder: str, kind: str) -> list[float]:
+    run = Run(stage, kind, seed=77 + rank)
+    run.train(1)  # state of its own, all of which must go
+    run.load(folder)
+    return run.train(AFTER)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[float]]:
+    folder = str(tmp_path_factory.mktemp("run"))
+    losses = run_ranks(save_and_go_on, 2, 3, folder, "AdamW")
+    assert losses[0] == losses[1]
+    return folder, losses[0]
+
+
+@pytest.mark.parametrize(("stage", "world"), [(1, 2), (0, 1), (3, 4), (2, 3), (3, 2)])
+def test_goes_on_at_another_world_and_stage(saved: tuple[str, list[float]], stage: int, world: int) -> None:
+    folder, expected = saved
+    losses = run_ranks(go_on, world, stage, folder, "AdamW")[0]
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert len({round(x, 3) for x in expected}) > 5, "the losses must move for this to mean anything"
+
+
+def test_a_plain_model_goes_on_without_a_process_group(saved: tuple[str, list[float]]) -> None:
+    folder, expected = saved
+    run = Run(None, seed=5)
+    run.load(folder)
+    assert run.train(AFTER) == pytest.approx(expected, rel=1e-6)

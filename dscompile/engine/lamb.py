@@ -1,0 +1,210 @@
+"""LAMB for large batches, on whole parameters and on shards.
+
+Source: You et al., Large Batch Optimization for Deep Learning (2020), algorithm 2. Where the paper and DeepSpeed's
+kernel differ, DeepSpeed's arithmetic is followed: the averages' bias is corrected in the step size
+``lr * sqrt(1 - beta2^t) / (1 - beta1^t)``, not in the direction, so that it stays outside the trust ratio; and the
+ratio is clamped to ``[min_coeff, max_coeff]``, and 1 where either norm is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dscompile.errors import ConfigError, UnsupportedError
+from dscompile.torch_compat import local_of
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class _Item:
+    """One parameter in one step: local tensors, and over which process groups its squared norms add up."""
+
+    param: Tensor
+    value: Tensor
+    grad: Tensor
+    average: Tensor
+    square: Tensor
+    size: float
+    ranks: tuple[dist.ProcessGroup, ...]
+
+
+class Lamb(Optimizer):
+    """Adam's direction, scaled for each tensor by the ratio of its norm to the direction's.
+
+    For each tensor ``x`` with gradient ``g``: ``m = beta1 * m + (1 - beta1) * g``,
+    ``v = beta2 * v + (1 - beta2) * g * g``, ``u = m / (sqrt(v) + eps) + weight_decay * x`` and
+    ``x -= size * clamp(|x| / |u|, min_coeff, max_coeff) * u``.
+
+    The norms of a sharded parameter are those of the whole one: the squares of all parameters are summed over ranks by
+    one all-reduce a step (one for each process group that shards any). Every rank must step.
+
+    Args:
+        params: parameters or groups; plain tensors or DTensors. Averages have their dtype and placement.
+        lr: learning rate.
+        bias_correction: correct the averages' bias in the step size.
+        betas: decay of the averages.
+        eps: added to the root of the second average, or inside it with ``eps_inside_sqrt``.
+        eps_inside_sqrt: where ``eps`` stands.
+        weight_decay: decoupled from the averages, inside the direction.
+        max_coeff: largest trust ratio.
+        min_coeff: smallest trust ratio.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0:
+            raise ConfigError(
+                f"Lamb: lr {lr}, eps {eps} and weight_decay {weight_decay}: none of them may be negative."
+            )
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"Lamb: betas must be two numbers in [0, 1), got {tuple(betas)}.")
+        if not 0 <= min_coeff <= max_coeff:
+            raise ConfigError(f"Lamb: min_coeff {min_coeff} must lie in [0, max_coeff], and max_coeff is {max_coeff}.")
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": tuple(betas),
+            "eps": eps,
+            "eps_inside_sqrt": eps_inside_sqrt,
+            "weight_decay": weight_decay,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns the closure's loss.
+
+        Raises:
+            UnsupportedError: a sparse gradient, or a gradient that is not placed as its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, items) for group in self.param_groups if (items := self._items(group))]
+        if not work:
+            return loss
+        directions = [_directions(group, items) for group, items in work]
+        everything = [item for _, items in work for item in items]
+        squares = _squared_norms(everything, [u for us in directions for u in us])
+        start = 0
+        for (group, items), us in zip(work, directions, strict=True):
+            stop = start + len(items)
+            _apply(group, items, us, squares[:, start:stop])
+            start = stop
+        return loss
+
+    def _items(self, group: dict[str, Any]) -> list[_Item]:
+        items = []
+        beta1, beta2 = group["betas"]
+        for param in cast(list[Tensor], group["params"]):
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["step"] += 1
+            size, step = float(group["lr"]), float(state["step"])
+            if group["bias_correction"]:
+                size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
+            tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+            items.append(_Item(param, *_local(tensors), size, _shard_groups(param)))
+        return items
+
+
+def _local(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The local parts of a parameter, its gradient and its averages."""
+    param, grad = tensors[0], tensors[1]
+    if grad.is_sparse:
+        raise UnsupportedError("Lamb: sparse gradients are not supported; make the embedding with sparse=False.")
+    if not isinstance(param, DTensor):
+        return tuple(tensors)
+    if not isinstance(grad, DTensor) or grad.placements != param.placements:
+        raise UnsupportedError(
+            f"Lamb: a parameter of shape {tuple(param.shape)} is placed as {param.placements}, its gradient is not."
+        )
+    return tuple(local_of(cast(DTensor, tensor)) for tensor in tensors)
+
+
+def _shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups over which a parameter is cut."""
+    if not isinstance(param, DTensor):
+        return ()
+    if any(placement.is_partial() for placement in param.placements):
+        raise UnsupportedError(f"Lamb: a parameter of shape {tuple(param.shape)} is an unreduced sum over ranks.")
+    return tuple(
+        param.device_mesh.get_group(dim) for dim, placement in enumerate(param.placements) if placement.is_shard()
+    )
+
+
+def _directions(group: dict[str, Any], items: list[_Item]) -> list[Tensor]:
+    """Update the averages; returns each parameter's direction, of its local shape."""
+    beta1, beta2 = group["betas"]
+    grads, averages = [i.grad for i in items], [i.average for i in items]
+    squares = [i.square for i in items]
+    aten._foreach_lerp_.Scalar(averages, grads, 1 - beta1)
+    aten._foreach_mul_.Scalar(squares, beta2)
+    aten._foreach_addcmul_.Scalar(squares, grads, grads, 1 - beta2)
+    if group["eps_inside_sqrt"]:
+        roots = aten._foreach_add.Scalar(squares, group["eps"])
+        aten._foreach_sqrt_(roots)
+    else:
+        roots = aten._foreach_sqrt(squares)
+        aten._foreach_add_.Scalar(roots, group["eps"])
+    directions: list[Tensor] = aten._foreach_div.List(averages, roots)
+    if group["weight_decay"]:
+        aten._foreach_add_.List(directions, [i.value for i in items], alpha=group["weight_decay"])
+    return directions
+
+
+def _squared_norms(items: list[_Item], directions: list[Tensor]) -> Tensor:
+    """``[2, len(items)]`` fp32: squared norms of the whole parameters and directions."""
+    values = [*(i.value for i in items), *directions]
+    norms = torch.stack([norm.float() for norm in aten._foreach_norm.Scalar(values, 2)])
+    squares = norms.square_().view(2, len(items))
+    for ranks in dict.fromkeys(ranks for item in items for ranks in item.ranks):
+        cut = torch.tensor([n for n, item in enumerate(items) if ranks in item.ranks], device=squares.device)
+        total = squares[:, cut].contiguous()
+        dist.all_reduce(total, group=ranks)
+        squares[:, cut] = total
+    return squares
+
+
+def _apply(group: dict[str, Any], items: list[_Item], directions: list[Tensor], squares: Tensor) -> None:
+    """``x -= size * ratio * u`` for the items of one group; ``squares`` is ``[2, len(items)]``."""
+    weight, direction = squares.sqrt()
+    ratio = (weight / direction).clamp_(group["min_coeff"], group["max_coeff"])
+    ratio = torch.where((weight > 0) & (direction > 0), ratio, 1.0)
+    sizes = torch.tensor([-item.size for item in items], device=ratio.device)
+    scales = (ratio * sizes).unbind()
+    for item, update, scale in zip(items, directions, scales, strict=True):
+        item.value.addcmul_(update, scale.to(update.dtype))
+        # Written through the local tensor, which no version counter of the DTensor sees.
+        torch.autograd.graph.increment_version(item.param)

@@ -42,14 +42,25 @@ _PUBLIC = {
     "deferred_init": "deferred",
     "is_deferred": "deferred",
     "materialise": "deferred",
+    "initialize": "engine.initialize",
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.ds_config",
+    "init_distributed": "engine.processes",
+    "add_config_arguments": "engine.command_line",
+    "RepeatingLoader": "engine.data",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+_MODULES = {"zero": "engine.zero", "checkpointing": "engine.checkpointing"}
+"""DeepSpeed's names that are modules: ``dscompile.zero.Init``, ``dscompile.checkpointing.checkpoint``."""
+
+__all__ = ["__version__", *sorted({**_PUBLIC, **_MODULES})]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"dscompile.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dscompile.{_MODULES[name]}")
     raise AttributeError(f"module 'dscompile' has no attribute {name!r}")
 
 

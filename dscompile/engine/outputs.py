@@ -65,7 +65,7 @@ def loss_in(outputs: Any) -> Tensor:
     if not isinstance(candidate, Tensor) or candidate.numel() != 1:
         what = f"shape {tuple(candidate.shape)}" if isinstance(candidate, Tensor) else type(outputs).__name__
         raise UnsupportedError(
-            f"train_batch needs a scalar loss, and the model returned {what}: return the loss, a mapping or object with "
-            "`loss`, or pass loss_fn= for batches of (inputs, labels)."
+            f"train_batch needs a scalar loss, and the model returned {what}: return the loss, a mapping or object "
+            "with `loss`, or pass loss_fn= for batches of (inputs, labels)."
         )
     return candidate

@@ -17,14 +17,14 @@ _VARIABLES = ("RANK", "WORLD_SIZE")
 
 
 def default_device() -> torch.device:
-    """This process's device: the GPU of its local rank, or the CPU (also with DeepSpeed's ``DS_ACCELERATOR=cpu``)."""
+    """The device of this process: the GPU of its local rank, or the CPU (also with DeepSpeed's ``DS_ACCELERATOR=cpu``)."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which the launcher says; 0 without one."""
+    """The number of this process on its machine, which the launcher says; 0 without one."""
     return _integer("LOCAL_RANK", 0)
 
 
@@ -63,8 +63,8 @@ def init_distributed(
         return
     if dist_init_required is False:
         raise ConfigError(
-            "dist_init_required is False, but torch.distributed does not run; call init_process_group() first, or leave "
-            "it out."
+            "dist_init_required is False, but torch.distributed does not run; call init_process_group() first, or "
+            "leave it out."
         )
     backend = dist_backend or ("nccl" if default_device().type == "cuda" else "gloo")
     waiting = {} if timeout is None else {"timeout": timeout}

@@ -24,8 +24,8 @@ class Replaced:
         name = self._names.get(id(parameter))
         if name is None:
             raise ConfigError(
-                f"{where} has a parameter of shape {tuple(parameter.shape)} that is not the model's; pass parameters of "
-                "the model that is given to initialize()."
+                f"{where} has a parameter of shape {tuple(parameter.shape)} that is not the model's; pass parameters "
+                "of the model that is given to initialize()."
             )
         return self._model.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]]  # type: ignore[return-value]
 
@@ -49,8 +49,8 @@ class Replaced:
         """
         if optimizer.state:
             raise ShardingError(
-                f"the {type(optimizer).__name__} has taken steps before initialize(), and its state would be lost; make "
-                "a new one, or load a checkpoint into the engine."
+                f"the {type(optimizer).__name__} has taken steps before initialize(), and its state would be lost; "
+                "make a new one, or load a checkpoint into the engine."
             )
         for group in optimizer.param_groups:
             group["params"] = [self.of(p, "the optimizer") for p in group["params"]]

@@ -1,1 +1,1 @@
-"""DeepSpeed's engine: its configuration, optimizers, schedules, data, checkpoints and monitors, over the compiler."""
+"""DeepSpeed's engine on this compiler: its configuration, and the object that trains a model as that says."""

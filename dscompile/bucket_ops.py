@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.collectives import COLLECTIVES
 from dscompile.placement import resident_of
 from dscompile.resident import is_fresh, set_fresh
 from dscompile.shard_layout import ShardLayout, decode
@@ -178,7 +179,7 @@ def refresh(
     fulls = [resident_of(shard) for shard in shards]
     if all(full is not None and is_fresh(shard) for shard, full in zip(shards, fulls, strict=True)):
         return [full for full in fulls if full is not None]
-    gather = torch.ops._c10d_functional
+    gather = COLLECTIVES
     flat = pack_shards(shards, layouts, world, new)
     whole = new(flat, (world * flat.numel(),))
     gathered = gather.wait_tensor(gather.all_gather_into_tensor_out(flat, world, group, out=whole)).view(world, -1)

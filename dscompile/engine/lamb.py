@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from dscompile.collectives import LOG
 from dscompile.errors import ConfigError, UnsupportedError
 from dscompile.torch_compat import local_of
 
@@ -192,7 +193,8 @@ def _squared_norms(items: list[_Item], directions: list[Tensor]) -> Tensor:
     for ranks in dict.fromkeys(ranks for item in items for ranks in item.ranks):
         cut = torch.tensor([n for n, item in enumerate(items) if ranks in item.ranks], device=squares.device)
         total = squares[:, cut].contiguous()
-        dist.all_reduce(total, group=ranks)
+        with LOG.timing("all_reduce", total, ranks.size(), "Lamb"):
+            dist.all_reduce(total, group=ranks)
         squares[:, cut] = total
     return squares
 

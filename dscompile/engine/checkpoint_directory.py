@@ -41,14 +41,24 @@ def check_tag(tag: str) -> str:
 def begin(directory: Path) -> Path:
     """A new temporary folder for a save; removes those of dead processes of this host. Raises ``OSError``."""
     directory.mkdir(parents=True, exist_ok=True)
-    host = re.sub(r"[^\w.]", "_", socket.gethostname())
-    for found in directory.glob(f".saving-{host}-*"):
-        pid = found.name.removeprefix(f".saving-{host}-").partition("-")[0]
+    for found in directory.glob(f".*-{_host()}-*-*"):
+        pid = found.name.rpartition("-")[0].rpartition("-")[2]
         if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(found, ignore_errors=True)
-    path = directory / f".saving-{host}-{os.getpid()}-{secrets.token_hex(4)}"
+            if found.name.startswith(".saving-"):
+                shutil.rmtree(found, ignore_errors=True)
+            elif found.name.startswith(f".{LATEST}-"):
+                found.unlink(missing_ok=True)
+    path = _temporary(directory, "saving")
     path.mkdir()
     return path
+
+
+def _temporary(directory: Path, kind: str) -> Path:
+    return directory / f".{kind}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 
 
 def _alive(pid: int) -> bool:
@@ -71,7 +81,7 @@ def commit(temporary: Path, tag: str) -> Path:
         final.rename(replaced)
     temporary.rename(final)
     sync_folder(directory)
-    new = directory / f".{LATEST}-{secrets.token_hex(4)}"
+    new = _temporary(directory, LATEST)
     write_synced(new, [tag.encode() + b"\n"])
     new.replace(directory / LATEST)
     sync_folder(directory)

@@ -36,7 +36,7 @@ def file_name(rank: int) -> str:
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes on the host, in row-major order; without a copy if that is how they lie already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_synced(path: Path, parts: Iterable[memoryview | bytes]) -> None:
@@ -234,7 +234,7 @@ class DirectoryReader(StorageReader):
 
 def _verified(path: Path, file: FileIO, place: Place) -> Tensor:
     data = torch.empty(place.nbytes, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     file.seek(place.position)
     got = 0
     while got < place.nbytes:

@@ -37,6 +37,8 @@ from dscompile.errors import CheckpointError
 
 FORMAT = 1
 METADATA = "checkpoint.json"
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading values of the wrong kinds raises."""
 _FILE_NAME = re.compile(r"rank_\d{5,}\.bin")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -117,7 +119,7 @@ class Contents:
         try:
             header = json.loads(head)
             version, digest = header["format"], header["sha256"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except MALFORMED:
             raise damaged(path, "its first line is not that of a checkpoint") from None
         if version != FORMAT:
             raise CheckpointError(f"{path}: has format {version!r}; this version of dscompile reads format {FORMAT}.")
@@ -125,7 +127,7 @@ class Contents:
             raise damaged(path, "its checksum differs")
         try:
             return _parse(json.loads(body))
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except MALFORMED as error:
             raise damaged(path, f"it contradicts itself ({type(error).__name__}: {error})") from None
 
 
@@ -167,7 +169,10 @@ def _parse(found: dict[str, Any]) -> Contents:
         properties = TensorProperties(dtype=_DTYPES[dtype])
         tensors[key] = TensorStorageMetadata(properties=properties, size=size, chunks=chunks)
     for name in ("id", "world", "ties", "optimizer", "state", "rng"):
-        found[name]  # noqa: B018  (a KeyError says what is missing)
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+    if any(type(k) is not str or type(v) is not str for k, v in found["ties"].items()):
+        raise ValueError("ties are names")
     return Contents(Metadata(tensors, storage_data=places), files, found)
 
 
@@ -189,20 +194,22 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     Raises:
         CheckpointError: anything else, naming its place.
     """
-    if value is None or isinstance(value, (bool, int, float, str)) and type(value) in (bool, int, float, str):
+    if value is None or (isinstance(value, (bool, int, float, str)) and type(value) in (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
+        while where in tensors:  # {"a.b": ..., "a": {"b": ...}}
+            where += "'"
         tensors[where] = value.detach()
         return {"$tensor": where}
     if isinstance(value, bytes):
         return {"$bytes": base64.b85encode(value).decode()}
     if isinstance(value, (list, tuple)):
-        items = [encode(v, f"{where}.{i}", tensors) for i, v in enumerate(value)]
+        items = [encode(v, _below(where, i), tensors) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not any(isinstance(k, Tensor) for k in value):
         if type(value) is not collections.Counter and all(type(k) is str and k[:1] != "$" for k in value):
-            return {k: encode(v, f"{where}.{k}", tensors) for k, v in value.items()}
-        pairs = [[encode(k, f"{where}.keys", {}), encode(v, f"{where}.{k}", tensors)] for k, v in value.items()]
+            return {k: encode(v, _below(where, k), tensors) for k, v in value.items()}
+        pairs = [[encode(k, _below(where, "keys"), {}), encode(v, _below(where, k), tensors)] for k, v in value.items()]
         return {"$counter" if isinstance(value, collections.Counter) else "$dict": pairs}
     if isinstance(value, (bool, int, float, str)):  # a subclass: numpy.float64, an IntEnum
         base = next(t for t in (bool, int, float, str) if isinstance(value, t))
@@ -213,6 +220,10 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         f"state {where}: a {type(value).__module__}.{type(value).__qualname__} cannot be saved; a checkpoint holds "
         "numbers, strings, lists, tuples, dictionaries and tensors, so that loading one runs no code."
     )
+
+
+def _below(where: str, key: object) -> str:
+    return f"{where}{key}" if where.endswith("/") else f"{where}.{key}"
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -47,7 +47,7 @@ class Collective:
         return found
 
     def scatter(self, values: Sequence[Any] | None) -> Any:
-        """This rank's of the values that rank 0 gives."""
+        """The one for this rank of the values that rank 0 gives."""
         if self.alone:
             assert values is not None
             return values[0]

@@ -90,7 +90,7 @@ class Staging:
 
     def chunks(self) -> Iterator[tuple[WriteItem, memoryview]]:
         """The items and their bytes, once all are copied."""
-        return ((item, memoryview(target.numpy())) for item, _, target in self._copies)
+        return ((item, target.numpy().data) for item, _, target in self._copies)
 
 
 def _copy(tensor: Tensor, target: Tensor, *, wait: bool) -> None:

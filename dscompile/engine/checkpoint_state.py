@@ -7,7 +7,7 @@ stored by name too, so neither their order nor that of the parameters has to be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,6 +20,8 @@ from dscompile.engine.checkpoint_format import Contents, decode, encode
 from dscompile.errors import CheckpointError
 
 SEPARATOR = "//"
+STATE = f"state{SEPARATOR}"
+"""What the keys of a script's own tensors begin with."""
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -124,12 +126,12 @@ class OptimizerState:
 
 def _encode_state(param: Tensor, value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     local_shape = param.to_local().shape if isinstance(param, DTensor) else param.shape
-    if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim and local_shape != param.shape:
-        if value.shape == local_shape:
-            raise CheckpointError(
-                f"{where}: the optimizer keeps a plain tensor of the shard's shape {tuple(value.shape)}, of which "
-                "a checkpoint cannot tell where it belongs in the whole; keep a DTensor like the parameter."
-            )
+    plain = isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim > 0
+    if plain and value.shape == local_shape != param.shape:
+        raise CheckpointError(
+            f"{where}: the optimizer keeps a plain tensor of the shard's shape {tuple(value.shape)}, of which a "
+            "checkpoint cannot tell where it belongs in the whole; keep a DTensor like the parameter."
+        )
     return encode(value, where, tensors)
 
 
@@ -150,7 +152,7 @@ def _names(optimizer: torch.optim.Optimizer, model: ModelState) -> dict[int, str
 
 @dataclass(frozen=True, slots=True)
 class OptimizerLoad:
-    """An optimizer's state on its way from a checkpoint: ``targets`` are read into, then :meth:`apply` installs it."""
+    """An optimizer's state on its way from a checkpoint: ``targets`` are filled, then :meth:`state_dict` is whole."""
 
     optimizer: torch.optim.Optimizer
     targets: dict[str, Tensor]
@@ -186,8 +188,8 @@ class OptimizerLoad:
                 targets[key] = empty_for(params.get(name), contents.tensor(key))
         return cls(optimizer, targets, groups, facts["state"], names, stored)
 
-    def apply(self) -> None:
-        """Install what was read, through the optimizer's own ``load_state_dict``."""
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizer's ``load_state_dict`` takes."""
         index, state, groups = 0, {}, []
         for group, values in zip(self.optimizer.param_groups, self.groups, strict=True):
             numbers = []
@@ -199,7 +201,7 @@ class OptimizerLoad:
                 index += 1
             groups.append({**{k: v for k, v in group.items() if k != "params"}, **decode(values, self.targets)})
             groups[-1]["params"] = numbers
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return {"state": state, "param_groups": groups}
 
 
 def _match_groups(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -14,7 +15,8 @@ import torch
 def get_rng() -> dict[str, Any]:
     """The state of this process' generators as JSON values."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    legacy: Any = numpy.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = legacy
     state = {
         "python": [version, list(internal), gauss],
         "numpy": [str(kind), _pack(keys.tobytes()), int(position), int(has_gauss), float(cached)],
@@ -25,17 +27,29 @@ def get_rng() -> dict[str, Any]:
     return state
 
 
-def set_rng(state: dict[str, Any]) -> None:
-    """Put the generators into a state of :func:`get_rng`. Raises ``ValueError`` and its like for anything else."""
+def rng_setter(state: dict[str, Any]) -> Callable[[], None]:
+    """What puts the generators into a state of :func:`get_rng`.
+
+    Raises ``ValueError``, ``TypeError``, ``LookupError`` or ``RuntimeError`` for anything else; changes nothing then.
+    """
     version, internal, gauss = state["python"]
     kind, keys, position, has_gauss, cached = state["numpy"]
     numpy_keys = numpy.frombuffer(_unpack(keys), dtype=numpy.uint32)
     torch_state = torch.frombuffer(bytearray(_unpack(state["torch"])), dtype=torch.uint8)
-    random.setstate((version, tuple(internal), gauss))
-    numpy.random.set_state((kind, numpy_keys, position, has_gauss, cached))
-    torch.set_rng_state(torch_state)
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(_unpack(state["cuda"])), dtype=torch.uint8))
+    cuda_state = torch.frombuffer(bytearray(_unpack(state["cuda"])), dtype=torch.uint8) if "cuda" in state else None
+    python_state, numpy_state = (version, tuple(internal), gauss), (kind, numpy_keys, position, has_gauss, cached)
+    random.Random().setstate(python_state)
+    numpy.random.RandomState().set_state(numpy_state)
+    torch.Generator().set_state(torch_state)
+
+    def apply() -> None:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_state is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda_state)
+
+    return apply
 
 
 def derive_rng(states: list[dict[str, Any]], rank: int, world: int) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
 
-from dscompile.engine.checkpoint_files import DirectoryReader
 from tests.engine.checkpoint_runs import Run
 from tests.ranks import run_ranks
 

@@ -409,7 +409,11 @@ def _compiler(where: str, given: Mapping[str, Any], values: Mapping[str, Any]) -
     for name in ("fp16", "bf16"):
         if values[f"{name}.enabled"]:
             precision["param_dtype"] = name
-    for option, path in (("reduce_dtype", "communication_data_type"), ("grad_dtype", "data_types.grad_accum_dtype")):
+    for option, path in (
+        ("reduce_dtype", "communication_data_type"),
+        ("grad_dtype", "data_types.grad_accum_dtype"),
+        ("buffer_dtype", "data_types.buffer_dtype"),
+    ):
         if values[path] is not None:
             precision[option] = values[path]
     options: dict[str, Any] = {"summary": False}

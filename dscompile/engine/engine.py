@@ -84,7 +84,7 @@ class Engine(Answers):
             if self.optimizer is not None
             else None
         )
-        self.progress = Progress(parts.config, parts.rank, self.batch.train)
+        self.progress = Progress(parts.config, parts.rank, parts.world, self.device)
         # In a tuple: the compiled model is a module around the same model, and must not be registered a second time.
         self._compiled: tuple[Callable[..., Any]] = (torch.compile(self.module, backend="dscompile"),)
         self._gc = GcFreeze(self) if parts.config.freeze_gc else None
@@ -152,7 +152,7 @@ class Engine(Answers):
                 self._scaled(divided).backward(retain_graph=retain_graph)
         finally:
             self._own_backward = False
-        self.window.backward()
+        self.window.backward(plain=False)
         return divided
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class Engine(Answers):
                 "loss.backward() without the loss scale, which fp16 needs: call engine.backward(loss), or "
                 "engine.scale(loss).backward()."
             )
-        self.window.backward()
+        self.window.backward(plain=True)
         return gradient / self.window.size if self.window.size > 1 else None
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -195,7 +195,7 @@ class Engine(Answers):
             raise RunError("engine.step() without an optimizer: pass one to initialize(), or name one in the config.")
         if self._inside_no_sync:
             raise RunError("engine.step() inside engine.no_sync(): its gradients were not reduced; step outside.")
-        if self.window.at_boundary:
+        if self.window.step_is_due:
             with self.progress.timed("step"):
                 accumulation.reduce_pending(self.module)
                 finisher.by_engine = True

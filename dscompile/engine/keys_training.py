@@ -86,7 +86,7 @@ TRAINING: Final[tuple[Key, ...]] = (
             "(or in communication_data_type); remove the key"),
     acted("data_types.grad_accum_dtype", DTYPE, None, "fp32", "dtype of the accumulated gradients of the masters"),
     refused("data_types.param_dtype", DTYPE, None, "bf16", "use bf16.enabled or fp16.enabled"),
-    refused("data_types.buffer_dtype", DTYPE, None, "bf16", "buffers keep their dtype; convert them in the model"),
+    acted("data_types.buffer_dtype", DTYPE, None, "bf16", "convert floating-point buffers once; by default they stay"),
     # logging
     acted("steps_per_print", integer(1), None, 10, "log step, skipped steps, learning rates and momenta every so often "
           "(default: DeepSpeed's code; its page says 10)"),
@@ -115,8 +115,7 @@ TRAINING: Final[tuple[Key, ...]] = (
     acted("comms_logger.verbose", BOOLEAN, False, True, "also log each collective when it has run"),
     acted("comms_logger.prof_all", BOOLEAN, True, False, "all operators, or only those of prof_ops"),
     acted("comms_logger.prof_ops", LIST, [], ["all_gather"], "the operators to log"),
-    accepted("comms_logger.debug", BOOLEAN, False, True, "collectives are called by the compiled program: each line "
-             "names its graph in place of a caller"),
+    acted("comms_logger.debug", BOOLEAN, False, True, "one row for each place that a collective is called from"),
     # data and checkpoints
     acted("dataloader_drop_last", BOOLEAN, False, True, "drop an incomplete last batch"),
     acted("checkpoint.tag_validation", choice("ignore", "warn", "fail"), "warn", "fail",

@@ -1,4 +1,4 @@
-"""What an engine says about its run: progress lines, times of its phases, and the monitors' values."""
+"""What an engine says about its run: progress lines, times of its phases, the monitors' values, the collectives."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import contextlib
 import logging
 import resource
 import sys
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from dscompile.engine.comm_log import CommLog
 from dscompile.engine.ds_config import EngineConfig
+from dscompile.engine.monitor import Monitor
+from dscompile.engine.timers import Throughput, Timers
 
 if TYPE_CHECKING:
     from dscompile.engine.engine import Engine
@@ -22,53 +24,74 @@ _LOG = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts and reports one rank's steps. Lines come from rank 0."""
+    """Counts and reports the steps. Lines and metrics come from rank 0; every rank makes one.
 
-    def __init__(self, config: EngineConfig, rank: int, samples: int) -> None:
-        self._logging, self._first, self._samples = config.logging, rank == 0, samples
-        self._loss: Tensor | None = None
-        self._seconds: dict[str, float] = {}
-        self._since, self._steps = time.perf_counter(), 0
+    Attributes:
+        timers: of the phases ``forward``, ``backward`` and ``step``.
+        comm_log: of the collectives, if it is on.
+    """
 
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time inside to a phase's, if phases are reported."""
-        if not self._logging.breakdown:
-            yield
-            return
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+    def __init__(self, config: EngineConfig, rank: int, world: int, device: torch.device) -> None:
+        self._logging, self._first, self._world = config.logging, rank == 0, world
+        self._monitored = bool(config.monitors)  # on every rank alike: the mean loss is a collective
+        self.timers = Timers(config.logging.breakdown, device)
+        self.comm_log = CommLog.from_config(config.comms)
+        self._monitor = Monitor.from_config(config.monitors, rank=rank)
+        self._throughput = Throughput()
+        self._losses: list[Tensor] = []
+        if self.comm_log is not None:
+            self.comm_log.start()
+
+    def timed(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        """A block whose time belongs to ``phase``."""
+        return self.timers.timed(phase)
 
     def loss(self, loss: Tensor) -> None:
-        """Take note of a micro-batch's loss."""
-        self._loss = loss.detach()
+        """Take note of a micro-batch's loss, if somebody wants it."""
+        if self._monitored:
+            self._losses.append(loss.detach().float().reshape(()))
 
     def step(self, engine: Engine) -> None:
         """An optimizer step has ended."""
-        self._steps += 1
+        self.timers.step_ended()
+        self._throughput.step_ended(engine.batch.train)
+        if self._monitored:
+            self._report(engine)
         every = self._logging.every
-        if every is None or engine.global_steps % every or not self._first:
-            return
-        elapsed = time.perf_counter() - self._since
+        if every is not None and engine.global_steps % every == 0:
+            breakdown = self.timers.breakdown()
+            if self._first:
+                _LOG.info(self._line(engine) + (f", {breakdown.line()}" if self.timers.enabled else ""))
+
+    def _report(self, engine: Engine) -> None:
+        """DeepSpeed's metrics, under its names, by the number of samples."""
+        values: dict[str, float | Tensor] = {"Train/Samples/lr": engine.get_lr()[0]}
+        if self._losses:
+            mean = torch.stack(self._losses).mean()
+            if self._world > 1:
+                dist.all_reduce(mean)
+            values["Train/Samples/train_loss"] = mean / self._world
+            self._losses.clear()
+        if engine.scaler is not None:
+            values["Train/Samples/loss_scale"] = engine.scaler.scale
+        self._monitor.write(engine.global_samples, values)
+
+    def _line(self, engine: Engine) -> str:
         parts = [
             f"step={engine.global_steps}",
             f"skipped={engine.skipped_steps}",
             f"lr={engine.get_lr()}",
             f"mom={engine.get_mom()}",
         ]
-        if self._logging.throughput:
-            parts.append(f"samples/s={self._steps * self._samples / elapsed:.3g}")
+        if self._logging.throughput and (rate := self._throughput.recent()[0]):
+            parts.append(f"samples/s={rate:.3g}")
         if self._logging.memory:
             unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
             parts.append(f"peak={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20):.0f} MiB")
-        if self._logging.breakdown:
-            parts += [f"{phase}={1000 * s / self._steps:.2f} ms" for phase, s in self._seconds.items()]
-        _LOG.info(", ".join(parts))
-        self._seconds.clear()
-        self._since, self._steps = time.perf_counter(), 0
+        return ", ".join(parts)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, and stop listening to collectives."""
+        self._monitor.close()
+        if self.comm_log is not None:
+            self.comm_log.stop()

@@ -17,7 +17,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE")
 
 
 def default_device() -> torch.device:
-    """The device of this process: the GPU of its local rank, or the CPU (also with DeepSpeed's ``DS_ACCELERATOR=cpu``)."""
+    """The device of this process: its local rank's GPU, or the CPU (also with DeepSpeed's ``DS_ACCELERATOR=cpu``)."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank() % torch.cuda.device_count())

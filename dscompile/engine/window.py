@@ -1,9 +1,10 @@
 """Gradient accumulation as the engine counts it: where in a window of micro-batches the training is.
 
-Two ways of writing the loop are counted. With ``engine.step()`` after each micro-batch, as DeepSpeed's scripts do, those
-calls count, however many backward passes each micro-batch has. With PyTorch's own loop (``loss.backward()`` for each
-micro-batch, ``optimizer.step()`` after the last) backward passes count. Before its forward pass a micro-batch's place is
-a guess in the second case; it decides only when gradients are reduced: a wrong guess costs bytes, never gradients.
+Two ways of writing the loop are counted. With ``engine.step()`` after each micro-batch, as in DeepSpeed's scripts,
+those calls count, however many backward passes each micro-batch has. With PyTorch's own loop (``loss.backward()`` for
+each micro-batch, ``optimizer.step()`` after the last) backward passes count. Before its forward pass a micro-batch's
+place is a guess in the second case; it decides only when gradients are reduced: a wrong guess costs bytes, never
+gradients.
 """
 
 from __future__ import annotations

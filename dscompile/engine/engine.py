@@ -420,6 +420,16 @@ class Engine(Answers):
         """Has no effect: the model is compiled already, by the backend ``dscompile``."""
         _LOG.info("engine.compile(): the model is compiled already, by the backend 'dscompile'")
 
+    def log_summary(self) -> str:
+        """The table of collectives so far, which is also logged on rank 0.
+
+        Raises:
+            RunError: ``comms_logger`` is not enabled.
+        """
+        if self.progress.comm_log is None:
+            raise RunError("engine.log_summary(): nothing was logged; set comms_logger.enabled in the configuration.")
+        return self.progress.comm_log.log_summary()
+
     def collect_python_gc(self) -> int:
         """Collect cyclic garbage now; for ``disable_python_gc``."""
         return GcFreeze.collect()

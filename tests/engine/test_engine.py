@@ -138,7 +138,10 @@ def test_evaluation_is_a_mean_without_gradients() -> None:
 def test_the_schedule_moves_with_steps() -> None:
     engine, _, _, scheduler = make(
         gradient_accumulation_steps=2,
-        scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 0.4, "warmup_num_steps": 4, "warmup_type": "linear"}},
+        scheduler={
+            "type": "WarmupLR",
+            "params": {"warmup_max_lr": 0.4, "warmup_num_steps": 4, "warmup_type": "linear"},
+        },
     )
     assert scheduler is engine.lr_scheduler
     rates = []
@@ -176,7 +179,9 @@ class WithLoss(nn.Module):
 @pytest.mark.parametrize("order", [(True, False), (False, True), (False, False)])
 def test_a_parameter_that_only_some_micro_batches_use(order: tuple[bool, bool]) -> None:
     """Also one that the last micro-batch does not use: its gradient is reduced when the step is taken."""
-    engine, *_ = dscompile.initialize(model=WithLoss(), config=config(gradient_accumulation_steps=2, gradient_clipping=0))
+    engine, *_ = dscompile.initialize(
+        model=WithLoss(), config=config(gradient_accumulation_steps=2, gradient_clipping=0)
+    )
     reference = WithLoss()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=LR, weight_decay=0.0)
     for (x, y), rare in zip(batches(2), order, strict=True):

@@ -100,7 +100,10 @@ def mutate(seed: int) -> tuple[Any, str]:
         refused = [
             k
             for k in KEYS.values()
-            if k.state is State.REFUSED and k.default is not UNSET and not _has_gate(k.path) and k.path != "amp.opt_level"
+            if k.state is State.REFUSED
+            and k.default is not UNSET
+            and not _has_gate(k.path)
+            and k.path != "amp.opt_level"
         ]
         key = rng.choice(refused)
         *sections, name = key.path.split(".")

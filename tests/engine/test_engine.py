@@ -1,4 +1,4 @@
-"""The engine trains as the same loop written by hand does: every loop style, stage, accumulation; and what it refuses."""
+"""The engine trains as the same loop written by hand does: loop styles, stages, accumulation; and what it refuses."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_a_wrong_argument_is_named(arguments: dict[str, Any], says: str) -> None
 def test_a_plain_step_in_mid_accumulation_is_an_error() -> None:
     engine, optimizer, *_ = make(gradient_accumulation_steps=3)
     one_step(engine)
-    with pytest.raises(DscompileError, match="accumulation window|after 1 of 3 micro-batches"):
+    with pytest.raises(DscompileError, match=r"accumulation window|after 1 of 3 micro-batches"):
         optimizer.step()
 
 

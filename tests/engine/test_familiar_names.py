@@ -1,4 +1,4 @@
-"""DeepSpeed's other names: zero.Init, zero.GatheredParameters, checkpointing, arguments, garbage collection, monitors."""
+"""DeepSpeed's other names: zero.Init, GatheredParameters, checkpointing, arguments, garbage, monitors."""
 
 from __future__ import annotations
 

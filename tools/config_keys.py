@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dscompile.engine.ds_config import keys
+from dscompile.engine.key_check import KEYS
 from dscompile.engine.keys import UNSET, Key
 
 
@@ -19,7 +19,7 @@ def config_keys(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/from_deepspeed.md.")] = False,
 ) -> None:
     """List DeepSpeed's configuration keys: default, acted on, accepted or refused, and why."""
-    chosen = [k for k in keys() if key is None or key in k.path]
+    chosen = [k for k in KEYS.values() if key is None or key in k.path]
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if markdown:
         console.out("\n".join(markdown_tables(chosen)), highlight=False)

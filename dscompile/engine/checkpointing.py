@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from dscompile.engine.ds_config import check, read
+from dscompile.engine.key_check import check, read
 from dscompile.errors import ConfigError
 
 __all__ = ["checkpoint", "configure"]

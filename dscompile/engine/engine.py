@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 import dscompile.accumulate as accumulation
-from dscompile.engine.answers import Answers
-from dscompile.engine.data import Loader, RepeatingLoader
+from dscompile.engine.data import Loader
 from dscompile.engine.ds_config import EngineConfig
 from dscompile.engine.finish import Finisher
 from dscompile.engine.gc_freeze import GcFreeze
-from dscompile.engine.outputs import call_with, loss_in, moved, tensors_in
+from dscompile.engine.outputs import tensors_in
 from dscompile.engine.progress import Progress
 from dscompile.engine.saving import Position, load, save, save_half
+from dscompile.engine.whole_steps import WholeSteps
 from dscompile.engine.window import Window
 from dscompile.errors import ConfigError, RunError
 from dscompile.precision import LossScaler
@@ -56,7 +56,7 @@ class Parts:
     world: int
 
 
-class Engine(Answers):
+class Engine(WholeSteps):
     """A model under training. Make it with :func:`dscompile.initialize`; attributes it lacks are the model's.
 
     Attributes:
@@ -88,7 +88,6 @@ class Engine(Answers):
         # In a tuple: the compiled model is a module around the same model, and must not be registered a second time.
         self._compiled: tuple[Callable[..., Any]] = (torch.compile(self.module, backend="dscompile"),)
         self._gc = GcFreeze(self) if parts.config.freeze_gc else None
-        self._repeating: Iterator[Any] | None = None
         self._inside_no_sync = False
         self._own_backward = False
         self._loss_scaled = False
@@ -234,84 +233,6 @@ class Engine(Answers):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say so by hand, before the micro-batch's forward pass; from then on the engine does not count."""
         self.window.force(is_boundary)
-
-    # -- whole steps ---------------------------------------------------------------------------------------------------
-
-    def train_batch(
-        self, data_iter: Iterator[Any] | None = None, loss_fn: Callable[[Any, Any], Tensor] | None = None
-    ) -> Tensor:
-        """One optimizer step on the next micro-batches: forward, backward and step for each of a window's.
-
-        Args:
-            data_iter: yields micro-batches: a mapping or sequence of the model's arguments, or its one argument; by
-                default the training loader, again and again.
-            loss_fn: then micro-batches are (inputs, labels) and the loss is ``loss_fn(model(inputs), labels)``; by
-                default the model's attribute ``loss_fn``, or the model returns the loss.
-
-        Returns:
-            the mean loss over micro-batches and ranks, detached.
-
-        Raises:
-            RunError: in the middle of a window, no data, or an iterator that ends too early.
-        """
-        if self.window.done:
-            raise RunError(
-                f"train_batch() after {self.window.done} of {self.window.size} micro-batches of a window; finish it "
-                "with engine.step()."
-            )
-        self.module.train()
-        total = torch.zeros((), device=self.device)
-        for loss in self._losses(data_iter, loss_fn):
-            self.backward(loss)
-            self.step()
-            total += loss.detach().float() / self.window.size
-        return self._mean(total)
-
-    @torch.no_grad()
-    def eval_batch(
-        self, data_iter: Iterator[Any] | None = None, loss_fn: Callable[[Any, Any], Tensor] | None = None
-    ) -> Tensor:
-        """The mean loss of a window of micro-batches, over ranks, in evaluation mode; see :meth:`train_batch`."""
-        training = self.module.training
-        self.module.eval()
-        try:
-            total = torch.zeros((), device=self.device)
-            for loss in self._losses(data_iter, loss_fn):
-                total += loss.float() / self.window.size
-        finally:
-            self.module.train(training)
-        return self._mean(total)
-
-    def _losses(
-        self, data_iter: Iterator[Any] | None, loss_fn: Callable[[Any, Any], Tensor] | None
-    ) -> Iterator[Tensor]:
-        source = self._batches() if data_iter is None else data_iter
-        loss_fn = loss_fn if loss_fn is not None else getattr(self.module, "loss_fn", None)
-        for index in range(self.window.size):
-            try:
-                batch = moved(next(source), self.device)
-            except StopIteration:
-                raise RunError(
-                    f"the data ended after {index} of {self.window.size} micro-batches; give an iterator that repeats "
-                    "(dscompile.RepeatingLoader), or stop one step earlier."
-                ) from None
-            if loss_fn is None:
-                yield loss_in(call_with(self, batch))
-            else:
-                inputs, labels = batch
-                yield loss_in(loss_fn(self(inputs), labels))
-
-    def _batches(self) -> Iterator[Any]:
-        if self.training_dataloader is None:
-            raise RunError("no data: pass data_iter=, or training_data= to initialize().")
-        if self._repeating is None:
-            self._repeating = iter(RepeatingLoader(self.training_dataloader))
-        return self._repeating
-
-    def _mean(self, value: Tensor) -> Tensor:
-        if self.world_size > 1:
-            torch.distributed.all_reduce(value)
-        return value / self.world_size
 
     # -- keeping it ----------------------------------------------------------------------------------------------------
 

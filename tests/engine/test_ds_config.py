@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dscompile.engine.ds_config import KEYS, EngineConfig
+from dscompile.engine.ds_config import EngineConfig
+from dscompile.engine.key_check import KEYS
 from dscompile.engine.keys import UNSET, Key, State
 from dscompile.errors import ConfigError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dscompile.engine.ds_config import KEYS
+from dscompile.engine.key_check import KEYS
 from dscompile.tools.cli import run
 from dscompile.tools.config_keys import markdown_tables
 
@@ -24,7 +24,9 @@ def test_the_table_is_generated() -> None:
 
 
 def test_every_key_has_a_row() -> None:
-    rows = re.findall(r"^\| `([^`]+)` \| `[^`]*` \| (acted on|accepted|refused) \| .{15,} \|$", DOCUMENT.read_text(), re.M)
+    rows = re.findall(
+        r"^\| `([^`]+)` \| `[^`]*` \| (acted on|accepted|refused) \| .{15,} \|$", DOCUMENT.read_text(), re.M
+    )
     assert [path for path, _ in rows] == list(dict.fromkeys(path for path, _ in rows))
     assert {path: state for path, state in rows} == {path: key.state.value for path, key in KEYS.items()}
 

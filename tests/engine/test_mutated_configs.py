@@ -12,7 +12,8 @@ import pytest
 from torch import nn
 
 import dscompile
-from dscompile.engine.ds_config import KEYS, EngineConfig
+from dscompile.engine.ds_config import EngineConfig
+from dscompile.engine.key_check import KEYS
 from dscompile.engine.keys import ANY, LIST, TABLE, UNSET, State
 from dscompile.errors import ConfigError, DscompileError, UnsupportedError
 from tests.ranks import run_ranks

@@ -1,7 +1,8 @@
 """What the engine does, as a DeepSpeed configuration says.
 
 Every key of DeepSpeed's page has a row in :data:`dscompile.engine.key_check.KEYS`. One that is acted on shows in
-:class:`EngineConfig`; one that changes nothing is recorded in :attr:`EngineConfig.accepted` with the reason; anything else is an error.
+:class:`EngineConfig`; one that changes nothing is recorded in :attr:`EngineConfig.accepted` with the reason; anything
+else is an error.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def init_distributed(
             "leave it out."
         )
     backend = dist_backend or ("nccl" if default_device().type == "cuda" else "gloo")
-    waiting = {} if timeout is None else {"timeout": timeout}
+    waiting: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     if init_method is not None or rank >= 0 or world_size >= 0:
         if rank < 0 or world_size < 0:
             raise ConfigError("init_distributed: give rank= and world_size= together (init_method= needs both).")

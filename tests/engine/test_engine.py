@@ -386,3 +386,33 @@ def test_a_progress_line_says_what_deepspeed_s_does(caplog: pytest.LogCaptureFix
     assert len(lines) == 1
     for part in ("step=2", "skipped=0", f"lr=[{LR}]", "mom=[(0.9, 0.999)]", "samples/s=", "peak=", "forward="):
         assert part in lines[0]
+
+
+def beside_bare_compile(rank: int, world: int) -> tuple[list[float], list[float], int]:
+    """The engine, and ``distribute`` with ``torch.compile``, on the same data."""
+    losses: list[list[float]] = [[], []]
+    options = config(zero_optimization={"stage": 3}, gradient_clipping=0)
+    model = make_model()
+    engine, *_ = dscompile.initialize(model=model, model_parameters=model.parameters(), config=options)
+    bare = dscompile.distribute(make_model(), config={"zero": {"stage": 3}, "regions": "aten", "cache": False})
+    optimizer = torch.optim.AdamW(bare.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    compiled = torch.compile(bare, backend="dscompile", fullgraph=True)
+    for x, y in batches(20, rank, world):
+        loss = nn.functional.cross_entropy(engine(x), y)
+        losses[0].append(loss.item())
+        engine.backward(loss)
+        engine.step()
+        loss = nn.functional.cross_entropy(compiled(x), y)
+        losses[1].append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    return losses[0], losses[1], sum(breaks.values())
+
+
+def test_the_engine_adds_nothing_to_the_numbers() -> None:
+    """Twenty losses, bit for bit those of plain ``torch.compile``, and no graph break."""
+    for engine, bare, breaks in run_ranks(beside_bare_compile, 2):
+        assert engine == bare
+        assert breaks == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(5, 16)
-        self.blocks = nn.Sequential(*[Block(16) for _ in range(3)])
+        self.blocks = nn.Sequential(*[Block(16) for _ in range(2)])
         self.scale = nn.Parameter(torch.tensor(1.5))
         self.single = nn.Parameter(torch.ones(1))
         self.tied = nn.Linear(16, 16, bias=False)
@@ -130,8 +131,21 @@ def check(found: Trace, expected: Trace, *, loss: float, gradient: float) -> Non
             assert float((mine[name] - value).norm()) <= gradient * float(value.norm()), name
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_is_what_casting_by_hand_gives(stage: int, name: str) -> None:
-    found = run_ranks(distributed, 2, name, stage, 3, 1, "aten", {}, timeout=120)
-    check(found[0], by_hand(DTYPES[name], 3, 1, 2), loss=1e-3, gradient=1e-2)
+def several(rank: int, world: int, cases: list[tuple[Any, ...]]) -> list[Trace]:
+    return [distributed(rank, world, *case) for case in cases]
+
+
+CASES = [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 3)]
+
+
+@cache
+def traces() -> list[Trace]:
+    """Of every case, from one start of the ranks; the accumulated gradient of two micro-batches is in each step."""
+    return run_ranks(several, 2, [(name, stage, 2, 2, "aten", {}) for name, stage in CASES], timeout=300)[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_what_casting_by_hand_gives(case: tuple[str, int]) -> None:
+    found = traces()[CASES.index(case)]
+    gradient = {"bf16": 2e-2, "fp16": 3e-3}[case[0]]  # a few units in the last place: tied gradients add up otherwise
+    check(found, by_hand(DTYPES[case[0]], 2, 2, 2), loss=1e-6, gradient=gradient)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import errno
 import os
 import threading
@@ -31,7 +32,7 @@ from torch._guards import TracingContext as TracingContext
 from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
 from torch._inductor import config as inductor_config
-from torch._inductor.codecache import FxGraphCache
+from torch._inductor.codecache import CppCodeCache, FxGraphCache
 from torch._inductor.codegen import cpp as inductor_cpp
 from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.compile_fx import compile_fx_inner
@@ -248,6 +249,15 @@ def try_build_lock(root: Path, key: str) -> Iterator[bool]:
         return
     with lock:
         yield True
+
+
+def load_cpp_library(source: str) -> ctypes.CDLL:
+    """Build a C++ library for this CPU, or find it in Inductor's cache, and load it.
+
+    Stands on ``CppCodeCache.load``: its flags, its lock, its place on disk. Raises Inductor's error if the build fails.
+    """
+    library: ctypes.CDLL = CppCodeCache.load(source, needs_vec_isa=True)
+    return library
 
 
 def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:

@@ -20,10 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dscompile.collectives import LOG
+from dscompile.engine.lamb_kernel import Hyper, LambKernel, fits, lamb_kernel
 from dscompile.errors import ConfigError, UnsupportedError
 from dscompile.torch_compat import local_of
 
 aten = torch.ops.aten
+
+WORTH = 1 << 20
+"""Elements on CPUs from which the C++ kernel is worth the seconds that it takes to build."""
 
 
 @dataclass(slots=True)
@@ -37,6 +41,11 @@ class _Item:
     square: Tensor
     size: float
     ranks: tuple[dist.ProcessGroup, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the kernel's first sweep takes."""
+        return self.value, self.grad, self.average, self.square
 
 
 class Lamb(Optimizer):
@@ -59,6 +68,7 @@ class Lamb(Optimizer):
         weight_decay: decoupled from the averages, inside the direction.
         max_coeff: largest trust ratio.
         min_coeff: smallest trust ratio.
+        compiled: use the C++ kernel for contiguous fp32 tensors on CPUs; None: if there are :data:`WORTH` elements.
 
     Raises:
         ConfigError: a value outside its range.
@@ -75,6 +85,7 @@ class Lamb(Optimizer):
         weight_decay: float = 0.0,
         max_coeff: float = 10.0,
         min_coeff: float = 0.01,
+        compiled: bool | None = None,
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0:
             raise ConfigError(
@@ -93,8 +104,15 @@ class Lamb(Optimizer):
             "weight_decay": weight_decay,
             "max_coeff": max_coeff,
             "min_coeff": min_coeff,
+            "compiled": compiled,
         }
         super().__init__(params, defaults)
+        if compiled is None:
+            # Of whole parameters: what several ranks hold, they must compute alike.
+            elements = sum(p.numel() for group in self.param_groups for p in group["params"] if p.device.type == "cpu")
+            compiled = elements >= WORTH
+        for group in self.param_groups:
+            group["compiled"] = compiled if group["compiled"] is None else group["compiled"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -107,17 +125,12 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, items) for group in self.param_groups if (items := self._items(group))]
-        if not work:
-            return loss
-        directions = [_directions(group, items) for group, items in work]
-        everything = [item for _, items in work for item in items]
-        squares = _squared_norms(everything, [u for us in directions for u in us])
-        start = 0
-        for (group, items), us in zip(work, directions, strict=True):
-            stop = start + len(items)
-            _apply(group, items, us, squares[:, start:stop])
-            start = stop
+        work = [_Work(g, items) for g in self.param_groups if (items := self._items(g))]
+        for one in work:
+            one.begin()
+        _add_ranks(work)
+        for one in work:
+            one.end()
         return loss
 
     def _items(self, group: dict[str, Any]) -> list[_Item]:
@@ -165,6 +178,58 @@ def _shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     )
 
 
+class _Work:
+    """One group's items in one step, and what is known of them between its two sweeps."""
+
+    def __init__(self, group: dict[str, Any], items: list[_Item]) -> None:
+        self._group = group
+        self._kernel = lamb_kernel() if group["compiled"] else None
+        self._fast = [i for i in items if fits(*i.tensors)] if self._kernel is not None else []
+        chosen = set(map(id, self._fast))
+        self._slow = [i for i in items if id(i) not in chosen]
+        self.items = self._fast + self._slow
+        """The items, in the order of ``squares``."""
+        self.squares: Tensor
+        """``[2, len(items)]`` fp32: squared norms of parameters and directions."""
+        inside = bool(group["eps_inside_sqrt"])
+        eps = float(group["eps"])
+        self._hyper = Hyper(*group["betas"], 0.0 if inside else eps, eps if inside else 0.0, group["weight_decay"])
+        self._directions: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Update the averages and sum this rank's squares; whole parameters that the kernel takes are finished."""
+        pairs = []
+        for item in self._fast:
+            pairs.append(cast(LambKernel, self._kernel).moments(*item.tensors, self._hyper))
+            if not item.ranks:  # at once, while it is in the cache
+                self._finish(item, *pairs[-1])
+        parts = [torch.tensor(pairs, dtype=torch.float32).T] if pairs else []
+        if self._slow:
+            self._directions = _directions(self._group, self._slow)
+            values = [*(i.value for i in self._slow), *self._directions]
+            norms = torch.stack([norm.float() for norm in aten._foreach_norm.Scalar(values, 2)])
+            parts.append(norms.square_().view(2, len(self._slow)))
+        self.squares = torch.cat([part.to(parts[-1].device) for part in parts], 1)
+
+    def end(self) -> None:
+        """Apply the directions; ``squares`` are those of whole parameters now."""
+        sharded = [n for n, item in enumerate(self._fast) if item.ranks]
+        for n, pair in zip(sharded, self.squares[:, sharded].T.tolist() if sharded else (), strict=True):
+            self._finish(self._fast[n], *pair)
+        if self._slow:
+            _apply(self._group, self._slow, self._directions, self.squares[:, len(self._fast) :])
+        self._directions = []
+        for item in self.items:  # written through local tensors, which no version counter of a DTensor sees
+            torch.autograd.graph.increment_version(item.param)
+
+    def _finish(self, item: _Item, weight: float, direction: float) -> None:
+        ratio = 1.0
+        if weight > 0 and direction > 0:
+            ratio = min(max(math.sqrt(weight / direction), self._group["min_coeff"]), self._group["max_coeff"])
+        scale = item.size * ratio
+        cast(LambKernel, self._kernel).apply(item.value, item.average, item.square, self._hyper, scale)
+
+
 def _directions(group: dict[str, Any], items: list[_Item]) -> list[Tensor]:
     """Update the averages; returns each parameter's direction, of its local shape."""
     beta1, beta2 = group["betas"]
@@ -185,18 +250,20 @@ def _directions(group: dict[str, Any], items: list[_Item]) -> list[Tensor]:
     return directions
 
 
-def _squared_norms(items: list[_Item], directions: list[Tensor]) -> Tensor:
-    """``[2, len(items)]`` fp32: squared norms of the whole parameters and directions."""
-    values = [*(i.value for i in items), *directions]
-    norms = torch.stack([norm.float() for norm in aten._foreach_norm.Scalar(values, 2)])
-    squares = norms.square_().view(2, len(items))
+def _add_ranks(work: list[_Work]) -> None:
+    """Sum the squares of sharded parameters over the ranks that hold their parts."""
+    items = [item for one in work for item in one.items]
+    if not any(item.ranks for item in items):
+        return
+    squares = torch.cat([one.squares for one in work], 1)
     for ranks in dict.fromkeys(ranks for item in items for ranks in item.ranks):
         cut = torch.tensor([n for n, item in enumerate(items) if ranks in item.ranks], device=squares.device)
         total = squares[:, cut].contiguous()
         with LOG.timing("all_reduce", total, ranks.size(), "Lamb"):
             dist.all_reduce(total, group=ranks)
         squares[:, cut] = total
-    return squares
+    for one, part in zip(work, squares.split([len(one.items) for one in work], 1), strict=True):
+        one.squares = part
 
 
 def _apply(group: dict[str, Any], items: list[_Item], directions: list[Tensor], squares: Tensor) -> None:
@@ -208,5 +275,3 @@ def _apply(group: dict[str, Any], items: list[_Item], directions: list[Tensor], 
     scales = (ratio * sizes).unbind()
     for item, update, scale in zip(items, directions, scales, strict=True):
         item.value.addcmul_(update, scale.to(update.dtype))
-        # Written through the local tensor, which no version counter of the DTensor sees.
-        torch.autograd.graph.increment_version(item.param)

@@ -117,8 +117,7 @@ def create_optimizer(kind: str, parameters: Parameters, arguments: Mapping[str, 
     groups = _groups(parameters, name)
     cls = _resolve(name, given)
     _check_shards(cls, name, groups)
-    keys = [key for key in accepted(cls) if key not in ("compiled",)]
-    check_keys(f"optimizer {name}", given, keys)
+    check_keys(f"optimizer {name}", given, accepted(cls))
     _choose_fused(cls, groups, given)
     return build(f"optimizer {name}", lambda: _make(cls, groups, given), given)
 

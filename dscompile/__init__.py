@@ -40,6 +40,10 @@ _PUBLIC = {
     "deferred_init": "deferred",
     "is_deferred": "deferred",
     "materialise": "deferred",
+    "save_checkpoint": "engine.checkpoint",
+    "load_checkpoint": "engine.checkpoint",
+    "export_safetensors": "engine.export",
+    "load_weights": "engine.export",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

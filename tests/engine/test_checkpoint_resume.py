@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from tests.engine.checkpoint_runs import Run
 from tests.ranks import run_ranks
@@ -45,3 +48,34 @@ def test_a_plain_model_goes_on_without_a_process_group(saved: tuple[str, list[fl
     run = Run(None, seed=5)
     run.load(folder)
     assert run.train(AFTER) == pytest.approx(expected, rel=1e-6)
+
+
+def compiled(rank: int, world: int, folder: str) -> tuple[list[float], list[float], int, int]:
+    run = Run(3, compiled=True)
+    run.train(3)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    first = run.save(folder, asynchronous=True)
+    run.train(1)
+    second = run.save(folder, asynchronous=True)
+    expected = run.train(3)
+    first.wait()
+    second.wait()
+    run.load(folder)
+    return expected, run.train(3), before, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_a_compiled_run_saves_in_the_background_and_loads_without_compiling_again(tmp_path: Path) -> None:
+    expected, found, before, after = run_ranks(compiled, 2, str(tmp_path), timeout=240)[0]
+    assert found == expected
+    assert before == after > 0
+
+
+def test_a_compiled_run_goes_on_at_another_stage(saved: tuple[str, list[float]]) -> None:
+    folder, expected = saved
+    assert run_ranks(go_on_compiled, 2, 1, folder, timeout=240)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def go_on_compiled(rank: int, world: int, stage: int, folder: str) -> list[float]:
+    run = Run(stage, compiled=True, seed=9)
+    run.load(folder)
+    return run.train(AFTER)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dscompile.engine.checkpoint_format import Contents, decode, encode
 from dscompile.errors import CheckpointError
+from dscompile.torch_compat import local_of
 
 SEPARATOR = "//"
 STATE = f"state{SEPARATOR}"
@@ -125,7 +126,7 @@ class OptimizerState:
 
 
 def _encode_state(param: Tensor, value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    local_shape = param.to_local().shape if isinstance(param, DTensor) else param.shape
+    local_shape = local_of(param).shape if isinstance(param, DTensor) else param.shape
     plain = isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim > 0
     if plain and value.shape == local_shape != param.shape:
         raise CheckpointError(

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
-from tests.engine.checkpoint_runs import Run
+import dscompile
+from dscompile.engine.checkpoint import load_checkpoint, save_checkpoint
+from tests.engine.checkpoint_runs import Net, Run
 from tests.ranks import run_ranks
 
 BEFORE, AFTER = 5, 10
@@ -79,3 +82,25 @@ def go_on_compiled(rank: int, world: int, stage: int, folder: str) -> list[float
     run = Run(stage, compiled=True, seed=9)
     run.load(folder)
     return run.train(AFTER)
+
+
+def on_a_grid(rank: int, world: int, folder: str, stage: int) -> bool:
+    """Two axes: sharded over one, equal over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    expected = [p.detach().clone() for p in Net().parameters()]
+    torch.manual_seed(0)
+    model = dscompile.distribute(Net(), mesh, config={"zero": {"stage": stage}})
+    save_checkpoint(folder, "a", model=model)
+    other = dscompile.distribute(Net(), mesh, config={"zero": {"stage": 3 - stage % 3}})
+    load_checkpoint(folder, model=other)
+    return all(torch.equal(p.full_tensor(), e) for p, e in zip(other.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_mesh_of_two_axes(tmp_path: Path, stage: int) -> None:
+    assert run_ranks(on_a_grid, 4, str(tmp_path), stage) == [True] * 4
+    model = Net()
+    load_checkpoint(tmp_path, model=model)
+    data = sum(p.stat().st_size for p in tmp_path.glob("a/*.bin"))
+    assert data == 4 * sum(p.numel() for p in model.parameters()) + 8, "each value once, and the buffer"

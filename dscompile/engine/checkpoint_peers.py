@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch.distributed as dist
 
-from dscompile.errors import CheckpointError
+from dscompile.errors import CheckpointError, RankError
 from dscompile.torch_compat import default_store
 
 POLL_SECONDS = 0.01
@@ -142,6 +142,8 @@ def describe(error: Exception) -> str:
 def _reached(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     try:
         collective(*args, **kwargs)
+    except RankError:  # the watch knows more
+        raise
     except RuntimeError as error:  # also the base of torch.distributed's
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

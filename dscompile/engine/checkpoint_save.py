@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from dscompile.engine.checkpoint_format import METADATA, encode
 from dscompile.engine.checkpoint_peers import Collective, Peers, ThroughStore, raise_first
 from dscompile.engine.checkpoint_peers import describe as describe_error
 from dscompile.engine.checkpoint_plan import Plan, agree, local, write_error
-from dscompile.engine.checkpoint_saver import SaveHandle, saver_of
+from dscompile.engine.checkpoint_saver import SaveHandle, Saver, saver_of
 from dscompile.engine.checkpoint_stage import Staging
 from dscompile.engine.checkpoint_state import STATE, ModelState, OptimizerState, unwrap
 from dscompile.engine.rng import get_rng
@@ -83,8 +83,8 @@ def save_checkpoint(
         handle.blocked_seconds = time.perf_counter() - start
         return handle
     background = ThroughStore(job.temporary.name, peers, timeout)
-    staging = Staging(resolved, content.tensors, content.deferred, saver.buffer)
-    saver.begin(handle, lambda: _in_background(background, job, staging, handle))
+    chunks = _staged(resolved, content, saver, handle)
+    saver.begin(handle, lambda: _in_background(background, job, chunks, handle))
     handle.blocked_seconds += time.perf_counter() - start
     return handle
 
@@ -141,7 +141,7 @@ def _complete(peers: Peers, job: _Job, chunks: Iterable[tuple[WriteItem, memoryv
     results, error = None, None
     try:
         results = write_chunks(job.temporary / file_name(job.rank), job.rank, chunks)
-    except (OSError, CheckpointError) as failure:
+    except Exception as failure:  # whatever it is, the other ranks must not wait for this one
         error = write_error(handle.path, failure)
     gathered = peers.gather((results, error))
     verdict = None
@@ -151,7 +151,7 @@ def _complete(peers: Peers, job: _Job, chunks: Iterable[tuple[WriteItem, memoryv
             contents = describe(cast(Metadata, job.plan.metadata), [written for written, _ in gathered], job.facts)
             write_synced(job.temporary / METADATA, [contents.dump()])
             layout.commit(job.temporary, job.tag)
-        except (OSError, CheckpointError) as failure:
+        except Exception as failure:
             layout.abandon(job.temporary)
             verdict = write_error(handle.path, failure)
     verdict = peers.broadcast(verdict)
@@ -159,17 +159,33 @@ def _complete(peers: Peers, job: _Job, chunks: Iterable[tuple[WriteItem, memoryv
         raise CheckpointError(verdict)
 
 
-def _in_background(peers: Peers, job: _Job, staging: Staging, handle: SaveHandle) -> None:
+def _staged(
+    resolved: Sequence[tuple[WriteItem, Tensor]], content: _Content, saver: Saver, handle: SaveHandle
+) -> Iterable[tuple[WriteItem, memoryview]]:
+    """What to write in the background, copied when the first is asked for; an error is raised then."""
+    staging: Staging | None = None
+    failure: Exception | None = None
+    try:
+        staging = Staging(resolved, content.tensors, content.deferred, saver.buffer)
+    except Exception as error:  # no memory, for instance: the other ranks must hear of it
+        failure = error
+
     def chunks() -> Iterable[tuple[WriteItem, memoryview]]:
+        if staging is None:
+            raise cast(Exception, failure)
         try:
             staging.copy()
         finally:
             handle.set_staged()
         yield from staging.chunks()
 
+    return chunks()
+
+
+def _in_background(peers: Peers, job: _Job, chunks: Iterable[tuple[WriteItem, memoryview]], handle: SaveHandle) -> None:
     error: CheckpointError | None = None
     try:
-        _complete(peers, job, chunks(), handle)
+        _complete(peers, job, chunks, handle)
     except CheckpointError as failure:
         error = failure
     except BaseException as failure:  # of our own: it must reach the training thread, which waits

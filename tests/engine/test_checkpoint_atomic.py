@@ -258,6 +258,34 @@ def test_a_plan_is_used_again_until_the_layout_changes(tmp_path: Path) -> None:
     assert run_ranks(grows, 2, str(tmp_path)) == [[2, 2, 4, 4, 6]] * 2
 
 
+def no_memory(rank: int, world: int, folder: str, asynchronous: bool) -> tuple[str, float]:
+    from dscompile.engine import checkpoint_files, checkpoint_save, checkpoint_stage
+
+    model = dscompile.distribute(nn.Linear(4, 4), config={"zero": {"stage": 3}})
+    save_checkpoint(folder, "good", model=model)
+
+    def refuse(*_: Any) -> Any:
+        raise MemoryError("no room for a copy")
+
+    if rank == 1:
+        checkpoint_stage.HostBuffer.take = refuse  # type: ignore[method-assign]
+        checkpoint_save.raw = checkpoint_files.raw = refuse
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as found:
+        save_checkpoint(folder, "bad", model=model, asynchronous=asynchronous).wait()
+    return str(found.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_without_memory_fails_all(tmp_path: Path, asynchronous: bool) -> None:
+    (first, seconds), (second, _) = run_ranks(no_memory, 2, str(tmp_path), asynchronous)
+    assert first == second
+    assert "on rank 1 of 2" in first
+    assert "no room for a copy" in first
+    assert seconds < 5
+    assert {p.name for p in tmp_path.iterdir()} == {"good", "latest"}
+
+
 def test_a_directory_that_cannot_be_made_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):

@@ -40,6 +40,7 @@ _PUBLIC = {
     "deferred_init": "deferred",
     "is_deferred": "deferred",
     "materialise": "deferred",
+    "linear_cross_entropy": "loss_ops",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -208,7 +208,8 @@ def _is_form(node: fx.Node) -> bool:
     """Whether a node only views its operand, or casts it from one floating type to another."""
     if node.target is not aten._to_copy.default:
         return node.target in _VIEWS
-    old, new = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    old: torch.Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
+    new: torch.Tensor = node.meta["val"]
     return old.is_floating_point() and new.is_floating_point() and old.device == new.device and old.layout == new.layout
 
 

@@ -12,6 +12,7 @@ a *logical* name (:mod:`dscompile.world`), equal on every rank, so graphs and ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,12 +76,35 @@ def reduce_grad(grad: Tensor, dim: int, local: int, world: int, group: str) -> T
     return out
 
 
+# -- whose reduction an accumulated gradient joins -------------------------------------------------------------------
+
+_TAKE = "dscompile_take"
+
+
+def on_take(accumulated: Tensor, callback: Callable[[], object]) -> None:
+    """Call ``callback`` when a reader that was given ``accumulated`` begins (:mod:`dscompile.slots`)."""
+    setattr(accumulated, _TAKE, callback)
+
+
+def is_offered(tensor: Tensor) -> bool:
+    """Whether :func:`on_take` was called on this very tensor."""
+    return hasattr(tensor, _TAKE)
+
+
+def take(accumulated: Tensor | None) -> None:
+    """A reader begins that will add ``accumulated`` to its gradient before reducing it. Later readers must not."""
+    callback = getattr(accumulated, _TAKE, None)
+    if callback is not None:
+        callback()
+
+
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
 
 def _unshard_kernel(
     shard: Tensor, leaf: Tensor | None, accumulated: Tensor | None, dim: int, size: int, world: int, group: str
 ) -> Tensor:
+    take(accumulated)
     if world == 1 or dim == REPLICATED:
         return shard.clone(memory_format=torch.contiguous_format)
     return _gather(shard, dim, size, world, group)
@@ -188,14 +212,16 @@ def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     shard, leaf, accumulated, ctx.dim, _, ctx.world, ctx.group = inputs
     ctx.local = 0 if ctx.dim == REPLICATED else shard.shape[ctx.dim]
     ctx.to_leaf = leaf is not None
-    ctx.save_for_backward(accumulated)
+    # No saved tensor: a checkpointed block reads again in backward, when another reader may have the accumulator, and
+    # checkpointing compares the tensors that the two runs save.
+    ctx.accumulated = accumulated
 
 
 def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     nothing = (None,) * 4
     if ctx.to_leaf:
         return None, grad, None, *nothing
-    (accumulated,) = ctx.saved_tensors
+    accumulated = ctx.accumulated
     # A tied parameter has several unshard nodes, and autograd sums their gradients: the accumulated one must join only
     # one of them. The mark lives on the tensor, so it holds for one backward pass in eager mode (the accumulator is
     # dropped at its end) and for one trace of the joint graph, where these are fake tensors.

@@ -37,6 +37,8 @@ _PUBLIC = {
     "reduce_pending": "accumulate",
     "discard_accumulation": "accumulate",
     "check_plain": "accumulate",
+    "LossScaler": "precision",
+    "finish_gradients": "precision",
     "deferred_init": "deferred",
     "is_deferred": "deferred",
     "materialise": "deferred",

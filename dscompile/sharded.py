@@ -30,6 +30,9 @@ STATE = "_dscompile"
 FOREIGN = "_dscompile_foreign"
 _MARKER = torch.ops.dscompile.unshard.default
 
+Tail = tuple[Any, ...]
+"""``dim, size, world, group`` and, where they matter, ``dtype, wire``: the constants of a parameter's marker."""
+
 
 class Sync(enum.Enum):
     """Where a read parameter's gradient goes."""
@@ -147,8 +150,14 @@ def set_variant(module: nn.Module, sync: Sync) -> None:
     base = type(module)
     base = getattr(base, "_dscompile_base", base)
     specs = cast(Shards, shards_of(module)).specs
-    layout = tuple((name, spec.dim, spec.size, spec.world, spec.group) for name, spec in specs.items())
+    layout = tuple((name, _tail(spec)) for name, spec in specs.items())
     module.__class__ = cast(type[nn.Module], cast(Any, sharded_class)(base, layout, sync))
+
+
+def _tail(spec: ShardSpec) -> Tail:
+    """The marker's arguments after the tensors; without dtypes where the model computes in its masters' own."""
+    plain = (spec.dim, spec.size, spec.world, spec.group)
+    return plain if spec.dtype is None and spec.wire is None else (*plain, spec.dtype, spec.wire)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -175,21 +184,21 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
 def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
     """A value put there for a moment (``torch.func.functional_call``): a full tensor, or a DTensor placed alike."""
     if isinstance(param, DTensor):
-        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group)
-    return param
+        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group, dtype=spec.dtype, wire=spec.wire)
+    return param if spec.dtype is None else param.to(spec.dtype)
 
 
-def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync) -> property:
+def _property(name: str, tail: Tail, sync: Sync) -> property:
     """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
     compiling, marker = torch.compiler.is_compiling, _MARKER
 
+    dtype = tail[4] if len(tail) > 4 else None
+
     def given(self: Any) -> Tensor | None:
         value = self._dscompile_foreign[name]
-        return (
-            cast(Tensor, marker(value.to_local(), None, None, dim, size, world, group))
-            if isinstance(value, DTensor)
-            else value
-        )
+        if isinstance(value, DTensor):
+            return cast(Tensor, marker(value.to_local(), None, None, *tail))
+        return cast(Tensor, value) if dtype is None else cast(Tensor, value.to(dtype))
 
     shard, silent, leaf, offered, taken = attribute_keys(name)
 
@@ -197,14 +206,14 @@ def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync
         if compiling():
             if self._dscompile_foreign and name in self._dscompile_foreign:
                 return given(self)
-            return cast(Tensor, marker(getattr(self, shard), None, None, dim, size, world, group))
+            return cast(Tensor, marker(getattr(self, shard), None, None, *tail))
         return _read(self, name, sync)
 
     def local(self: Any) -> Tensor | None:
         if compiling():
             if self._dscompile_foreign and name in self._dscompile_foreign:
                 return given(self)
-            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, dim, size, world, group))
+            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, *tail))
         return _read(self, name, sync)
 
     def boundary(self: Any) -> Tensor | None:
@@ -213,7 +222,7 @@ def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync
                 return given(self)
             if getattr(self, taken):
                 return local(self)
-            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, offered), dim, size, world, group))
+            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, offered), *tail))
         return _read(self, name, sync)
 
     def refuse(self: nn.Module, *_: Any) -> NoReturn:
@@ -232,12 +241,12 @@ def _where(module: nn.Module, name: str) -> str:
 
 # -- the class ---------------------------------------------------------------------------------------------------------
 
-Layout = tuple[tuple[str, int, int, int, str], ...]
+Layout = tuple[tuple[str, Tail], ...]
 
 
 @functools.cache
 def sharded_class(base: type[nn.Module], layout: Layout, sync: Sync) -> type[nn.Module]:
-    """The subclass of ``base`` whose parameters ``layout`` (name, dim, size, world, group) are sharded."""
+    """The subclass of ``base`` whose parameters ``layout`` (name, the marker's constants) are sharded."""
     if not layout:
         return base
     members: dict[str, Any] = {entry[0]: _property(*entry, sync) for entry in layout}

@@ -37,6 +37,8 @@ _PUBLIC = {
     "reduce_pending": "accumulate",
     "discard_accumulation": "accumulate",
     "check_plain": "accumulate",
+    "LossScaler": "precision",
+    "finish_gradients": "precision",
     "deferred_init": "deferred",
     "is_deferred": "deferred",
     "materialise": "deferred",
@@ -44,6 +46,7 @@ _PUBLIC = {
     "load_checkpoint": "engine.checkpoint",
     "export_safetensors": "engine.export",
     "load_weights": "engine.export",
+    "linear_cross_entropy": "loss_ops",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

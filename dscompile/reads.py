@@ -23,7 +23,7 @@ def gathered(module: nn.Module, *, write: bool = False, source: int | None = Non
     Args:
         module: every rank enters with the same module: gathering is a collective.
         write: the values may be written in place (initialisation, surgery); on exit each rank keeps its rows. Reads
-            then have no autograd.
+            then have no autograd, and are the masters, in their own dtype rather than the compute dtype.
         source: with ``write``, the rank of the parameter's group whose values all ranks take.
 
     Without ``write``, reads that autograd must see still gather for themselves. A graph compiled earlier reads the
@@ -32,7 +32,7 @@ def gathered(module: nn.Module, *, write: bool = False, source: int | None = Non
     slots = [slot for slot in slots_in(module) if slot.full is None]
     with torch.no_grad():
         for slot in slots:
-            slot.full, slot.writable = slot.gather(), write
+            slot.full, slot.writable = slot.gather(master=write), write
     try:
         yield
         if write:
@@ -53,6 +53,7 @@ def _write_back(slot: Slot, source: int | None) -> None:
             resident.copy_(full)
         else:
             local_of(slot.param).copy_(slot.spec.shard_of(full, slot.rank))
+            slot.fresh = None
 
 
 def access_count(module: nn.Module) -> int:

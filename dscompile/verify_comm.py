@@ -10,7 +10,7 @@ from dscompile.comm import LAUNCHES, REDUCE_GRAD, REFRESH, UNSHARD, WAIT, comm_r
 from dscompile.effects import execution_order, written
 from dscompile.errors import VerifyError
 from dscompile.graph import StepGraph, info
-from dscompile.shard_layout import REPLICATED
+from dscompile.shard_layout import REPLICATED, decode
 from dscompile.source import describe
 from dscompile.torch_compat import tensor_bytes
 from dscompile.verify import Check
@@ -84,13 +84,21 @@ def listing(graph: StepGraph) -> list[str]:
     for node in [*forward, *backward]:
         if node.op != "call_function" or (node.target not in LAUNCHES and node.target not in _MARKERS):
             continue
-        group = node.args[-1]
+        if node.target is REFRESH and _stays_local(node):
+            continue
+        group = next(a for a in reversed(node.args) if isinstance(a, str))  # dtypes may follow it
         whole = node.args[0] if node.target is REDUCE_GRAD else node
         value = whole.meta["val"]  # type: ignore[union-attr]
         elements = sum(v.numel() for v in value) if isinstance(value, (list, tuple)) else _whole(node)
         name = str(node.target).removeprefix("_c10d_functional.").removesuffix(".default")
         lines.append(f"{name} {group} {elements} {info(node).fqn}")
     return lines
+
+
+def _stays_local(refresh: fx.Node) -> bool:
+    """Whether a refresh only casts: parameters that every rank holds whole, or a group of one."""
+    world: int = refresh.args[2]  # type: ignore[assignment]
+    return world == 1 or all(layout.dim == REPLICATED for layout in decode(refresh.args[1], world))  # type: ignore[arg-type]
 
 
 _MARKERS = frozenset({REFRESH, REDUCE_GRAD, UNSHARD})

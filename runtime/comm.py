@@ -85,41 +85,62 @@ class Comm:
 
     # -- buffers -----------------------------------------------------------------------------------------------------
 
-    def pack_shards(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    def pack_shards(
+        self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """:func:`dscompile.bucket_ops.pack_shards`; a single contiguous shard without padding is its own buffer."""
         alone = _alone(layouts, world)
-        if alone is not None and shards[0].is_contiguous() and shards[0].numel() == alone.piece_numel:
+        if (
+            alone is not None
+            and dtype in (None, shards[0].dtype)
+            and shards[0].is_contiguous()
+            and shards[0].numel() == alone.piece_numel
+        ):
             return shards[0].detach().view(-1)
-        return bucket_ops.pack_shards(shards, layouts, world, self._new)
+        return bucket_ops.pack_shards(shards, layouts, world, dtype, self._new)
 
-    def unpack_params(self, gathered: Tensor, layouts: Sequence[int], world: int) -> list[Tensor]:
+    def unpack_params(
+        self, gathered: Tensor, layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.unpack_params`; a single evenly cut parameter is the gathered buffer itself."""
         alone = _alone(layouts, world)
         if alone is not None:
-            return [gathered.view(alone.shape)]
-        return bucket_ops.unpack_params(gathered, layouts, world, self._new)
+            return [gathered.view(alone.shape).to(dtype or gathered.dtype)]
+        return bucket_ops.unpack_params(gathered, layouts, world, dtype, self._new)
 
-    def pack_grads(self, grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    def pack_grads(
+        self, grads: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """:func:`dscompile.bucket_ops.pack_grads`; a single evenly cut contiguous gradient is its own buffer."""
-        if _alone(layouts, world) is not None and grads[0].is_contiguous():
+        same = dtype in (None, grads[0].dtype)
+        if same and _alone(layouts, world) is not None and grads[0].is_contiguous():
             return grads[0].view(-1)
-        return bucket_ops.pack_grads(grads, layouts, world, self._new)
+        return bucket_ops.pack_grads(grads, layouts, world, dtype, self._new)
 
     def sum_ranks(self, exchanged: Tensor, world: int) -> Tensor:
         """:func:`dscompile.bucket_ops.sum_ranks`."""
         return bucket_ops.sum_ranks(exchanged, world, self._new)
 
-    def unpack_shards(self, flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
+    def unpack_shards(
+        self, flat: Tensor, layouts: Sequence[int], world: int, rank: int, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.unpack_shards`; a single shard without padding is the buffer itself."""
         alone = _alone(layouts, world)
         if alone is not None:
-            return [flat.view(alone.local_shape(rank))]
-        return bucket_ops.unpack_shards(flat, layouts, world, rank)
+            return [flat.view(alone.local_shape(rank)).to(dtype or flat.dtype)]
+        return bucket_ops.unpack_shards(flat, layouts, world, rank, dtype)
 
-    def refresh(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:
+    def refresh(
+        self,
+        shards: Sequence[Tensor],
+        layouts: Sequence[int],
+        world: int,
+        group: str,
+        dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.refresh`."""
         self._at("refresh of resident parameters")
-        return bucket_ops.refresh(shards, layouts, world, group, self._new)
+        return bucket_ops.refresh(shards, layouts, world, group, dtype, self._new)
 
     def unshard(self, shard: Tensor, *rest: object) -> Tensor:
         """A marker that no pass lowered."""

@@ -104,3 +104,31 @@ def test_a_mesh_of_two_axes(tmp_path: Path, stage: int) -> None:
     load_checkpoint(tmp_path, model=model)
     data = sum(p.stat().st_size for p in tmp_path.glob("a/*.bin"))
     assert data == 4 * sum(p.numel() for p in model.parameters()) + 8, "each value once, and the buffer"
+
+
+def in_sixteen_bits(rank: int, world: int, folder: str) -> tuple[list[float], dict[int, list[float]], set[torch.dtype]]:
+    run = Run(3, dtype="bf16")
+    run.train(BEFORE)
+    run.save(folder)
+    expected, found = run.train(AFTER), {}
+    for stage in range(4):
+        other = Run(stage, dtype="bf16", seed=7)
+        other.train(1)  # the copies it computes with are made
+        other.load(folder)
+        found[stage] = other.train(AFTER)
+    return expected, found, {v.dtype for v in other.values().values()}
+
+
+def test_masters_are_saved_and_the_copies_computed_with_are_made_again(tmp_path: Path) -> None:
+    expected, found, dtypes = run_ranks(in_sixteen_bits, 2, str(tmp_path))[0]
+    assert found == dict.fromkeys(range(4), expected)
+    assert dtypes == {torch.float32, torch.int64}
+    assert run_ranks(in_full, 2, str(tmp_path))[0] != expected
+    plain = Run(None, seed=3)
+    plain.load(tmp_path)  # and an fp32 model takes them
+
+
+def in_full(rank: int, world: int, folder: str) -> list[float]:
+    run = Run(3)
+    run.load(folder)
+    return run.train(AFTER)

@@ -48,6 +48,11 @@ _PUBLIC = {
     "init_distributed": "engine.processes",
     "add_config_arguments": "engine.command_line",
     "RepeatingLoader": "engine.data",
+    "save_checkpoint": "engine.checkpoint",
+    "load_checkpoint": "engine.checkpoint",
+    "export_safetensors": "engine.export",
+    "load_weights": "engine.export",
+    "linear_cross_entropy": "loss_ops",
 }
 
 _MODULES = {"zero": "engine.zero", "checkpointing": "engine.checkpointing"}

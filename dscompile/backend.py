@@ -22,6 +22,7 @@ from dscompile.codegen.emit import emit_program
 from dscompile.codegen.lower import lower_regions
 from dscompile.codegen.regions import cut
 from dscompile.config import Config
+from dscompile.entry import watched
 from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
 from dscompile.errors import UnsupportedError, VerifyError
 from dscompile.graph import GraphKind, InputKind, StepGraph
@@ -81,7 +82,7 @@ def dscompile(
         )(gm, example_inputs)
     if frame.seconds:  # not loaded from the cache
         files.record()
-    return compiled
+    return watched(compiled, example_inputs)
 
 
 def _check_devices(inputs: FrameInputs, example_inputs: Sequence[Any]) -> None:

@@ -116,6 +116,11 @@ class Config(BaseModel):
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
     )
+    fused_loss: Choice = Field(
+        "auto",
+        description="Cross-entropy of a projection in chunks, so that the logits of a batch never exist; 'auto': where "
+        "that holds fewer bytes.",
+    )
     zero: ZeroConfig = Field(
         default_factory=lambda: ZeroConfig.model_validate({}), description="Sharding of parameters over ranks (ZeRO)."
     )

@@ -28,7 +28,7 @@ from dscompile.dtypes import cast_inputs, convert_buffers, parameter_dtypes
 from dscompile.errors import ConfigError, ShardingError, UnsupportedError
 from dscompile.ops import REPLICATED
 from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
-from dscompile.sharded import adopt, slots_in
+from dscompile.sharded import adopt, adopt_containers, slots_in
 from dscompile.slots import window
 from dscompile.torch_compat import has_hooks, process_group, set_local
 from dscompile.world import DATA, World, default_mesh
@@ -86,6 +86,7 @@ def distribute(
     for planned in plan:
         for module, name in planned.owners:
             adopt(module, name, cast(DTensor, planned.sharded), planned.spec, settings)
+    adopt_containers(model)
     if not known:
         convert_buffers(model, settings.precision)
         cast_inputs(model, settings.precision)

@@ -12,6 +12,7 @@ a *logical* name (:mod:`dscompile.world`), equal on every rank, so graphs and ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,6 +95,28 @@ def reduce_grad(
     return mean
 
 
+# -- whose reduction an accumulated gradient joins -------------------------------------------------------------------
+
+_TAKE = "dscompile_take"
+
+
+def on_take(accumulated: Tensor, callback: Callable[[], object]) -> None:
+    """Call ``callback`` when a reader that was given ``accumulated`` begins (:mod:`dscompile.slots`)."""
+    setattr(accumulated, _TAKE, callback)
+
+
+def is_offered(tensor: Tensor) -> bool:
+    """Whether :func:`on_take` was called on this very tensor."""
+    return hasattr(tensor, _TAKE)
+
+
+def take(accumulated: Tensor | None) -> None:
+    """A reader begins that will add ``accumulated`` to its gradient before reducing it. Later readers must not."""
+    callback = getattr(accumulated, _TAKE, None)
+    if callback is not None:
+        callback()
+
+
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +131,7 @@ def _unshard_kernel(
     dtype: torch.dtype | None = None,
     wire: torch.dtype | None = None,
 ) -> Tensor:
+    take(accumulated)
     if world == 1 or dim == REPLICATED:
         return _copied(shard, dtype)
     return _gather(shard if dtype is None else shard.to(dtype), dim, size, world, group)
@@ -264,14 +288,16 @@ def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtype = shard.dtype if leaf is None else leaf.dtype
     ctx.local = 0 if ctx.dim == REPLICATED else shard.shape[ctx.dim]
     ctx.to_leaf = leaf is not None
-    ctx.save_for_backward(accumulated)
+    # No saved tensor: a checkpointed block reads again in backward, when another reader may have the accumulator, and
+    # checkpointing compares the tensors that the two runs save.
+    ctx.accumulated = accumulated
 
 
 def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     nothing = (None,) * 6
     if ctx.to_leaf:
         return None, grad.to(ctx.dtype), None, *nothing
-    (accumulated,) = ctx.saved_tensors
+    accumulated = ctx.accumulated
     # A tied parameter has several unshard nodes, and autograd sums their gradients: the accumulated one must join only
     # one of them. The mark lives on the tensor, so it holds for one backward pass in eager mode (the accumulator is
     # dropped at its end) and for one trace of the joint graph, where these are fake tensors.

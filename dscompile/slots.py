@@ -8,6 +8,12 @@ stay the DTensor's own.
 
 A slot goes stale when its parameter is frozen, thawed or replaced. Eager reads notice and renew it; a compiled graph
 cannot, so ``Attach`` drops the gradient of a frozen parameter and the optimizer hook refuses a thawed one.
+
+At the end of an accumulation window exactly one reader may add what was accumulated to its own gradient, although
+several graphs, eager reads or calls of the model may read the parameter. The first reader takes the accumulator; the
+later ones send their gradients to the ``leaf``, and so into the accumulator's memory. Autograd runs backward in
+reverse order of creation, so the first reader's reduction comes last and carries them all. The accumulator is offered
+as a tensor that only the taker keeps alive: if its graph is dropped without a backward pass, it is offered again.
 """
 
 from __future__ import annotations
@@ -20,14 +26,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dscompile.config import Config
-from dscompile.ops import REPLICATED, unshard
+from dscompile.ops import REPLICATED, on_take, unshard
 from dscompile.placement import Mark, ShardSpec, mark_of, set_mark
 from dscompile.torch_compat import local_of, process_group, set_local, wrap_like
 
 
-def attribute_keys(name: str) -> tuple[str, str, str, str]:
-    """Module attributes behind parameter ``name``: a slot's ``shard``, ``silent``, ``leaf`` and ``accumulated``."""
-    return f"_shard_{name}", f"_silent_{name}", f"_leaf_{name}", f"_accumulated_{name}"
+def attribute_keys(name: str) -> tuple[str, str, str, str, str]:
+    """Module attributes behind parameter ``name``: a slot's ``shard``, ``silent``, ``leaf``, ``offered``, ``taken``."""
+    return f"_shard_{name}", f"_silent_{name}", f"_leaf_{name}", f"_accumulated_{name}", f"_taken_{name}"
 
 
 def alias(tensor: Tensor) -> Tensor:
@@ -73,6 +79,9 @@ class Slot:
             be none, so inside there must be no edge to the parameter at all.
         leaf: takes the unreduced gradient inside ``no_sync``: full shape, no memory (all strides are 0) until it has
             a gradient.
+        accumulated: that gradient, until it is reduced.
+        offered: the same memory for the reader that will reduce it; None once one has taken it.
+        taken: a reader has, and its backward pass has not run: others add to ``leaf``.
         owners: the modules that hold the parameter, and its name there.
         full: the gathered value while a ``gathered`` context is open.
         writable: that context writes ``full`` back.
@@ -86,6 +95,10 @@ class Slot:
         self.owners: list[tuple[weakref.ref[nn.Module], str]] = []
         self.leaf: Tensor | None = None
         self.accumulated: Tensor | None = None
+        self.offered: Tensor | None = None
+        self.taken = False
+        self._handed: weakref.ref[Tensor] | None = None
+        self._joining = False
         self.full: Tensor | None = None
         self.writable = False
         self.reads = 0
@@ -184,7 +197,7 @@ class Slot:
         for reference, name in self.owners:
             module = reference()
             if module is not None:
-                values = (self.shard, self.silent, self.leaf, self.accumulated)
+                values = (self.shard, self.silent, self.leaf, self.offered, self.taken)
                 module.__dict__.update(zip(attribute_keys(name), values, strict=True))
 
     def gather(self, *, to_leaf: bool = False, boundary: bool = False, master: bool = False) -> Tensor:
@@ -193,6 +206,7 @@ class Slot:
         In the compute dtype, or in the ``master``'s.
         """
         spec = self.spec
+        to_leaf = to_leaf or (boundary and self.taken)
         return unshard(
             self.silent if to_leaf else self.shard,
             spec.dim,
@@ -200,7 +214,7 @@ class Slot:
             spec.world,
             spec.group,
             self.leaf if to_leaf else None,
-            self.accumulated if boundary else None,
+            self.offered if boundary else None,
             None if master else spec.dtype,
             spec.wire,
         )
@@ -227,17 +241,48 @@ class Slot:
         self.publish()
 
     def _accumulated(self, leaf: Tensor) -> None:
-        self.accumulated = leaf.grad
+        grad = self.accumulated = leaf.grad
+        handed = self._handed() if self._handed is not None else None
+        if grad is not None and handed is not None and handed.data_ptr() != grad.data_ptr():
+            alias(handed).copy_(grad.detach())  # autograd adds out of place under create_graph
+        self._offer()
+
+    def _offer(self) -> None:
+        """Let the next reader outside ``no_sync`` have what was accumulated, unless one has it."""
+        self.offered = None
+        if self.accumulated is not None and not self.taken:
+            self.offered = alias(self.accumulated.detach())
+            take = weakref.WeakMethod(self.take)
+            on_take(self.offered, lambda: (m := take()) and m())
         self.publish()
 
+    def take(self) -> None:
+        """A reader that will reduce what was accumulated begins."""
+        if self.offered is None:
+            return
+        me = weakref.ref(self)
+        self._handed = weakref.ref(self.offered, lambda gone: (slot := me()) and slot._returned(gone))
+        self.offered, self.taken, self._joining = None, True, True
+        self.publish()
+
+    def _returned(self, gone: weakref.ref[Tensor]) -> None:
+        """Nothing holds the accumulator that was handed out: the taker is done, or was dropped."""
+        if gone is self._handed:
+            self._handed, self.taken = None, False
+            self._offer()
+
     def _reduced(self) -> None:
-        """The parameter got a gradient: outside ``no_sync`` that included what was accumulated."""
-        if self.accumulated is not None:
+        """The parameter got a gradient: if a reader took what was accumulated, that included it."""
+        if self._joining:
             self.close_window()
 
     def close_window(self) -> None:
         """Forget what was accumulated."""
-        self.accumulated = None
+        handed = self._handed() if self._handed is not None else None
+        if handed is not None:
+            alias(handed).zero_()  # a second backward pass through a retained graph must not add it again
+        self.accumulated = self.offered = self._handed = None
+        self.taken = self._joining = False
         if self.leaf is not None:
             self.leaf.grad = None
         self.publish()

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("dscompile.tools.diff:diff", "Compare two graph texts node by node; status 1 if they differ."),
     "config-keys": ("dscompile.tools.config_keys:config_keys", "List DeepSpeed's configuration keys and their states."),
     "hostfile": ("dscompile.tools.hostfile:hostfile", "Print the torchrun commands of a DeepSpeed hostfile."),
+    "export": ("dscompile.tools.export:export", "Write a checkpoint's model to one safetensors file."),
     "passes": ("dscompile.tools.list_passes:passes", "List every pass: contract, numerics and options."),
 }
 """Subcommand -> (module:function, one line of help)."""

@@ -199,10 +199,10 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while where in tensors:  # {"a.b": ..., "a": {"b": ...}}
             where += "'"
-        tensors[where] = value.detach()
+        tensors[where] = value
         return {"$tensor": where}
     if isinstance(value, bytes):
-        return {"$bytes": base64.b85encode(value).decode()}
+        return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, (list, tuple)):
         items = [encode(v, _below(where, i), tensors) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
@@ -239,7 +239,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if tag == "$tensor":
         return tensors[content]
     if tag == "$bytes":
-        return base64.b85decode(content)
+        return base64.b64decode(content, validate=True)
     if tag == "$tuple":
         return tuple(decode(v, tensors) for v in content)
     if tag in ("$dict", "$counter"):

@@ -84,6 +84,8 @@ def load_checkpoint(
         error = None
     except CheckpointError as failure:
         load, error = None, CheckpointError(f"{path}: {failure}" if str(path) not in str(failure) else str(failure))
+    except Exception as failure:  # the model's or the optimizer's own: the other ranks must not wait for this one
+        load, error = None, failure
     peers.agree(error)
     return cast(_Load, load).apply()
 
@@ -166,8 +168,9 @@ class _Load:
         rngs = contents.facts["rng"] if load_rng else []
         exact, setter = len(rngs) == peers.world, None
         if rngs:
-            setters = [rng_setter(rng) for rng in rngs]
-            setter = setters[peers.rank] if exact else functools.partial(derive_rng, rngs, peers.rank, peers.world)
+            setter = rng_setter(rngs[peers.rank if exact else 0])
+            if not exact:
+                setter = functools.partial(derive_rng, rngs, peers.rank, peers.world)
         return cls(reader.path, contents, found, values, install, decoded, missing, unused, setter, exact)
 
     def apply(self) -> Loaded:

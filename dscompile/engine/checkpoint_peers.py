@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch.distributed as dist
 
-from dscompile.errors import CheckpointError
+from dscompile.errors import CheckpointError, RankError
 from dscompile.torch_compat import default_store
 
 POLL_SECONDS = 0.01
@@ -43,7 +43,7 @@ class Collective:
         if self.alone:
             return [value]
         found: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(value, found, dst=0)
+        _reached(dist.gather_object, value, found, dst=0)
         return found
 
     def scatter(self, values: Sequence[Any] | None) -> Any:
@@ -52,7 +52,7 @@ class Collective:
             assert values is not None
             return values[0]
         mine: list[Any] = [None]
-        dist.scatter_object_list(mine, None if values is None else list(values), src=0)
+        _reached(dist.scatter_object_list, mine, None if values is None else list(values), src=0)
         return mine[0]
 
     def broadcast(self, value: Any) -> Any:
@@ -60,7 +60,7 @@ class Collective:
         if self.alone:
             return value
         found = [value]
-        dist.broadcast_object_list(found, src=0)
+        _reached(dist.broadcast_object_list, found, src=0)
         return found[0]
 
     def agree(self, error: Exception | None) -> None:
@@ -69,11 +69,14 @@ class Collective:
         Raises:
             CheckpointError: the same text on every rank.
         """
-        mine = None if error is None else str(error)
+        mine = None if error is None else describe(error)
         found: list[str | None] = [mine] * self.world
         if not self.alone:
-            dist.all_gather_object(found, mine)
-        raise_first(found)
+            _reached(dist.all_gather_object, found, mine)
+        try:
+            raise_first(found)
+        except CheckpointError as agreed:
+            raise agreed from (None if isinstance(error, CheckpointError) else error)
 
 
 class ThroughStore:
@@ -129,6 +132,23 @@ class ThroughStore:
     def _lost(self, error: Exception) -> NoReturn:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"the ranks lost their store while a checkpoint was written: {reason}") from None
+
+
+def describe(error: Exception) -> str:
+    """An error for other ranks: one of ours speaks for itself."""
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _reached(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    try:
+        collective(*args, **kwargs)
+    except RankError:  # the watch knows more
+        raise
+    except RuntimeError as error:  # also the base of torch.distributed's
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"a rank could not be reached to agree on a checkpoint; has it ended? ({reason})"
+        ) from None
 
 
 def raise_first(errors: Sequence[str | None]) -> None:

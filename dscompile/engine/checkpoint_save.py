@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import WriteItem
 
 import dscompile
 from dscompile.accumulate import pending_accumulation
@@ -21,11 +19,13 @@ from dscompile.engine import checkpoint_directory as layout
 from dscompile.engine.checkpoint_files import describe, file_name, raw, write_chunks, write_synced
 from dscompile.engine.checkpoint_format import METADATA, encode
 from dscompile.engine.checkpoint_peers import Collective, Peers, ThroughStore, raise_first
-from dscompile.engine.checkpoint_saver import SaveHandle, saver_of
+from dscompile.engine.checkpoint_peers import describe as describe_error
+from dscompile.engine.checkpoint_plan import Plan, agree, local, write_error
+from dscompile.engine.checkpoint_saver import SaveHandle, Saver, saver_of
 from dscompile.engine.checkpoint_stage import Staging
 from dscompile.engine.checkpoint_state import STATE, ModelState, OptimizerState, unwrap
 from dscompile.engine.rng import get_rng
-from dscompile.errors import CheckpointError, DscompileError
+from dscompile.errors import CheckpointError
 
 
 def save_checkpoint(
@@ -60,26 +60,31 @@ def save_checkpoint(
     start = time.perf_counter()
     peers, saver = Collective(), saver_of(model)
     handle = SaveHandle(Path(directory) / str(tag))
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    content, error, cause = _Content(), None, None
     try:
         saver.settle()
         layout.check_tag(tag)
         content = _Content.of(model, optimizer, {} if state is None else state)
-        planner.set_up_planner({**content.tensors}, is_coordinator=peers.rank == 0)
-        mine: Any = planner.create_local_plan(), get_rng()
-        error = None
-    except DscompileError as failure:
-        content, mine, error = _Content(), None, str(failure)
-    job = _plan(peers, planner, content, mine, error, handle.path)
-    resolved = [(item, cast(Tensor, planner.resolve_data(item)).detach()) for item in job.plan.items]
+    except CheckpointError as failure:
+        error = str(failure)
+    except Exception as failure:  # the model's or the optimizer's own: the other ranks must not wait for this one
+        error, cause = describe_error(failure), failure
+    try:
+        agreed = agree(peers, saver.plan, content.tensors, get_rng(), error, handle.path)
+    except CheckpointError as failure:
+        raise failure from cause
+    saver.plan = agreed.plan
+    facts = {**content.facts, "id": agreed.temporary.name, "world": peers.world, "rng": agreed.gathered}
+    job = _Job(peers.rank, agreed.plan, agreed.temporary, handle.path.name, facts)
+    resolved = [(item, local(content.tensors[item.index.fqn])) for item in agreed.plan.items]
     if not asynchronous:
         _complete(peers, job, ((item, raw(tensor)) for item, tensor in resolved), handle)
         handle.end()
         handle.blocked_seconds = time.perf_counter() - start
         return handle
     background = ThroughStore(job.temporary.name, peers, timeout)
-    staging = Staging(resolved, content.tensors, content.deferred, saver.buffer)
-    saver.begin(handle, lambda: _in_background(background, job, staging, handle))
+    chunks = _staged(resolved, content, saver, handle)
+    saver.begin(handle, lambda: _in_background(background, job, chunks, handle))
     handle.blocked_seconds += time.perf_counter() - start
     return handle
 
@@ -119,48 +124,13 @@ class _Content:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """The part of a save that falls to this rank, as all ranks agreed; rank 0 also has the whole."""
+    """The part of a save that falls to this rank. ``facts`` are complete on rank 0, which describes the checkpoint."""
 
     rank: int
-    plan: SavePlan
+    plan: Plan
     temporary: Path
     tag: str
-    metadata: Metadata | None
     facts: dict[str, Any]
-
-
-def _plan(
-    peers: Collective, planner: DefaultSavePlanner, content: _Content, mine: Any, error: str | None, path: Path
-) -> _Job:
-    """Let rank 0 make the temporary folder and decide who writes what. Raises on every rank alike."""
-    gathered = peers.gather((mine, error))
-    replies: list[Any] | None = None
-    metadata, rngs = None, []
-    if gathered is not None:
-        try:
-            raise_first([text for _, text in gathered])
-            plans = [_without_empty(plan) for (plan, _), _ in gathered]
-            rngs = [rng for (_, rng), _ in gathered]
-            decided, metadata = planner.create_global_plan(plans)
-            temporary = layout.begin(path.parent)
-            replies = [(plan, temporary, None) for plan in decided]
-        except (OSError, ValueError, AssertionError, CheckpointError) as failure:  # the middle two are DCP's
-            replies = [(None, None, _text(path, failure))] * peers.world
-    plan, temporary, refused = peers.scatter(replies)
-    if refused is not None:
-        raise CheckpointError(refused)
-    facts = {**content.facts, "id": temporary.name, "world": peers.world, "rng": rngs}
-    return _Job(peers.rank, planner.finish_plan(plan), temporary, path.name, metadata, facts)
-
-
-def _without_empty(plan: SavePlan) -> SavePlan:
-    """A plan without the empty shards that uneven sharding leaves on some ranks."""
-
-    def useful(item: WriteItem) -> bool:
-        data = item.tensor_data
-        return data is None or math.prod(data.chunk.sizes) > 0 or math.prod(data.size) == 0
-
-    return SavePlan([item for item in plan.items if useful(item)])
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -171,47 +141,54 @@ def _complete(peers: Peers, job: _Job, chunks: Iterable[tuple[WriteItem, memoryv
     results, error = None, None
     try:
         results = write_chunks(job.temporary / file_name(job.rank), job.rank, chunks)
-    except (OSError, CheckpointError) as failure:
-        error = _text(handle.path, failure)
+    except Exception as failure:  # whatever it is, the other ranks must not wait for this one
+        error = write_error(handle.path, failure)
     gathered = peers.gather((results, error))
     verdict = None
     if gathered is not None:
         try:
             raise_first([text for _, text in gathered])
-            contents = describe(cast(Metadata, job.metadata), [written for written, _ in gathered], job.facts)
+            contents = describe(cast(Metadata, job.plan.metadata), [written for written, _ in gathered], job.facts)
             write_synced(job.temporary / METADATA, [contents.dump()])
             layout.commit(job.temporary, job.tag)
-        except (OSError, CheckpointError) as failure:
+        except Exception as failure:
             layout.abandon(job.temporary)
-            verdict = _text(handle.path, failure)
+            verdict = write_error(handle.path, failure)
     verdict = peers.broadcast(verdict)
     if verdict is not None:
         raise CheckpointError(verdict)
 
 
-def _in_background(peers: Peers, job: _Job, staging: Staging, handle: SaveHandle) -> None:
+def _staged(
+    resolved: Sequence[tuple[WriteItem, Tensor]], content: _Content, saver: Saver, handle: SaveHandle
+) -> Iterable[tuple[WriteItem, memoryview]]:
+    """What to write in the background, copied when the first is asked for; an error is raised then."""
+    staging: Staging | None = None
+    failure: Exception | None = None
+    try:
+        staging = Staging(resolved, content.tensors, content.deferred, saver.buffer)
+    except Exception as error:  # no memory, for instance: the other ranks must hear of it
+        failure = error
+
     def chunks() -> Iterable[tuple[WriteItem, memoryview]]:
+        if staging is None:
+            raise cast(Exception, failure)
         try:
             staging.copy()
         finally:
             handle.set_staged()
         yield from staging.chunks()
 
+    return chunks()
+
+
+def _in_background(peers: Peers, job: _Job, chunks: Iterable[tuple[WriteItem, memoryview]], handle: SaveHandle) -> None:
     error: CheckpointError | None = None
     try:
-        _complete(peers, job, chunks(), handle)
+        _complete(peers, job, chunks, handle)
     except CheckpointError as failure:
         error = failure
     except BaseException as failure:  # of our own: it must reach the training thread, which waits
         error = CheckpointError(f"{handle.path}: {type(failure).__name__}: {failure}")
     finally:
         handle.end(error)
-
-
-def _text(path: Path, error: Exception) -> str:
-    if isinstance(error, CheckpointError):
-        return str(error)
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return (
-        f"{path}: cannot write the checkpoint: {reason}. What was there before is intact; make room, or save elsewhere."
-    )

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dscompile.engine.checkpoint_plan import Plan
 from dscompile.engine.checkpoint_stage import HostBuffer
 from dscompile.engine.checkpoint_state import unwrap
 from dscompile.errors import CheckpointError
@@ -83,10 +84,11 @@ class SaveHandle:
 
 
 class Saver:
-    """What one model's saves share: the host buffer, and the one under way. Not copied or pickled with the model."""
+    """What one model's saves share: host buffer, plan, and the one under way. Not copied or pickled with the model."""
 
     def __init__(self) -> None:
         self.buffer = HostBuffer()
+        self.plan: Plan | None = None
         self._pending: SaveHandle | None = None
         self._undo: list[Callable[[], Any]] = []
 

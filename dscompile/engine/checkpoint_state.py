@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dscompile.engine.checkpoint_format import Contents, decode, encode
 from dscompile.errors import CheckpointError
+from dscompile.torch_compat import local_of
 
 SEPARATOR = "//"
 STATE = f"state{SEPARATOR}"
@@ -125,7 +126,7 @@ class OptimizerState:
 
 
 def _encode_state(param: Tensor, value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    local_shape = param.to_local().shape if isinstance(param, DTensor) else param.shape
+    local_shape = local_of(param).shape if isinstance(param, DTensor) else param.shape
     plain = isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim > 0
     if plain and value.shape == local_shape != param.shape:
         raise CheckpointError(
@@ -245,25 +246,34 @@ def compare(model: ModelState, contents: Contents, *, strict: bool) -> tuple[dic
     """
     pairs: dict[str, str] = {}
     missing: list[str] = []
-    wrong: list[str] = []
     held = contents.tensors.state_dict_metadata
-    for name, tensor in model.tensors.items():
+    for name in model.tensors:
         key = model.stored_name(name, contents)
-        if key not in held:
-            missing.append(name)
-        elif tuple(contents.tensor(key).size) != tuple(tensor.shape):
-            wrong.append(f"{name} is {_shape(tensor.shape)} here and {_shape(contents.tensor(key).size)} there")
-        else:
+        if key in held:
             pairs[name] = key
-    unused = [key for key in stored_model_keys(contents) if key not in set(pairs.values()) and key not in model.tensors]
-    if wrong or (strict and (missing or unused)):
-        differences = wrong
-        differences += [f"{n} {_shape(model.tensors[n].shape)} is only in the model" for n in missing]
-        differences += [f"{k} {_shape(contents.tensor(k).size)} is only in the checkpoint" for k in unused]
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise CheckpointError(f"the checkpoint is of another model: {'; '.join(differences[:3])}{more}.")
+        else:
+            missing.append(name)
+    there = {key: tuple(contents.tensor(key).size) for key in stored_model_keys(contents)}
+    used = set(pairs.values())
+    unused = [key for key in there if key not in used]
+    here = {name: tuple(tensor.shape) for name, tensor in model.tensors.items()}
+    wrong = [name for name, key in pairs.items() if there[key] != here[name]]
+    sizes = there | {name: there[key] for name, key in pairs.items()}
+    text = differences(here, sizes, missing if strict else [], unused if strict else [], wrong, "checkpoint")
+    if text:
+        raise CheckpointError(f"the checkpoint is of another model: {text}.")
     return pairs, missing, unused
 
 
-def _shape(shape: torch.Size) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def differences(here: Shapes, there: Shapes, missing: list[str], unused: list[str], wrong: list[str], what: str) -> str:
+    """The first three differences between a model and a file of weights, with shapes; "" if there is none.
+
+    ``missing`` are only here, ``unused`` only there, ``wrong`` have other shapes; ``what`` is the file called.
+    """
+    found = [f"{n} is {list(here[n])} here and {list(there[n])} there" for n in wrong]
+    found += [f"{n} {list(here[n])} is only in the model" for n in missing]
+    found += [f"{n} {list(there[n])} is only in the {what}" for n in unused]
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

@@ -65,8 +65,8 @@ def derive_rng(states: list[dict[str, Any]], rank: int, world: int) -> None:
 
 
 def _pack(data: bytes) -> str:
-    return base64.b85encode(data).decode()
+    return base64.b64encode(data).decode()
 
 
 def _unpack(text: str) -> bytes:
-    return base64.b85decode(text)
+    return base64.b64decode(text, validate=True)

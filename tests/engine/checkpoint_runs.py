@@ -37,7 +37,7 @@ class Net(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         self.seen += 1
         x = self.embedding(ids)
-        x = x + self.frozen(self.down(nn.functional.gelu(self.up(x)))) * self.mask
+        x = x + self.frozen(self.down(nn.functional.gelu(self.up(x)))) * self.mask.to(x.dtype)
         return nn.functional.cross_entropy((self.head(x) * self.scale).flatten(0, 1), targets.flatten())
 
 
@@ -60,11 +60,13 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 class Run:
     """Model, optimizer, schedule and position on this rank. Stage None: a plain model that no one distributes."""
 
-    def __init__(self, stage: int | None, kind: str = "AdamW", *, seed: int = 0, compiled: bool = False) -> None:
+    def __init__(
+        self, stage: int | None, kind: str = "AdamW", *, seed: int = 0, compiled: bool = False, dtype: str = "fp32"
+    ) -> None:
         torch.manual_seed(seed)
         self.model: nn.Module = Net()
         if stage is not None:
-            dscompile.distribute(self.model, config={"zero": {"stage": stage}})
+            dscompile.distribute(self.model, config={"zero": {"stage": stage}, "precision": {"param_dtype": dtype}})
         self.call: Any = torch.compile(self.model, backend="dscompile") if compiled else self.model
         self.optimizer = make_optimizer(kind, self.model)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [3, 8], 0.5)
@@ -84,7 +86,7 @@ class Run:
             self.optimizer.step()
             self.schedule.step()
             self.step += 1
-            total = loss.detach().clone()
+            total = loss.detach().float().clone()
             if not self.alone:
                 dist.all_reduce(total)
             losses.append(float(total) / self.world)

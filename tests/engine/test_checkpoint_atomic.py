@@ -18,6 +18,7 @@ from torch import nn
 
 import dscompile
 from dscompile.engine.checkpoint import load_checkpoint, save_checkpoint
+from dscompile.engine.checkpoint_files import DirectoryReader
 from dscompile.errors import CheckpointError
 from tests.engine.checkpoint_runs import Run
 from tests.ranks import rank_outcomes, run_ranks
@@ -190,6 +191,101 @@ def test_a_rank_that_cannot_write_fails_all_and_keeps_the_checkpoint(tmp_path: P
     assert (tmp_path / "latest").read_text().strip() == "after"
 
 
+def dies(rank: int, world: int, folder: str) -> tuple[str, float]:
+    model = dscompile.distribute(nn.Linear(4, 4), config={"zero": {"stage": 3}})
+    save_checkpoint(folder, "good", model=model)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as found:
+        save_checkpoint(folder, "bad", model=model)
+    return str(found.value), time.monotonic() - start
+
+
+def test_a_rank_that_died_is_a_named_error_not_a_hang(tmp_path: Path) -> None:
+    first, second = rank_outcomes(dies, 2, str(tmp_path), timeout=60, grace=20)
+    assert second.exitcode == -signal.SIGKILL
+    text, seconds = first.value
+    assert "a rank could not be reached" in text
+    assert seconds < 5
+    assert (tmp_path / "latest").read_text().strip() == "good"
+
+
+def raises_in_one(rank: int, world: int, folder: str) -> tuple[str, str]:
+    model = dscompile.distribute(nn.Linear(4, 4), config={"zero": {"stage": 3}})
+    save_checkpoint(folder, "good", model=model)
+    if rank == 1:
+
+        def broken(*_: Any) -> None:
+            raise ZeroDivisionError("of the user's")
+
+        model.register_state_dict_post_hook(broken)
+    texts = []
+    for call in (lambda: save_checkpoint(folder, "bad", model=model), lambda: load_checkpoint(folder, model=model)):
+        with pytest.raises(CheckpointError) as found:
+            call()
+        assert rank == 0 or isinstance(found.value.__cause__, ZeroDivisionError)
+        texts.append(str(found.value))
+    return texts[0], texts[1]
+
+
+def test_an_error_of_the_models_own_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(raises_in_one, 2, str(tmp_path))
+    assert first == second
+    assert all(text == "on rank 1 of 2: ZeroDivisionError: of the user's" for text in first)
+
+
+def grows(rank: int, world: int, folder: str) -> list[float]:
+    """The layout changes between saves: on both ranks, then on one alone (which plans again)."""
+    model = dscompile.distribute(nn.Sequential(nn.Linear(4, 4)), config={"zero": {"stage": 3}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    found = []
+    for number in range(5):
+        if number == 2:
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()  # momentum buffers
+        if number == 4:
+            model.append(dscompile.distribute(nn.Linear(4, 3), config={"zero": {"stage": 3}}))
+        if number == 3 and rank == 1:
+            model._dscompile_saver.plan = None
+        save_checkpoint(folder, "a", model=model, optimizer=optimizer)
+        loaded = load_checkpoint(folder, model=model, optimizer=optimizer)
+        found.append(len(DirectoryReader(loaded.path).contents.tensors.state_dict_metadata))
+    return found
+
+
+def test_a_plan_is_used_again_until_the_layout_changes(tmp_path: Path) -> None:
+    assert run_ranks(grows, 2, str(tmp_path)) == [[2, 2, 4, 4, 6]] * 2
+
+
+def no_memory(rank: int, world: int, folder: str, asynchronous: bool) -> tuple[str, float]:
+    from dscompile.engine import checkpoint_files, checkpoint_save, checkpoint_stage
+
+    model = dscompile.distribute(nn.Linear(4, 4), config={"zero": {"stage": 3}})
+    save_checkpoint(folder, "good", model=model)
+
+    def refuse(*_: Any) -> Any:
+        raise MemoryError("no room for a copy")
+
+    if rank == 1:
+        checkpoint_stage.HostBuffer.take = refuse  # type: ignore[method-assign]
+        checkpoint_save.raw = checkpoint_files.raw = refuse
+    start = time.monotonic()
+    with pytest.raises(CheckpointError) as found:
+        save_checkpoint(folder, "bad", model=model, asynchronous=asynchronous).wait()
+    return str(found.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_without_memory_fails_all(tmp_path: Path, asynchronous: bool) -> None:
+    (first, seconds), (second, _) = run_ranks(no_memory, 2, str(tmp_path), asynchronous)
+    assert first == second
+    assert "on rank 1 of 2" in first
+    assert "no room for a copy" in first
+    assert seconds < 5
+    assert {p.name for p in tmp_path.iterdir()} == {"good", "latest"}
+
+
 def test_a_directory_that_cannot_be_made_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
@@ -220,6 +316,43 @@ def test_an_asynchronous_save_holds_the_values_of_its_moment(tmp_path: Path) -> 
     assert run.step == 2
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_step_waits_until_its_values_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    slow_copies(monkeypatch)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+    expected = [v.clone() for v in (*model.state_dict().values(), *optimizer.state_dict()["state"][0].values())]
+    start = time.perf_counter()
+    handle = save_checkpoint(tmp_path, "a", model=model, optimizer=optimizer, asynchronous=True)
+    assert not handle.staged()
+    model(torch.randn(4, 3)).square().sum().backward()  # BatchNorm's statistics change here
+    optimizer.step()
+    assert handle.staged()
+    assert 0.1 < handle.blocked_seconds <= time.perf_counter() - start
+    handle.wait()
+    load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    found = [*model.state_dict().values(), *optimizer.state_dict()["state"][0].values()]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies in the background take 50 ms each."""
+    from dscompile.engine import checkpoint_stage
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)
+        copy(*args, **kwargs)
+
+    copy = checkpoint_stage._copy
+    monkeypatch.setattr(checkpoint_stage, "_copy", slow)
+
+
 def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     run = Run(None)
     first = run.save(tmp_path, "a", asynchronous=True)
@@ -230,14 +363,7 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
 
 
 def test_a_write_from_elsewhere_during_the_copy_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dscompile.engine import checkpoint_stage
-
-    def slow(*args: Any, **kwargs: Any) -> None:
-        time.sleep(0.05)
-        copy(*args, **kwargs)
-
-    copy = checkpoint_stage._copy
-    monkeypatch.setattr(checkpoint_stage, "_copy", slow)
+    slow_copies(monkeypatch)
     run = Run(None)
     handle = run.save(tmp_path, "a", asynchronous=True)
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_amsgrad_and_tensor_options_go_on(tmp_path: Path) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
     model, optimizer = made(0)

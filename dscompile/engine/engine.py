@@ -104,8 +104,8 @@ class Engine(WholeSteps):
     # -- one micro-batch -----------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """The compiled model's output. In training, gradients will be reduced at the window's last micro-batch only."""
-        trains = self.module.training and torch.is_grad_enabled()
+        """The compiled model's output. Its gradients will be reduced at the window's last micro-batch only."""
+        trains = torch.is_grad_enabled()  # also in eval mode: dropout off, gradients on
         if trains:
             self.window.forward()
             self._loss_scaled = False
@@ -166,7 +166,7 @@ class Engine(WholeSteps):
     def _watch(self, outputs: Any) -> None:
         """Take note of a backward pass that the script runs itself, and divide its gradients by the window's size."""
         tensors = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
-        if not tensors:
+        if not tensors and self.module.training:
             kind = type(outputs).__name__
             _LOG.warning("the model returned %s, without a tensor that requires a gradient: use engine.backward", kind)
         for tensor in tensors:

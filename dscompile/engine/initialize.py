@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -79,7 +80,7 @@ def initialize(
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     world, rank = dist.get_world_size(), dist.get_rank()
     _check_axes(mpu, mesh_param, world)
-    settings = EngineConfig.load(source, world=world, device=device.type)
+    settings = _agreed(source, world, rank, device)
     if settings.logging.level is not None:
         logging.getLogger("dscompile").setLevel(settings.logging.level.upper())
     if rank == 0:
@@ -108,6 +109,31 @@ def initialize(
         )
     engine = Engine(Parts(model, settings, made, scheduler, loader, device, rank, world))
     return engine, made, loader, scheduler
+
+
+def _agreed(source: Any, world: int, rank: int, device: torch.device) -> EngineConfig:
+    """The configuration, if every rank could read it and has the same: else all would wait for one for ever.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    settings, problem = None, None
+    try:
+        settings = EngineConfig.load(source, world=world, device=device.type)
+    except ConfigError as error:
+        problem = str(error)
+    if world > 1 and dist.get_backend() != "fake":
+        content = json.dumps(settings.given, sort_keys=True, default=str) if settings is not None else ""
+        mine = problem, hashlib.sha256(content.encode()).hexdigest()
+        found: list[Any] = [None] * world
+        dist.all_gather_object(found, mine)
+        if problem is None and (other := next((r for r, (text, _) in enumerate(found) if text), None)) is not None:
+            problem = f"rank {other}: {found[other][0]}"
+        elif problem is None and (other := next((r for r, f in enumerate(found) if f != found[0]), None)) is not None:
+            problem = f"the configuration differs between rank 0 and rank {other}; give every rank the same."
+    if settings is None or problem is not None:
+        raise ConfigError(problem or "")
+    return settings
 
 
 def _source(args: Any, config: Any, config_params: Any) -> Any:

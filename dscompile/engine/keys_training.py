@@ -90,7 +90,9 @@ TRAINING: Final[tuple[Key, ...]] = (
     # logging
     acted("steps_per_print", integer(1), None, 10, "log step, skipped steps, learning rates and momenta every so often "
           "(default: DeepSpeed's code; its page says 10)"),
-    acted("wall_clock_breakdown", BOOLEAN, False, True, "log the times of forward, backward and step"),
+    acted("wall_clock_breakdown", BOOLEAN, False, True, "times of forward, backward and step, with the progress "
+          "line and to the "
+          "monitors: set steps_per_print too"),
     acted("memory_breakdown", BOOLEAN, False, True, "log the process's peak memory with the progress line"),
     acted("dump_state", BOOLEAN, False, True, "log the whole configuration once"),
     acted("log_level", choice("debug", "info", "warning", "error", "critical"), None, "debug",

@@ -60,6 +60,9 @@ class Progress:
         every = self._logging.every
         if every is not None and engine.global_steps % every == 0:
             breakdown = self.timers.breakdown()
+            if self.timers.enabled:
+                times = {f"Train/Samples/elapsed_time_ms_{p}": 1000 * s / every for p, s in breakdown.seconds.items()}
+                self._monitor.write(engine.global_samples, times)
             if self._first:
                 _LOG.info(self._line(engine) + (f", {breakdown.line()}" if self.timers.enabled else ""))
 

@@ -84,6 +84,10 @@ class WholeSteps(Answers):
         self, data_iter: Iterator[Any] | None, loss_fn: Callable[[Any, Any], Tensor] | None
     ) -> Iterator[Tensor]:
         source = self._batches() if data_iter is None else data_iter
+        if not hasattr(source, "__next__"):
+            raise RunError(
+                f"data_iter: {type(source).__name__} is no iterator, so it would begin anew; pass iter(...)."
+            )
         loss_fn = loss_fn if loss_fn is not None else getattr(self.module, "loss_fn", None)
         for index in range(self.window.size):
             try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 WIDTH, CLASSES, MICRO = 6, 3, 2
 LR = 0.05
+TIMEOUT = 300  # seconds for two ranks on a loaded machine
 
 
 def make_model() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 
 import dscompile
 from dscompile.errors import ConfigError, DscompileError, RunError, ShardingError
-from tests.engine.runs import CLASSES, LR, MICRO, WIDTH, batches, by_hand, config, make_model, whole
+from tests.engine.runs import CLASSES, LR, MICRO, TIMEOUT, WIDTH, batches, by_hand, config, make_model, whole
 from tests.ranks import run_ranks
 
 STEPS = 3
@@ -51,7 +51,7 @@ def test_two_ranks_train_as_one_process_does(stage: int, accumulation: int) -> N
     """Clipping is on and bites: the norm is taken over all shards."""
     clip = 0.3
     more = {"zero_optimization": {"stage": stage}, "gradient_clipping": clip}
-    results = run_ranks(train, 2, "engine", accumulation, more)
+    results = run_ranks(train, 2, "engine", accumulation, more, timeout=TIMEOUT)
     losses, parameters = by_hand(STEPS, accumulation, clip)
     means = [(a + b) / 2 for a, b in zip(results[0][0], results[1][0], strict=True)]
     assert means == pytest.approx(losses, rel=1e-5)
@@ -65,7 +65,7 @@ def test_two_ranks_train_as_one_process_does(stage: int, accumulation: int) -> N
 @pytest.mark.parametrize("style", ["plain", "train_batch"])
 def test_the_other_loops_are_the_same_training(style: str) -> None:
     more = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0.3}
-    results = run_ranks(train, 2, style, 2, more)
+    results = run_ranks(train, 2, style, 2, more, timeout=TIMEOUT)
     losses, parameters = by_hand(STEPS, 2, 0.3)
     for _, ours, (steps, _, _) in results:
         assert steps == STEPS
@@ -79,7 +79,7 @@ def test_the_other_loops_are_the_same_training(style: str) -> None:
 
 def test_sum_multiplies_gradients_by_the_ranks() -> None:
     more = {"gradient_allreduce_op": "sum", "gradient_clipping": 0.3}
-    results = run_ranks(train, 2, "engine", 1, more)
+    results = run_ranks(train, 2, "engine", 1, more, timeout=TIMEOUT)
     _, parameters = by_hand(STEPS, 1, 0.3, total=True)
     for _, ours, _ in results:
         for mine, expected in zip(ours, parameters, strict=True):
@@ -218,6 +218,18 @@ def test_two_losses_before_one_step_add_up() -> None:
         torch.testing.assert_close(mine, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_in_evaluation_mode_trains_alike() -> None:
+    engine, *_ = make(gradient_accumulation_steps=2, gradient_clipping=0)
+    engine.eval()
+    for index in range(4):
+        one_step(engine, index)
+        engine.step()
+    _, expected = by_hand(2, 2, 0)
+    assert engine.global_steps == 2
+    for mine, theirs in zip(whole(engine), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_no_sync_adds_to_the_next_step() -> None:
     engine, *_ = make(gradient_clipping=0)
     reference = make_model()
@@ -310,6 +322,21 @@ def test_a_wrong_argument_is_named(arguments: dict[str, Any], says: str) -> None
         dscompile.initialize(**{"model": make_model(), "config": config(), **arguments})
 
 
+def other_config(rank: int, world: int, ours: list[dict[str, Any]]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        dscompile.initialize(model=make_model(), config=ours[rank])
+    return str(caught.value)
+
+
+def test_ranks_with_different_configurations_all_say_so() -> None:
+    good, other, bad = config(), config(gradient_clipping=2.0), config(zero_optimization={"stage": 9})
+    first, second = run_ranks(other_config, 2, [good, other], timeout=TIMEOUT)
+    assert first == second == "the configuration differs between rank 0 and rank 1; give every rank the same."
+    first, second = run_ranks(other_config, 2, [good, bad], timeout=TIMEOUT)
+    assert first == f"rank 1: {second}"
+    assert "zero_optimization.stage = 9: must be at most 3" in second
+
+
 # -- what goes wrong in the loop ---------------------------------------------------------------------------------------
 
 
@@ -330,7 +357,7 @@ def early_step(rank: int, world: int) -> str:
 
 
 def test_it_is_one_on_every_rank() -> None:
-    first, second = run_ranks(early_step, 2)
+    first, second = run_ranks(early_step, 2, timeout=TIMEOUT)
     assert first == second
     assert "accumulation window" in first
 
@@ -355,6 +382,8 @@ def test_data_that_ends_in_a_window_is_named() -> None:
 
 def test_train_batch_needs_data_and_a_loss() -> None:
     engine, *_ = make()
+    with pytest.raises(RunError, match="list is no iterator"):
+        engine.train_batch(batches(1))
     with pytest.raises(RunError, match="no data"):
         engine.train_batch()
     with pytest.raises(DscompileError, match=r"the model returned shape \(4, 3\)"):
@@ -413,6 +442,6 @@ def beside_bare_compile(rank: int, world: int) -> tuple[list[float], list[float]
 
 def test_the_engine_adds_nothing_to_the_numbers() -> None:
     """Twenty losses, bit for bit those of plain ``torch.compile``, and no graph break."""
-    for engine, bare, breaks in run_ranks(beside_bare_compile, 2):
+    for engine, bare, breaks in run_ranks(beside_bare_compile, 2, timeout=TIMEOUT):
         assert engine == bare
         assert breaks == 0

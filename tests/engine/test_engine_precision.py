@@ -11,7 +11,7 @@ from torch import nn
 
 import dscompile
 from dscompile.errors import RunError
-from tests.engine.runs import batches, by_hand, config, make_model, whole
+from tests.engine.runs import TIMEOUT, batches, by_hand, config, make_model, whole
 from tests.ranks import run_ranks
 
 FP16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
@@ -91,7 +91,7 @@ def overflow_on_one(rank: int, world: int) -> tuple[int, float, bool]:
 
 
 def test_an_overflow_on_one_rank_skips_on_all() -> None:
-    assert run_ranks(overflow_on_one, 2) == [(1, 128.0, True)] * 2
+    assert run_ranks(overflow_on_one, 2, timeout=TIMEOUT) == [(1, 128.0, True)] * 2
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import dscompile
 from dscompile.errors import CheckpointError, ConfigError, RunError
-from tests.engine.runs import batches, config, make_model, whole
+from tests.engine.runs import TIMEOUT, batches, config, make_model, whole
 from tests.ranks import run_ranks
 
 MORE = {
@@ -76,7 +76,7 @@ def save_on_two(rank: int, world: int, folder: str) -> list[float]:
 
 
 def test_another_number_of_ranks_and_another_stage_load_it(tmp_path: Path) -> None:
-    (expected,), _ = run_ranks(save_on_two, 2, str(tmp_path))
+    (expected,), _ = run_ranks(save_on_two, 2, str(tmp_path), timeout=TIMEOUT)
     engine = make(zero_optimization={"stage": 1}, fp16={"enabled": False}, train_micro_batch_size_per_gpu=4)
     engine.load_checkpoint(tmp_path, "two")
     value = engine.eval_batch(iter(batches(1)), loss_fn=nn.functional.cross_entropy).item()
@@ -124,7 +124,7 @@ def other_tags(rank: int, world: int, folder: str, mode: str) -> str:
 
 
 def test_ranks_with_different_tags(tmp_path: Path) -> None:
-    first, second = run_ranks(other_tags, 2, str(tmp_path), "Fail")
+    first, second = run_ranks(other_tags, 2, str(tmp_path), "Fail", timeout=TIMEOUT)
     assert first == second
     assert "rank 0 saves under the tag 'tag0' and rank 1 under 'tag1'" in first
     assert list(tmp_path.iterdir()) == []

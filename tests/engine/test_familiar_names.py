@@ -15,7 +15,7 @@ from torch import nn
 
 import dscompile
 from dscompile.errors import ConfigError, ShardingError, UnsupportedError
-from tests.engine.runs import batches, config, make_model, whole
+from tests.engine.runs import TIMEOUT, batches, config, make_model, whole
 from tests.ranks import run_ranks
 
 FACTS = config(zero_optimization={"stage": 3})
@@ -69,7 +69,7 @@ def gather_and_write(rank: int, world: int) -> list[Any]:
 
 def test_gathered_parameters_write_one_rank_s_values_everywhere() -> None:
     shapes = [(8, 6), (8,), (3, 8), (3,)]
-    assert run_ranks(gather_and_write, 2) == [[[3.0], shapes, 144.0]] * 2
+    assert run_ranks(gather_and_write, 2, timeout=TIMEOUT) == [[[3.0], shapes, 144.0]] * 2
 
 
 def test_gathered_parameters_of_a_plain_model_are_itself() -> None:
@@ -157,9 +157,8 @@ def test_garbage_collection_is_off_while_the_engine_lives() -> None:
 
 def test_metrics_are_written_by_samples(tmp_path: Path) -> None:
     monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
-    engine, *_ = dscompile.initialize(
-        model=make_model(), config=config(csv_monitor=monitor, gradient_accumulation_steps=2)
-    )
+    given = config(csv_monitor=monitor, gradient_accumulation_steps=2, wall_clock_breakdown=True, steps_per_print=2)
+    engine, *_ = dscompile.initialize(model=make_model(), config=given)
     losses = []
     for x, y in batches(4):
         loss = nn.functional.cross_entropy(engine(x), y)
@@ -171,6 +170,9 @@ def test_metrics_are_written_by_samples(tmp_path: Path) -> None:
     assert [int(step) for step, _ in rows[1:]] == [4, 8]
     expected = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
     assert [float(value) for _, value in rows[1:]] == pytest.approx(expected, rel=1e-6)
+    times = list(csv.reader((tmp_path / "job" / "Train_Samples_elapsed_time_ms_backward.csv").open()))
+    assert [int(step) for step, _ in times[1:]] == [8]
+    assert float(times[1][1]) > 0
 
 
 def log_of_collectives(rank: int, world: int) -> dict[str, int]:
@@ -187,6 +189,6 @@ def log_of_collectives(rank: int, world: int) -> dict[str, int]:
 
 
 def test_collectives_are_logged() -> None:
-    first, second = run_ranks(log_of_collectives, 2)
+    first, second = run_ranks(log_of_collectives, 2, timeout=TIMEOUT)
     assert first == second
     assert sum(first.values()) >= 2

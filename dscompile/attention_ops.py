@@ -77,6 +77,8 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> None:
         raise UnsupportedError(f"{where}: head size {q.shape[3]} is not a multiple of {HEAD_STEP}; pad it.")
     if blocks.block not in BLOCKS:
         raise UnsupportedError(f"{where}: block {blocks.block} is not one of {', '.join(map(str, BLOCKS))}.")
+    if not blocks.scale > 0:
+        raise UnsupportedError(f"{where}: scale {blocks.scale} is not positive; scale q instead.")
     mask = blocks.key_padding_mask
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != (k.shape[0], k.shape[2])):
         raise UnsupportedError(

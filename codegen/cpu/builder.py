@@ -8,7 +8,6 @@ two processes may build at once, and a build that is killed leaves nothing that 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import logging
@@ -76,7 +75,7 @@ def build_kernels(folder: Path, environment: Mapping[str, str]) -> Build:
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
                     _compile(compiler, path)
-        return Build(AttentionKernels(ctypes.CDLL(str(path))))
+        return Build(AttentionKernels.load(str(path)))
     except (BuildError, OSError) as error:
         return Build(None, f"{path}: {error}")
 

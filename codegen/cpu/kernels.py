@@ -38,6 +38,13 @@ class AttentionKernels:
     """Forward and backward of a loaded library; see :mod:`dscompile.attention_ops` for what they compute."""
 
     library: ctypes.CDLL
+    tiles: bool
+
+    @staticmethod
+    def load(path: str, *, tiles: bool = True) -> AttentionKernels:
+        """Load a built library; ``tiles``: on AMX tiles, where library and system have them."""
+        library = ctypes.CDLL(path)
+        return AttentionKernels(library, tiles and bool(library.attention_has_tiles()))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """``(out, lse)``."""
@@ -47,7 +54,7 @@ class AttentionKernels:
             return out.zero_(), lse.fill_(-torch.inf)
         problem, held = _problem(q, k, blocks)
         views = [ctypes.byref(_view(x)) for x in (q, k, v, out)]
-        self._call("forward", q.dtype, ctypes.byref(problem), *views, _data(lse))
+        self._call("forward", q.dtype, ctypes.byref(problem), *views, _data(lse), int(self.tiles))
         del held
         return out, lse
 
@@ -62,7 +69,7 @@ class AttentionKernels:
         problem, held = _problem(q, k, blocks)
         views = [ctypes.byref(_view(x)) for x in (grad_out, q, k, v, out)]
         grads = [ctypes.byref(_view(x)) for x in (dq, dk, dv)]
-        self._call("backward", q.dtype, ctypes.byref(problem), *views, _data(lse), *grads)
+        self._call("backward", q.dtype, ctypes.byref(problem), *views, _data(lse), *grads, int(self.tiles))
         del held
         return dq, dk, dv
 

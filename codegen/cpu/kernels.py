@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dscompile.attention_gathered import Blocks
-from dscompile.attention_ops import lse_like, result_like
+from dscompile.attention_gathered import Blocks, lse_like, result_like
 
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Dtypes that the kernels take, with the suffix of their entries."""
@@ -62,7 +61,8 @@ class AttentionKernels:
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: Blocks
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of ``q``, ``k`` and ``v``."""
-        grad_out, q, k, v, out, lse = (*map(_rows, (grad_out, q, k, v, out)), lse.contiguous())
+        grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
+        lse = lse.transpose(1, 2).contiguous()
         dq, dk, dv = result_like(q), result_like(k), result_like(v)
         if not k.numel() or not q.numel():
             return dq.zero_(), dk.zero_(), dv.zero_()

@@ -102,7 +102,8 @@ struct Queries {
   int64_t lanes, used;
 };
 
-// Divide by the denominators and write output and lse of a query block; `rows` is scratch [used][width].
+// Divide by the denominators and write output and lse ([batch][seq_q][heads]) of a query block; `rows` is scratch
+// [used][width].
 template <typename T>
 void finish(const Problem& p, const View& out, float* lse, int64_t b, int64_t h, int64_t begin, int64_t count,
             const Queries& x, float* rows, int64_t width) {
@@ -122,8 +123,9 @@ void finish(const Problem& p, const View& out, float* lse, int64_t b, int64_t h,
     }
   }
   copy_out(rows, width, count, p.size, 1.0f, out.at<T>(b, h, begin), out.row);
-  float* logs = lse + (b * p.heads + h) * p.seq_q + begin;
-  for (int64_t i = 0; i < count; i++) logs[i] = x.total[i] == 0 ? -INF : x.top[i] * LN2 + __builtin_logf(x.total[i]);
+  for (int64_t i = 0; i < count; i++)
+    lse[(b * p.seq_q + begin + i) * p.heads + h] =
+        x.total[i] == 0 ? -INF : x.top[i] * LN2 + __builtin_logf(x.total[i]);
 }
 
 // Per query: what its scores are shifted by (lse in powers of 2), and the product of its output and its gradient.
@@ -141,7 +143,8 @@ void prepare(const Problem& p, const View& grad, const View& out, const float* l
     for (int n = 0; n < L; n++) total += sum[n];
     for (; c < p.size; c++) total += widen(x[c]) * widen(y[c]);
     delta[r] = total;
-    shift[r] = lse[r] == -INF ? INF : lse[r] * LOG2E;  // a query that sees nothing: all its probabilities are 0
+    const float log = lse[(b * p.seq_q + i) * p.heads + h];
+    shift[r] = log == -INF ? INF : log * LOG2E;  // a query that sees nothing: all its probabilities are 0
   }
 }
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import dscompile.attention_ops
 from dscompile.attention_gathered import Blocks, gathered_backward, gathered_forward
 from dscompile.codegen.cpu.builder import attention_kernels
 from dscompile.codegen.cpu.kernels import AttentionKernels
 from dscompile.errors import UnsupportedError
 
+assert dscompile.attention_ops  # registers the operators
 OP = torch.ops.dscompile.block_sparse_attention.default
 
 
@@ -260,8 +262,6 @@ def test_dscompile_proves_a_graph_with_the_operator() -> None:
         torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
     ):
         assert torch.equal(mine, wanted)
-    import dscompile
-
     assert dscompile.last_report()[-1].verdict == "proved"
 
 
@@ -295,3 +295,55 @@ def test_what_it_cannot_compute_is_an_error_that_says_so(change: dict[str, objec
             change.get("mask"),
             change.get("scale", 1.0),
         )
+
+
+def causal_model(x: Tensor, weight: Tensor) -> Tensor:
+    """One attention layer of 2 heads of 32 as models write it."""
+    batch, seq, _ = x.shape
+    q, k, v = ((x @ weight).view(batch, seq, 3, 2, 32).permute(2, 0, 3, 1, 4)).unbind(0)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("option", ["auto", "kernel", "aten"])
+def test_dense_attention_takes_the_chosen_kernel_and_the_report_says_which(option: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 160, 64, generator=generator)
+    weight = (torch.randn(64, 192, generator=generator) / 8).requires_grad_()
+    torch.compiler.reset()
+    compiled = torch.compile(causal_model, backend="dscompile", options={"attention": option, "cache": False})
+    expected, found = causal_model(x, weight), compiled(x, weight)
+    wanted, mine = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (expected, found))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+    reports = dscompile.last_report()[-2:]
+    assert [r.verdict for r in reports] == ["proved", "proved"]
+    assert not any(r.fallbacks for r in reports)
+    choices = [choice for r in reports for choice in r.facts["attention"]]
+    assert [c.split(" (")[0].rpartition(":")[0] for c in choices] == [
+        "attention forward [1, 2, 160, 32] float32",
+        "attention backward [1, 2, 160, 32] float32",
+    ]
+    if option != "auto":
+        who = {"kernel": "our kernel", "aten": "PyTorch"}[option]
+        assert all(f": {who} (attention='{option}')" in c for c in choices)
+    else:
+        assert all("x PyTorch's speed" in c for c in choices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dropout_p": 0.5}, "drops out"),
+        ({"attn_mask": torch.zeros(130, 130)}, "has a mask"),
+        ({"scale": -1.0}, "does not take"),
+    ],
+)
+def test_what_the_kernel_cannot_do_stays_with_pytorch(arguments: dict[str, object], reason: str) -> None:
+    def attend(x: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, **arguments)  # type: ignore[arg-type]
+
+    torch.compiler.reset()
+    x = torch.randn(1, 1, 130, 16)
+    torch.compile(attend, backend="dscompile", options={"attention": "kernel", "cache": False})(x)
+    (choice,) = dscompile.last_report()[-1].facts["attention"] or [f"not one operator: {reason}"]
+    assert reason in choice

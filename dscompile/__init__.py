@@ -40,6 +40,10 @@ _PUBLIC = {
     "deferred_init": "deferred",
     "is_deferred": "deferred",
     "materialise": "deferred",
+    "sparse_attention": "block_sparse",
+    "SparseSelfAttention": "block_sparse",
+    "SparseAttentionUtils": "block_sparse",
+    "BlockLayout": "block_layout",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -35,13 +35,17 @@ class Numerics(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One choice a pass made, and why: ``facts`` are the numbers the reason rests on."""
+    """One choice a pass made, and why: ``facts`` are the numbers the reason rests on.
+
+    A ``fallback`` is less than the user asked for: reports count it.
+    """
 
     pass_name: str
     node: str
     choice: str
     reason: str
     facts: dict[str, Any]
+    fallback: bool = False
 
 
 @dataclass
@@ -62,10 +66,10 @@ class PassContext:
         """The process group of that name; for a graph read from text, a gloo group seen from rank 0."""
         return self.groups.get(name) or Group(name, size)
 
-    def decide(self, node: fx.Node | str, choice: str, reason: str, **facts: Any) -> None:
-        """Record a choice about ``node`` with its reason."""
+    def decide(self, node: fx.Node | str, choice: str, reason: str, *, fallback: bool = False, **facts: Any) -> None:
+        """Record a choice about ``node`` with its reason; a ``fallback`` is less than the user asked for."""
         name = node if isinstance(node, str) else node.name
-        self.decisions.append(Decision(self.current_pass, name, choice, reason, facts))
+        self.decisions.append(Decision(self.current_pass, name, choice, reason, facts, fallback))
 
 
 PassFunction = Callable[..., None]

@@ -33,7 +33,7 @@ class Blocks:
 class _Bucket:
     """``n`` query blocks that see equally many (``c``) key blocks, ready to multiply.
 
-    ``heads``, ``rows``: ``[n]``; ``cols``: ``[n, c]``; ``hidden``: bool, broadcasts to ``[batch, n, block, c * block]``.
+    ``heads``, ``rows``: ``[n]``; ``cols``: ``[n, c]``; ``hidden``: bool, broadcasts to ``[batch, n, block, c*block]``.
     """
 
     heads: Tensor
@@ -44,7 +44,7 @@ class _Bucket:
 
 def gathered_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` as :mod:`dscompile.attention_ops` defines them."""
-    batch, heads, seq, size = q.shape
+    batch, heads, seq, _ = q.shape
     qs, ks, vs = (_in_blocks(x, blocks.block) for x in (q, k, v))
     out = torch.zeros_like(qs)
     lse = qs.new_full(qs.shape[:-1], -torch.inf)
@@ -81,7 +81,7 @@ def gathered_backward(
 
 
 def _in_blocks(x: Tensor, block: int) -> Tensor:
-    """``[batch, heads, seq, d]`` as ``[batch, heads, blocks, block, d]``, padded with zeros, in the dtype to compute in."""
+    """``[batch, heads, seq, d]`` as ``[batch, heads, blocks, block, d]``, padded with zeros; in fp32 or fp64."""
     batch, heads, seq, size = x.shape
     rows = -(-seq // block)
     padded = x.new_zeros(

@@ -17,13 +17,16 @@ fp32 (fp64 for fp64). A query that sees no key has output 0, lse -inf, and gradi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dscompile.attention_gathered import Blocks, gathered_backward, gathered_forward
 from dscompile.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from dscompile.codegen.cpu.kernels import AttentionKernels
 
 BLOCKS = range(16, 129, 16)
 """Block sizes that the operators take: multiples of 16 up to 128."""
@@ -33,6 +36,9 @@ HEAD_STEP = 8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes that the operators take."""
+
+COMPILED = (torch.float32, torch.bfloat16)
+"""Dtypes that the C++ kernels take; others run gathered."""
 
 _LAYOUT = (
     "Tensor? row_ptr, Tensor? col_idx, Tensor? t_row_ptr, Tensor? t_col_idx, int block, bool causal, "
@@ -104,6 +110,13 @@ def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tens
     return gathered_forward(q, k, v, blocks)
 
 
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+    blocks = Blocks(*layout)
+    check_attention(q, k, v, blocks)
+    kernels = _compiled(q.dtype)
+    return gathered_forward(q, k, v, blocks) if kernels is None else kernels.forward(q, k, v, blocks)
+
+
 def _backward_kernel(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,8 +125,39 @@ def _backward_kernel(
     return gathered_backward(grad_out, q, k, v, out, lse, blocks)
 
 
+def _backward_cpu(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = Blocks(*layout)
+    check_attention(q, k, v, blocks)
+    kernels = _compiled(q.dtype)
+    if kernels is None:
+        return gathered_backward(grad_out, q, k, v, out, lse, blocks)
+    return kernels.backward(grad_out, q, k, v, out, lse, blocks)
+
+
+def _compiled(dtype: torch.dtype) -> AttentionKernels | None:
+    """The C++ kernels, if they take ``dtype`` and can be built; :func:`no_kernel` says why not."""
+    if dtype not in COMPILED:
+        return None
+    from dscompile.codegen.cpu.builder import attention_kernels
+
+    return attention_kernels().kernels
+
+
+def no_kernel(dtype: torch.dtype) -> str:
+    """Why attention of ``dtype`` runs gathered, not compiled, on CPU; "" if it is compiled."""
+    if dtype not in COMPILED:
+        return f"the C++ kernel takes {' and '.join(str(d) for d in COMPILED)}, not {dtype}"
+    from dscompile.codegen.cpu.builder import attention_kernels
+
+    return attention_kernels().reason
+
+
 _LIBRARY.impl("block_sparse_attention", _forward_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_attention_backward", _backward_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_attention", _forward_cpu, "CPU")
+_LIBRARY.impl("block_sparse_attention_backward", _backward_cpu, "CPU")
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -413,3 +414,13 @@ def default_store() -> Store:
     """The c10d store of the default process group. Stands on ``distributed_c10d._get_default_store``."""
     store: Store = distributed_c10d._get_default_store()
     return store
+
+
+def kernel_cache_directory() -> str:
+    """Where our own compiled kernels are kept: a folder in Inductor's cache directory.
+
+    Stands on ``torch._inductor.runtime.cache_dir_utils.cache_dir``.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return os.path.join(cache_dir(), "cpu_kernels")

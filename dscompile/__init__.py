@@ -44,6 +44,8 @@ _PUBLIC = {
     "SparseSelfAttention": "block_sparse",
     "SparseAttentionUtils": "block_sparse",
     "BlockLayout": "block_layout",
+    "evoformer_attention": "evoformer",
+    "DS4Sci_EvoformerAttention": "evoformer",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

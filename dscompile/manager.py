@@ -238,7 +238,9 @@ def run_pipeline(
         last = position == len(calls) - 1 or spec.name == stop_after
         verdict = Verdict.UNCHECKED
         start = time.perf_counter()
-        if rules is not None and reference is not None and (when == "each" or last):
+        # A pass that changes numbers sets what the later ones are proved equal to, whenever they are checked.
+        due = when == "each" or last or spec.numerics is not Numerics.BITWISE
+        if rules is not None and reference is not None and due:
             verdict = check(graph, spec, rules, reference)
             if verdict is not Verdict.PROVED and spec.numerics is not Numerics.BITWISE:
                 reference = snapshot(graph)

@@ -299,6 +299,18 @@ def test_before_and_after() -> None:
     ]
 
 
+@pytest.mark.parametrize("when", ["each", "end", "off"])
+def test_a_later_pass_is_proved_against_the_sparse_graph(when: str) -> None:
+    graph = trace(gpt(), *ids())
+    ctx = PassContext(Config.load({"sparse_attention": BIGBIRD, "verify": when}))
+    records = run_pipeline(graph, parse_pipeline("canonicalise,sparse_attention,merge_ties"), ctx)
+    verdicts = [r.verdict for r in records]
+    assert (
+        verdicts[1:]
+        == {"each": ["different", "proved"], "end": ["different", "proved"], "off": ["unchecked"] * 2}[when]
+    )
+
+
 def test_equal_attention_shares_one_index() -> None:
     graph = trace(gpt(), *ids())
     _, decisions = plan(graph, BIGBIRD)

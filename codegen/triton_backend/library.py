@@ -109,7 +109,7 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of x ``[batch, heads, seq, dim]`` by tables ``[seq, dim]`` (Su and others, 2021)."""
     half = x.shape[-1] // 2
     rotated = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cosine + rotated * sine
+    return (x * cosine + rotated * sine).to(x.dtype)
 
 
 def adamw(

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from dscompile.codegen.tile.flow import Flow, Part
-from dscompile.codegen.tile.indexing import linear, product, simplify
+from dscompile.codegen.tile.indexing import Div, linear, product, simplify
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Space, SpaceKind, Store, Tile
 from dscompile.codegen.tile.reductions import Along, Reduction
 from dscompile.codegen.tile.schedule import PERSISTENT, programs
@@ -39,6 +39,18 @@ class Builder:
             RefusedError: no single kernel does that.
         """
         space = self._space(parts)
+        tile = self._tile(space, parts, copies, needed)
+        table = _as_table(tile)
+        if table is None:
+            return tile
+        try:
+            return self._tile(table, parts, copies, needed)
+        except RefusedError:
+            return tile
+
+    def _tile(
+        self, space: Space, parts: frozenset[Part], copies: frozenset[fx.Node], needed: frozenset[fx.Node]
+    ) -> Tile:
         inside = frozenset(p.node for p in parts if not p.partial) | copies
         values = Values(space, inside, self.flow.reductions, self.partials)
         stores: list[Store] = []
@@ -132,6 +144,20 @@ class Builder:
         values.names.setdefault(result, found.node.name)
         index = _PROGRAM * _results(found) + (0 if found.along is Along.ALL or found.cols == 1 else COL)
         return Store(self.partials[found.node], index, result, partial=True)
+
+
+def _as_table(tile: Tile) -> Space | None:
+    """A flat kernel that loads one value per row of a table walks rows instead: it loads each once, not per element."""
+    if tile.space.kind is not SpaceKind.FLAT or tile.programs:
+        return None
+    lengths = {q.args[1] for load in tile.loads() for q in load.index.atoms(Div) if q.args[0] == COL}
+    for length in lengths:
+        alone = all(load.index.has(Div(COL, length)) or COL in load.index.free_symbols or not load.index.free_symbols
+                    for load in tile.loads())  # fmt: skip
+        fits = length.is_Integer and 64 <= length <= PERSISTENT and (tile.space.cols / length).is_integer
+        if alone and fits:
+            return Space(SpaceKind.ROWS, tile.space.cols / length, length)
+    return None
 
 
 def _results(found: Reduction) -> sympy.Expr:

@@ -20,7 +20,7 @@ from dscompile.errors import UnsupportedError
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.int32: "i32",
-    torch.int64: "i64", torch.uint8: "u8",
+    torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8",
 }  # fmt: skip
 ALIGNMENT = 16
 """Bytes to which PyTorch's allocator aligns every tensor, and the multiple that makes a size worth a promise."""
@@ -66,7 +66,7 @@ def _compile(kernel: Kernel, target: Target, aligned: bool) -> Figures:
 
     signature, constants, attributes = specialisation(kernel, aligned)
     source = ASTSource(function, signature, constants, attributes)
-    options = {"num_warps": kernel.warps, "num_stages": _stages(kernel, target)}
+    options = {"num_warps": max(1, kernel.warps * 32 // target.warp), "num_stages": _stages(kernel, target)}
     built: Any = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     shared = int(built.metadata.shared)
     if target.backend == "cuda":

@@ -112,6 +112,8 @@ class Body:
         """The name (or literal) of an expression; writes what it takes to compute it."""
         if isinstance(expr, Const):
             return literal(expr.value)
+        if isinstance(expr, Index) and expr.index.is_Symbol:
+            return self.index(expr.index)
         for known in (self.results, self.outer.names, self.inner.names):
             if expr in known:
                 return known[expr]
@@ -128,7 +130,8 @@ class Body:
         return self.value(expr)
 
     def _known(self, expr: Expr) -> bool:
-        return isinstance(expr, Const) or expr in self.results or expr in self.outer.names or expr in self.inner.names
+        atom = isinstance(expr, Const) or (isinstance(expr, Index) and expr.index.is_Symbol)
+        return atom or expr in self.results or expr in self.outer.names or expr in self.inner.names
 
     def _write(self, expr: Expr) -> None:
         text = self._text(expr)

@@ -18,8 +18,8 @@ class Kernel:
     Attributes:
         name: of the function in ``source``. source: a whole Python file. reads, writes: its buffers, in argument order.
         sizes: run-time integers after the pointers, as expressions of the graph's symbolic sizes.
-        constants: compile-time integers and flags after those. grid: programs along each axis. warps, stages: how a
-        program is built. bytes: that it moves, ideal: that any kernel with these inputs and outputs must move (at the
+        constants: compile-time values after those. grid: programs along each axis. warps (of 32 threads) and
+        stages: how a program is built. bytes: that it moves, ideal: that any kernel with these inputs and outputs must move (at the
         hinted sizes). nodes: what it computes.
     """
 
@@ -28,7 +28,7 @@ class Kernel:
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
     sizes: tuple[tuple[str, sympy.Expr], ...]
-    constants: Mapping[str, int | bool | str]
+    constants: Mapping[str, int | bool | float | str]
     grid: tuple[sympy.Expr, ...]
     warps: int = 4
     stages: int = 3

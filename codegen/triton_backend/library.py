@@ -105,6 +105,36 @@ def softmax_backward(grad: Tensor, y: Tensor) -> Tensor:
     return (inner - y * inner.sum(-1, keepdim=True)).to(y.dtype)
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row ``[rows]`` (0 where the target is -100), and the logarithm of the sum, one read of the logits.
+
+    Logits ``[rows, classes]``, target int64 ``[rows]``. Neither probabilities nor a one-hot tensor exist in memory.
+    """
+    wide = logits.float()
+    top = wide.amax(-1, keepdim=True)
+    total = torch.log((wide - top).exp().sum(-1)) + top.squeeze(-1)
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == target.unsqueeze(-1)
+    picked = torch.where(chosen, wide, 0.0).sum(-1)
+    return torch.where(target == IGNORED, 0.0, total - picked), total
+
+
+def cross_entropy_backward(scale: Tensor, logits: Tensor, target: Tensor, total: Tensor) -> Tensor:
+    """Gradient to the logits, from ``scale`` (fp32 ``[]``: the loss's gradient over the number of counted rows)."""
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == target.unsqueeze(-1)
+    probability = torch.exp(logits.float() - total.unsqueeze(-1))
+    factor = torch.where(target == IGNORED, 0.0, scale).unsqueeze(-1)
+    return (torch.where(chosen, probability - 1.0, probability) * factor).to(logits.dtype)
+
+
+def cross_entropy_both(scale: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row and its gradient in one kernel: the logits are read twice and the gradient written once."""
+    loss, total = cross_entropy(logits, target)
+    return loss, cross_entropy_backward(scale, logits, target, total)
+
+
+IGNORED = -100
+
+
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of x ``[batch, heads, seq, dim]`` by tables ``[seq, dim]`` (Su and others, 2021)."""
     half = x.shape[-1] // 2
@@ -209,6 +239,21 @@ def _chunks(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
     return (*table, torch.zeros(rows, dtype=torch.int64), torch.zeros(2), *(torch.empty(()) for _ in range(3)))
 
 
+def _classes(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
+    """Logits and targets (``t``), a scalar (``0``), a value per row (``r``)."""
+
+    def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "x": lambda: torch.empty(rows, cols, dtype=dtype),
+            "t": lambda: torch.zeros(rows, dtype=torch.int64),
+            "0": lambda: torch.empty(()),
+            "r": lambda: torch.empty(rows),
+        }
+        return tuple(kinds[e]() for e in extra)
+
+    return make
+
+
 def _heads(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
     return torch.empty(2, 3, rows, cols, dtype=dtype), torch.empty(rows, cols), torch.empty(rows, cols)
 
@@ -229,6 +274,9 @@ def entries() -> dict[str, Entry]:
         "rms_norm_backward": Entry(rms_norm_backward, _matrix("x", "r", "n")),
         "softmax": Entry(softmax, _matrix()),
         "softmax_backward": Entry(softmax_backward, _matrix("x")),
+        "cross_entropy": Entry(cross_entropy, _classes("x", "t")),
+        "cross_entropy_backward": Entry(cross_entropy_backward, _classes("0", "x", "t", "r")),
+        "cross_entropy_both": Entry(cross_entropy_both, _classes("0", "x", "t")),
         "rotary": Entry(rotary, _heads),
         "adamw": Entry(adamw, _flat("f", "g", "f", "f", "0", "0", "0")),
         "lamb": Entry(lamb, _chunks),

@@ -68,6 +68,8 @@ def case(name: str, dtype: torch.dtype, rows: int, cols: int) -> tuple[list[Tens
         y = torch.softmax(x.float(), -1).to(dtype)
         Y = y.double()
         return [grad, y], [(G - (G * Y).sum(-1, keepdim=True)) * Y]
+    if name.startswith("cross_entropy"):
+        return _cross_entropy(name, x, g)
     if name == "rotary":
         return _rotary(dtype, rows, cols, g)
     if name == "adamw":
@@ -82,6 +84,22 @@ def case(name: str, dtype: torch.dtype, rows: int, cols: int) -> tuple[list[Tens
         bad = torch.tensor(rows == 1)
         return [flat, torch.tensor(0.125)], [scaled, torch.linalg.vector_norm(scaled), bad]
     raise KeyError(name)
+
+
+def _cross_entropy(name: str, x: Tensor, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    target = torch.randint(x.shape[1], (x.shape[0],), generator=g)
+    if x.shape[0] > 1:
+        target[1] = -100
+    leaf = x.double().requires_grad_()
+    losses = functional.cross_entropy(leaf, target, reduction="none")
+    (slope,) = torch.autograd.grad(losses.sum() * 0.25, leaf)
+    total = leaf.detach().logsumexp(-1)
+    scale = torch.tensor(0.25)
+    if name == "cross_entropy":
+        return [x, target], [losses.detach(), total]
+    if name == "cross_entropy_backward":
+        return [scale, x, target, total.float()], [slope]
+    return [scale, x, target], [losses.detach(), slope]
 
 
 def _rotary(dtype: torch.dtype, rows: int, cols: int, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:

@@ -66,12 +66,17 @@ def _compile(kernel: Kernel, target: Target, aligned: bool) -> Figures:
 
     signature, constants, attributes = specialisation(kernel, aligned)
     source = ASTSource(function, signature, constants, attributes)
-    options = {"num_warps": max(1, kernel.warps * 32 // target.warp), "num_stages": _stages(kernel, target)}
+    options = {"num_warps": warps_on(kernel, target), "num_stages": _stages(kernel, target)}
     built: Any = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     shared = int(built.metadata.shared)
     if target.backend == "cuda":
         return nvidia_figures(built.asm["cubin"], shared)
     return amd_figures(built.asm["amdgcn"], shared)
+
+
+def warps_on(kernel: Kernel, target: Target) -> int:
+    """Warps of a program: as many threads on every target, but for matrix kernels, whose tiles are cut by warps."""
+    return kernel.warps if kernel.matrix else max(1, kernel.warps * 32 // target.warp)
 
 
 def _stages(kernel: Kernel, target: Target) -> int:

@@ -20,7 +20,7 @@ class Kernel:
         sizes: run-time integers after the pointers, as expressions of the graph's symbolic sizes.
         constants: compile-time values after those. grid: programs along each axis. warps (of 32 threads) and
         stages: how a program is built. bytes: that it moves, ideal: that any kernel with these inputs and outputs must move (at the
-        hinted sizes). nodes: what it computes.
+        hinted sizes). nodes: what it computes. matrix: it multiplies matrices, so its warps are the target's own.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Kernel:
     bytes: int = 0
     ideal: int = 0
     nodes: tuple[str, ...] = ()
+    matrix: bool = False
 
     def key(self) -> str:
         """SHA-256 of everything that decides the machine code, but for the target and the versions."""

@@ -138,11 +138,12 @@ def _kernel(
             "SCALE": 1 / math.sqrt(use.dim) if use.scale is None else use.scale,
         },
         (sympy.Integer(tiles), sympy.Integer(use.batch * use.heads)),
-        warps={16: 1, 32: 2}.get(use.tile, 4),
+        warps=_warps(use),
         stages=_stages(use, what),
         bytes=moved,
         ideal=ideal,
         nodes=(name,),
+        matrix=True,
     )  # fmt: skip
 
 
@@ -151,6 +152,11 @@ def _reread(use: Attention, what: str) -> int:
     pair = 2 * use.block * use.dim * use.dtype.itemsize
     once = 2 * use.batch * use.heads * use.seq * use.dim * use.dtype.itemsize
     return max(use.batch * use.listed * (use.block // use.tile) * pair - once, 0)
+
+
+def _warps(use: Attention) -> int:
+    """A warp for each 16 rows of a tile; twice that for wide heads, whose accumulators would not fit the registers."""
+    return use.tile // 16 * (2 if power(use.dim) > 64 and use.tile == TILE else 1)
 
 
 def _stages(use: Attention, what: str) -> int:

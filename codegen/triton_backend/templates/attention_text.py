@@ -15,6 +15,31 @@ moves: {moves} bytes for {listed_blocks} listed blocks of {block} x {block}
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_tile(ptr, rows, seq, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    dims = tl.arange(0, DIM_BLOCK)
+    where = ptr + rows[:, None] * DIM + dims[None, :]
+    if RAGGED:
+        tile = tl.load(where, mask=(rows < seq)[:, None] & (dims < DIM)[None, :], other=0.0)
+    elif DIM < DIM_BLOCK:
+        tile = tl.load(where, mask=(dims < DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(where)
+    return tile
+
+
+@triton.jit
+def store_tile(ptr, rows, seq, tile, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    dims = tl.arange(0, DIM_BLOCK)
+    where = ptr + rows[:, None] * DIM + dims[None, :]
+    if RAGGED:
+        tl.store(where, tile.to(ptr.dtype.element_ty), mask=(rows < seq)[:, None] & (dims < DIM)[None, :])
+    elif DIM < DIM_BLOCK:
+        tl.store(where, tile.to(ptr.dtype.element_ty), mask=(dims < DIM)[None, :])
+    else:
+        tl.store(where, tile.to(ptr.dtype.element_ty))
 '''
 
 FORWARD = '''
@@ -30,13 +55,8 @@ def {name}(
     row_block = part // (BLOCK // TILE)
     base = head.to(tl.int64) * seq
     rows = part * TILE + tl.arange(0, TILE)
-    dims = tl.arange(0, DIM_BLOCK)
-    dims_inside = dims < DIM
     rows_inside = rows < seq
-    q_mask = dims_inside[None, :]
-    if RAGGED:
-        q_mask = q_mask & rows_inside[:, None]
-    q = tl.load(q_ptr + (base + rows)[:, None] * DIM + dims[None, :], mask=q_mask, other=0.0)
+    q = load_tile(q_ptr + base * DIM, rows, seq, DIM, DIM_BLOCK, RAGGED)
     top = tl.full([TILE], -1.0e30, tl.float32)
     total = tl.full([TILE], 0.0, tl.float32)
     acc = tl.full([TILE, DIM_BLOCK], 0.0, tl.float32)
@@ -47,11 +67,8 @@ def {name}(
     for step in range(first * (BLOCK // TILE), last * (BLOCK // TILE)):
         listed = tl.load(indices_ptr + step // (BLOCK // TILE))
         cols = listed * BLOCK + (step % (BLOCK // TILE)) * TILE + tl.arange(0, TILE)
-        k_mask = dims_inside[None, :]
-        if RAGGED:
-            k_mask = k_mask & (cols < seq)[:, None]
-        k = tl.load(k_ptr + (base + cols)[:, None] * DIM + dims[None, :], mask=k_mask, other=0.0)
-        v = tl.load(v_ptr + (base + cols)[:, None] * DIM + dims[None, :], mask=k_mask, other=0.0)
+        k = load_tile(k_ptr + base * DIM, cols, seq, DIM, DIM_BLOCK, RAGGED)
+        v = load_tile(v_ptr + base * DIM, cols, seq, DIM, DIM_BLOCK, RAGGED)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
         visible = tl.full([TILE, TILE], 1, tl.int1)
         if RAGGED:
@@ -75,7 +92,7 @@ def {name}(
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-    tl.store(out_ptr + (base + rows)[:, None] * DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    store_tile(out_ptr + base * DIM, rows, seq, out, DIM, DIM_BLOCK, RAGGED)
     if RAGGED:
         tl.store(lse_ptr + base + rows, lse, mask=rows_inside)
     else:
@@ -95,18 +112,14 @@ def {name}(
     row_block = part // (BLOCK // TILE)
     base = head.to(tl.int64) * seq
     rows = part * TILE + tl.arange(0, TILE)
-    dims = tl.arange(0, DIM_BLOCK)
-    dims_inside = dims < DIM
-    q_mask = dims_inside[None, :]
     if RAGGED:
-        q_mask = q_mask & (rows < seq)[:, None]
         lse = tl.load(lse_ptr + base + rows, mask=rows < seq, other=float("inf"))
         delta = tl.load(delta_ptr + base + rows, mask=rows < seq, other=0.0)
     else:
         lse = tl.load(lse_ptr + base + rows)
         delta = tl.load(delta_ptr + base + rows)
-    q = tl.load(q_ptr + (base + rows)[:, None] * DIM + dims[None, :], mask=q_mask, other=0.0)
-    grad = tl.load(grad_ptr + (base + rows)[:, None] * DIM + dims[None, :], mask=q_mask, other=0.0)
+    q = load_tile(q_ptr + base * DIM, rows, seq, DIM, DIM_BLOCK, RAGGED)
+    grad = load_tile(grad_ptr + base * DIM, rows, seq, DIM, DIM_BLOCK, RAGGED)
     acc = tl.full([TILE, DIM_BLOCK], 0.0, tl.float32)
     blocks = tl.cdiv(seq, BLOCK)
     entry = (head % heads) * (blocks + 1) + row_block
@@ -115,11 +128,8 @@ def {name}(
     for step in range(first * (BLOCK // TILE), last * (BLOCK // TILE)):
         listed = tl.load(indices_ptr + step // (BLOCK // TILE))
         cols = listed * BLOCK + (step % (BLOCK // TILE)) * TILE + tl.arange(0, TILE)
-        k_mask = dims_inside[None, :]
-        if RAGGED:
-            k_mask = k_mask & (cols < seq)[:, None]
-        k = tl.load(k_ptr + (base + cols)[:, None] * DIM + dims[None, :], mask=k_mask, other=0.0)
-        v = tl.load(v_ptr + (base + cols)[:, None] * DIM + dims[None, :], mask=k_mask, other=0.0)
+        k = load_tile(k_ptr + base * DIM, cols, seq, DIM, DIM_BLOCK, RAGGED)
+        v = load_tile(v_ptr + base * DIM, cols, seq, DIM, DIM_BLOCK, RAGGED)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
         weight = tl.exp2(score - lse[:, None])
         visible = tl.full([TILE, TILE], 1, tl.int1)
@@ -135,7 +145,7 @@ def {name}(
         inner = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         slope = weight * (inner - delta[:, None]) * SCALE
         acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
-    tl.store(dq_ptr + (base + rows)[:, None] * DIM + dims[None, :], acc.to(dq_ptr.dtype.element_ty), mask=q_mask)
+    store_tile(dq_ptr + base * DIM, rows, seq, acc, DIM, DIM_BLOCK, RAGGED)
 '''
 
 BACKWARD_KV = '''
@@ -151,13 +161,8 @@ def {name}(
     col_block = part // (BLOCK // TILE)
     base = head.to(tl.int64) * seq
     cols = part * TILE + tl.arange(0, TILE)
-    dims = tl.arange(0, DIM_BLOCK)
-    dims_inside = dims < DIM
-    k_mask = dims_inside[None, :]
-    if RAGGED:
-        k_mask = k_mask & (cols < seq)[:, None]
-    k = tl.load(k_ptr + (base + cols)[:, None] * DIM + dims[None, :], mask=k_mask, other=0.0)
-    v = tl.load(v_ptr + (base + cols)[:, None] * DIM + dims[None, :], mask=k_mask, other=0.0)
+    k = load_tile(k_ptr + base * DIM, cols, seq, DIM, DIM_BLOCK, RAGGED)
+    v = load_tile(v_ptr + base * DIM, cols, seq, DIM, DIM_BLOCK, RAGGED)
     key_inside = tl.full([TILE], 1, tl.int1)
     if RAGGED:
         key_inside = cols < seq
@@ -173,16 +178,14 @@ def {name}(
     for step in range(first * (BLOCK // TILE), last * (BLOCK // TILE)):
         listed = tl.load(indices_ptr + step // (BLOCK // TILE))
         rows = listed * BLOCK + (step % (BLOCK // TILE)) * TILE + tl.arange(0, TILE)
-        q_mask = dims_inside[None, :]
         if RAGGED:
-            q_mask = q_mask & (rows < seq)[:, None]
             lse = tl.load(lse_ptr + base + rows, mask=rows < seq, other=float("inf"))
             delta = tl.load(delta_ptr + base + rows, mask=rows < seq, other=0.0)
         else:
             lse = tl.load(lse_ptr + base + rows)
             delta = tl.load(delta_ptr + base + rows)
-        q = tl.load(q_ptr + (base + rows)[:, None] * DIM + dims[None, :], mask=q_mask, other=0.0)
-        grad = tl.load(grad_ptr + (base + rows)[:, None] * DIM + dims[None, :], mask=q_mask, other=0.0)
+        q = load_tile(q_ptr + base * DIM, rows, seq, DIM, DIM_BLOCK, RAGGED)
+        grad = load_tile(grad_ptr + base * DIM, rows, seq, DIM, DIM_BLOCK, RAGGED)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
         weight = tl.exp2(score - lse[None, :])
         if RAGGED or PADDED:
@@ -193,6 +196,6 @@ def {name}(
         inner = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         slope = weight * (inner - delta[None, :]) * SCALE
         dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=PRECISION)
-    tl.store(dk_ptr + (base + cols)[:, None] * DIM + dims[None, :], dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
-    tl.store(dv_ptr + (base + cols)[:, None] * DIM + dims[None, :], dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
+    store_tile(dk_ptr + base * DIM, cols, seq, dk, DIM, DIM_BLOCK, RAGGED)
+    store_tile(dv_ptr + base * DIM, cols, seq, dv, DIM, DIM_BLOCK, RAGGED)
 '''

@@ -15,7 +15,7 @@ from dscompile.codegen.triton_backend.cache import build_key, load_figures, save
 from dscompile.codegen.triton_backend.inspect import Figures, amd_figures, nvidia_figures
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.launch import interpreted, load
-from dscompile.codegen.triton_backend.targets import Target
+from dscompile.codegen.triton_backend.targets import Target, launch_options
 from dscompile.errors import UnsupportedError
 
 _TYPES = {
@@ -66,22 +66,12 @@ def _compile(kernel: Kernel, target: Target, aligned: bool) -> Figures:
 
     signature, constants, attributes = specialisation(kernel, aligned)
     source = ASTSource(function, signature, constants, attributes)
-    options = {"num_warps": warps_on(kernel, target), "num_stages": _stages(kernel, target)}
+    options = launch_options(kernel, target.backend, target.warp)
     built: Any = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     shared = int(built.metadata.shared)
     if target.backend == "cuda":
         return nvidia_figures(built.asm["cubin"], shared)
     return amd_figures(built.asm["amdgcn"], shared)
-
-
-def warps_on(kernel: Kernel, target: Target) -> int:
-    """Warps of a program: as many threads on every target, but for matrix kernels, whose tiles are cut by warps."""
-    return kernel.warps if kernel.matrix else max(1, kernel.warps * 32 // target.warp)
-
-
-def _stages(kernel: Kernel, target: Target) -> int:
-    """AMD's pipeliner wants one stage less: a stage of its own holds the loads."""
-    return kernel.stages if target.backend == "cuda" else min(kernel.stages, 2)
 
 
 def specialisation(kernel: Kernel, aligned: bool = True) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

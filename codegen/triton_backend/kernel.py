@@ -20,7 +20,8 @@ class Kernel:
         sizes: run-time integers after the pointers, as expressions of the graph's symbolic sizes.
         constants: compile-time values after those. grid: programs along each axis. warps (of 32 threads) and
         stages: how a program is built. bytes: that it moves, ideal: that any kernel with these inputs and outputs must move (at the
-        hinted sizes). nodes: what it computes. matrix: it multiplies matrices, so its warps are the target's own.
+        hinted sizes). nodes: what it computes. kind: ``row`` (a row or a flat block a program), ``finish`` (adds up
+        partial results) or ``matrix``. scalars: loads and stores of one value a program or a row.
     """
 
     name: str
@@ -35,7 +36,21 @@ class Kernel:
     bytes: int = 0
     ideal: int = 0
     nodes: tuple[str, ...] = ()
-    matrix: bool = False
+    kind: str = "row"
+    scalars: tuple[int, int] = (0, 0)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it multiplies matrices: then its tiles are cut by warps."""
+        return self.kind == "matrix"
+
+    @property
+    def even(self) -> bool:
+        """Whether its rows (or its flat length) are whole numbers of 16 elements, so that wide accesses are possible."""
+        length = self.constants.get("COLS")
+        if length is None:
+            length = next((int(size) for name, size in self.sizes if name == "numel" and size.is_Integer), 0)
+        return bool(self.matrix or int(length) % 16 == 0)
 
     def key(self) -> str:
         """SHA-256 of everything that decides the machine code, but for the target and the versions."""

@@ -16,6 +16,7 @@ import torch
 
 from dscompile.codegen.triton_backend.cache import source_file, triton_version
 from dscompile.codegen.triton_backend.kernel import Kernel
+from dscompile.codegen.triton_backend.targets import launch_options
 from dscompile.errors import UnsupportedError
 
 
@@ -60,8 +61,17 @@ class Launcher:
         kernel = self.kernel
         sizes = [evaluate(size, symbols) for _, size in kernel.sizes]
         grid = tuple(evaluate(axis, symbols) for axis in kernel.grid)
-        options = {} if interpreted() else {"num_warps": kernel.warps, "num_stages": kernel.stages}
-        self.function[grid](*tensors, *sizes, **kernel.constants, **options)
+        self.function[grid](*tensors, *sizes, **kernel.constants, **_options(kernel))
+
+
+def _options(kernel: Kernel) -> dict[str, int]:
+    """How to build a kernel for the GPU that is there."""
+    if interpreted():
+        return {}
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return launch_options(kernel, target.backend, target.warp_size)
 
 
 def evaluate(size: sympy.Expr, symbols: dict[str, int]) -> int:

@@ -56,7 +56,14 @@ class _Render:
         return Kernel(
             self.name, self._source(moved, ideal), self.reads, self.writes, tuple(sizes), self._constants(), self._grid(),
             self.schedule.warps, 3, moved, ideal, self.tile.nodes,
+            "finish" if self.tile.space.kind is SpaceKind.FINISH else "row", self._scalars(),
         )  # fmt: skip
+
+    def _scalars(self) -> tuple[int, int]:
+        """Loads and stores of one value a row or a program."""
+        loads = sum(COL not in load.index.free_symbols for load in self.tile.loads())
+        stores = sum(COL not in s.index.free_symbols for s in self.tile.stores)
+        return loads * self.schedule.row_block, stores * self.schedule.row_block
 
     def _source(self, moved: int, ideal: int) -> str:
         space = self.tile.space

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.errors import UnsupportedError, nearest
 
 
@@ -49,3 +50,15 @@ def find_target(name: str) -> Target:
             f"no kernels are built for target {name!r}.{nearest(name, TARGETS)} Known targets: {', '.join(TARGETS)}."
         )
     return TARGETS[name]
+
+
+def launch_options(kernel: Kernel, backend: str, warp: int) -> dict[str, int]:
+    """``num_warps`` and ``num_stages`` of a kernel on a GPU with warps of ``warp`` threads.
+
+    A row kernel has as many threads everywhere. A matrix kernel's tiles are cut by warps: AMD's take four at most, and
+    one stage, because more spill (seen in ahead-of-time builds for gfx942).
+    """
+    amd = backend != "cuda"
+    if kernel.matrix:
+        return {"num_warps": min(kernel.warps, 4) if amd else kernel.warps, "num_stages": 1 if amd else kernel.stages}
+    return {"num_warps": max(1, kernel.warps * 32 // warp), "num_stages": kernel.stages}

@@ -58,10 +58,16 @@ class Attention:
         if self.precision not in ("ieee", "tf32"):
             raise UnsupportedError(f"precision is 'ieee' or 'tf32', not {self.precision!r}.")
 
-    @property
-    def tile(self) -> int:
-        """Rows and columns of one product."""
-        return min(self.block, TILE)
+    def tile(self, what: str) -> int:
+        """Rows and columns of one product in the kernel ``what``.
+
+        fp32 products take more registers: ``ieee`` runs on the ordinary units, ``tf32`` holds 32-bit operands.
+        """
+        most = TILE
+        if self.dtype is torch.float32:
+            ordinary = self.precision == "ieee"
+            most = (32 if ordinary else 64) if what == "forward" and self.dim <= 64 else (16 if ordinary else 32)
+        return min(self.block, most)
 
 
 def offsets_and_indices(layout: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +131,8 @@ def _kernel(
         listed="query rows" if what == "backward_kv" else "key columns",
         of="column" if what == "backward_kv" else "row",
     )
-    tiles = -(-use.seq // use.block) * (use.block // use.tile)
+    tile = use.tile(what)
+    tiles = -(-use.seq // use.block) * (use.block // tile)
     return Kernel(
         name,
         head + body.format(name=name),
@@ -133,17 +140,17 @@ def _kernel(
         tuple(values[n] for n in writes),
         (("heads", sympy.Integer(use.heads)), ("seq", sympy.Integer(use.seq))),
         {
-            "DIM": use.dim, "DIM_BLOCK": max(power(use.dim), 16), "BLOCK": use.block, "TILE": use.tile, "CAUSAL": use.causal,
+            "DIM": use.dim, "DIM_BLOCK": max(power(use.dim), 16), "BLOCK": use.block, "TILE": tile, "CAUSAL": use.causal,
             "PADDED": use.padded, "RAGGED": use.seq % use.block != 0, "PRECISION": use.precision,
             "SCALE": 1 / math.sqrt(use.dim) if use.scale is None else use.scale,
         },
         (sympy.Integer(tiles), sympy.Integer(use.batch * use.heads)),
-        warps=_warps(use),
+        warps=_warps(use, tile),
         stages=_stages(use, what),
         bytes=moved,
         ideal=ideal,
         nodes=(name,),
-        matrix=True,
+        kind="matrix",
     )  # fmt: skip
 
 
@@ -151,17 +158,19 @@ def _reread(use: Attention, what: str) -> int:
     """Bytes read again: every listed block brings its two tiles, where an ideal kernel reads each tensor once."""
     pair = 2 * use.block * use.dim * use.dtype.itemsize
     once = 2 * use.batch * use.heads * use.seq * use.dim * use.dtype.itemsize
-    return max(use.batch * use.listed * (use.block // use.tile) * pair - once, 0)
+    return max(use.batch * use.listed * (use.block // use.tile(what)) * pair - once, 0)
 
 
-def _warps(use: Attention) -> int:
+def _warps(use: Attention, tile: int) -> int:
     """A warp for each 16 rows of a tile; twice that for wide heads, whose accumulators would not fit the registers."""
-    return use.tile // 16 * (2 if power(use.dim) > 64 and use.tile == TILE else 1)
+    if use.dtype is torch.float32:
+        return 4
+    return tile // 16 * (2 if power(use.dim) > 64 and tile == TILE else 1)
 
 
 def _stages(use: Attention, what: str) -> int:
     """How many turns' tiles are in flight: three if they fit, fewer for wide heads and fp32."""
-    tile = use.tile * max(power(use.dim), 16) * use.dtype.itemsize
+    tile = use.tile(what) * max(power(use.dim), 16) * use.dtype.itemsize
     held = tile * (1 if what == "forward" else 2)
     return max(1, min(3, (_SHARED - held) // (2 * tile)))
 

@@ -25,7 +25,9 @@ class Builder:
         """Give every two-kernel reduction its buffer of partial results."""
         self.flow = flow
         self.partials = {
-            node: Buffer(f"{node.name}_partial", _partial_dtype(found), programs(found.rows, found.cols) * _results(found))
+            node: Buffer(
+                f"{node.name}_partial", _partial_dtype(found), programs(found.rows, found.cols) * _results(found)
+            )
             for node, found in flow.reductions.items()
             if found.partial
         }
@@ -66,7 +68,14 @@ class Builder:
         if not stores:
             raise RefusedError("nothing is stored")
         nodes = tuple(p.node.name for p in sorted(parts, key=lambda p: p.order))
-        tile = Tile(space, stores, programs(space.rows, space.cols) if partial else 0, values.names, tuple(dict.fromkeys(nodes)), self._positions)
+        tile = Tile(
+            space,
+            stores,
+            programs(space.rows, space.cols) if partial else 0,
+            values.names,
+            tuple(dict.fromkeys(nodes)),
+            self._positions,
+        )
         if space.kind is SpaceKind.ROWS:
             self._check_rows(tile)
         return tile

@@ -76,7 +76,9 @@ class _Fusion:
         self.builder = Builder(self.flow)
         self.groups: list[Group] = [Group(frozenset({p})) for p in self.flow.parts]
         self.refusals: dict[tuple[frozenset[Part], frozenset[Part]], str] = {}
-        self._costs: dict[tuple[frozenset[Part], frozenset[fx.Node], frozenset[fx.Node]], tuple[Tile, Schedule, int]] = {}
+        self._costs: dict[
+            tuple[frozenset[Part], frozenset[fx.Node], frozenset[fx.Node]], tuple[Tile, Schedule, int]
+        ] = {}
 
     def run(self) -> Fused:
         self._drop_impossible()
@@ -168,7 +170,9 @@ class _Fusion:
             )
             if finishes or any(n in reads for n in made if self._makes(item, n)):
                 readers.append(group)
-        readers += [n for n in self.flow.left if n is not item and any(self._makes(item, s) for s in self.flow.sources(n))]
+        readers += [
+            n for n in self.flow.left if n is not item and any(self._makes(item, s) for s in self.flow.sources(n))
+        ]
         return readers
 
     def _makes(self, item: Group | fx.Node, node: fx.Node) -> bool:

@@ -27,7 +27,9 @@ VIEWS = frozenset({
     "view", "_unsafe_view", "reshape", "expand", "permute", "t", "transpose", "unsqueeze", "squeeze", "select", "slice",
     "split", "split_with_sizes", "alias", "detach",
 })  # fmt: skip
-CONSTANTS = frozenset({"full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "scalar_tensor", "arange", "iota"})
+CONSTANTS = frozenset(
+    {"full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "scalar_tensor", "arange", "iota"}
+)
 _CONVERSIONS = frozenset({"_to_copy", "convert_element_type"})
 _JOINED = frozenset({"cat"})
 _RANDOM = frozenset({"inductor_random"})
@@ -155,7 +157,10 @@ class Values:
             seed = self.operand(node.args[1], (), (), None)
             return self.exprs.pointwise("rand", "float", seed, self.exprs.index(offset))
         build = KINDS[BOOLEAN.get(name, name)]
-        args = [self.operand(a, shape_of(node), index, mask) if a is not None and not isinstance(a, str) else a for a in node.args]
+        args = [
+            self.operand(a, shape_of(node), index, mask) if a is not None and not isinstance(a, str) else a
+            for a in node.args
+        ]
         kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "approximate")}
         if name.startswith("clamp"):
             bounds = {"min": "low", "max": "high"}

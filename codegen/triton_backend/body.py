@@ -106,7 +106,9 @@ class Body:
 
     def mask(self, symbols: frozenset[sympy.Symbol], extra: str = "") -> str:
         """The mask of a load or store that touches the places ``symbols``."""
-        return " & ".join([self.masks[s] for s in (ROW, COL) if s in symbols and s in self.masks] + [extra] * bool(extra))
+        return " & ".join(
+            [self.masks[s] for s in (ROW, COL) if s in symbols and s in self.masks] + [extra] * bool(extra)
+        )
 
     def value(self, expr: Expr) -> str:
         """The name (or literal) of an expression; writes what it takes to compute it."""

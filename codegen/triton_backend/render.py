@@ -97,7 +97,9 @@ class _Render:
     def _constants(self) -> dict[str, int | bool | str]:
         if self.flat:
             return {"BLOCK": self.schedule.col_block} | ({"PROGRAMS": self.tile.programs} if self.tile.programs else {})
-        constants: dict[str, int | bool | str] = {"COLS": int(self.tile.space.cols)} if self.tile.space.cols.is_Integer else {}
+        constants: dict[str, int | bool | str] = (
+            {"COLS": int(self.tile.space.cols)} if self.tile.space.cols.is_Integer else {}
+        )
         constants |= {"ROW_BLOCK": self.schedule.row_block, "COL_BLOCK": self.schedule.col_block}
         return constants | ({"PROGRAMS": self.tile.programs} if self.tile.programs else {})
 
@@ -334,6 +336,3 @@ def _accumulator(found: Reduce) -> str:
 
 def _dtype(buffer: Buffer) -> str:
     return str(buffer.dtype).removeprefix("torch.")
-
-
-

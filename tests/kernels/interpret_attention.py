@@ -41,7 +41,12 @@ def run(case: str) -> list[float]:
     layout = (torch.rand(HEADS, blocks, blocks, generator=g) < 0.5).to(torch.int64)
     layout[:, torch.arange(blocks), torch.arange(blocks)] = 1
     layout[0, -1] = 0  # a row of blocks that sees nothing
-    allowed = layout.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seq, :seq].bool()[None].expand(BATCH, -1, -1, -1)
+    allowed = (
+        layout.repeat_interleave(block, 1)
+        .repeat_interleave(block, 2)[:, :seq, :seq]
+        .bool()[None]
+        .expand(BATCH, -1, -1, -1)
+    )
     keep = torch.ones(BATCH, seq, dtype=torch.int8)
     if "p" in masks:
         keep[1, -seq // 3 :] = 0

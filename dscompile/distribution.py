@@ -86,10 +86,10 @@ def distribute(
     for planned in plan:
         for module, name in planned.owners:
             adopt(module, name, cast(DTensor, planned.sharded), planned.spec, settings)
+    adopt_containers(model)
     if not known:
         convert_buffers(model, settings.precision)
         cast_inputs(model, settings.precision)
-    adopt_containers(model)
     watch_optimizers()
     return model
 

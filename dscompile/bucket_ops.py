@@ -165,39 +165,81 @@ def _unpack_shards_fake(flat: Tensor, layouts: Sequence[int], world: int, rank: 
 # -- resident parameters ---------------------------------------------------------------------------------------------
 
 
-def refresh(
+def start_refresh(
     shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, new: New = new_empty
+) -> Tensor:
+    """Launch the gather that :func:`refresh` will wait for, ``[world * sum of piece_numel]``; empty if none is needed.
+
+    It is, if a shard was written since its resident copy was gathered. Whether ranks agree that a bucket is stale is
+    the optimizer's doing: all of them step.
+    """
+    if all_fresh(shards):
+        return shards[0].new_empty(0)
+    flat = pack_shards(shards, layouts, world, new)
+    launched: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(flat, world, group)
+    return launched
+
+
+def all_fresh(shards: Sequence[Tensor]) -> bool:
+    """Whether nothing was written to any shard since its resident copy was gathered."""
+    return all(resident_of(shard) is not None and is_fresh(shard) for shard in shards)
+
+
+def refresh(
+    shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, pending: Tensor | None = None
 ) -> list[Tensor]:
     """The full parameters whose rows the shards are, other ranks' rows gathered if the shards were written since.
 
     A shard of ZeRO stage 1 or 2 is a view into a resident buffer of the full shape. The results share its memory: they
-    hold until the next refresh. Whether ranks agree that a bucket is stale is the optimizer's doing: all of them step.
-    A shard without such a buffer (its parameter was replaced) gives a fresh full tensor.
+    hold until the next refresh. A shard without such a buffer (its parameter was replaced) gives a fresh full tensor.
+
+    Args:
+        shards: this rank's shards.
+        layouts: theirs.
+        world: ranks in the group.
+        group: its logical name.
+        pending: what :func:`start_refresh` of the same arguments returned; without it the gather runs here.
     """
-    found = decode(layouts, world)
-    fulls = [resident_of(shard) for shard in shards]
-    if all(full is not None and is_fresh(shard) for shard, full in zip(shards, fulls, strict=True)):
-        return [full for full in fulls if full is not None]
-    gather = torch.ops._c10d_functional
-    flat = pack_shards(shards, layouts, world, new)
-    whole = new(flat, (world * flat.numel(),))
-    gathered = gather.wait_tensor(gather.all_gather_into_tensor_out(flat, world, group, out=whole)).view(world, -1)
+    if pending is None:
+        pending = start_refresh(shards, layouts, world, group)
+    if not pending.numel():
+        return [full for full in map(resident_of, shards) if full is not None]
+    return fill_residents(shards, layouts, world, torch.ops._c10d_functional.wait_tensor(pending))
+
+
+def fill_residents(shards: Sequence[Tensor], layouts: Sequence[int], world: int, gathered: Tensor) -> list[Tensor]:
+    """Copy a gathered flat buffer into the resident buffers behind the shards; these, and that they are fresh."""
+    ranks = gathered.view(world, -1)
     results = []
-    for shard, full, (layout, start, stop) in zip(shards, fulls, _offsets(found), strict=True):
+    for shard, (layout, start, stop) in zip(shards, _offsets(decode(layouts, world)), strict=True):
+        full = resident_of(shard)
         if full is None:
             full = shard.new_empty(layout.shape)
         else:
             set_fresh(shard)
-        _fill(full, gathered[:, start:stop], layout)
+        _fill(full, ranks[:, start:stop], layout)
         results.append(full)
     return results
 
 
-def _refresh_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:
+def _start_refresh_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> Tensor:
+    return shards[0].new_empty(world * total(decode(layouts, world)))
+
+
+def _refresh_fake(
+    shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, pending: Tensor | None = None
+) -> list[Tensor]:
     return [shard.new_empty(layout.shape) for shard, layout in zip(shards, decode(layouts, world), strict=True)]
 
 
-_define("refresh(Tensor(a)[] shards, int[] layouts, int world, str group) -> Tensor(a)[]", refresh, _refresh_fake)
+_define(
+    "start_refresh(Tensor[] shards, int[] layouts, int world, str group) -> Tensor", start_refresh, _start_refresh_fake
+)
+_define(
+    "refresh(Tensor(a)[] shards, int[] layouts, int world, str group, Tensor? pending=None) -> Tensor(a)[]",
+    refresh,
+    _refresh_fake,
+)
 _define("pack_shards(Tensor[] shards, int[] layouts, int world) -> Tensor", pack_shards, _pack_shards_fake)
 _define("unpack_params(Tensor gathered, int[] layouts, int world) -> Tensor[]", unpack_params, _unpack_params_fake)
 _define("pack_grads(Tensor[] grads, int[] layouts, int world) -> Tensor", pack_grads, _pack_grads_fake)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from dscompile.comm import REDUCE_GRAD, REFRESH, UNSHARD, WAIT, c10d, ours
+from dscompile.comm import REDUCE_GRAD, REFRESH, START_REFRESH, UNSHARD, WAIT, c10d, ours
 from dscompile.shard_layout import REPLICATED, ShardLayout, decode
 
 if TYPE_CHECKING:
@@ -138,9 +138,18 @@ def _gathered(table: TermTable, shards: Key, layouts: list[ShardLayout], group: 
     return Several(_gathered_term(table, shard, layout, group, node, value) for shard, layout, value in parts)
 
 
+def _start_refresh(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
+    return table.intern(("refreshing", *args), node)
+
+
 def _refresh(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    """Resident copies, brought up to date, are what a gather would give."""
-    shards, numbers, world, group = args
+    """Resident copies, brought up to date, are what a gather would give: here, or by the very one that was started."""
+    shards, numbers, world, group = args[:4]
+    pending = args[4] if len(args) > 4 else kwargs.get("pending")
+    if pending is not None and _head(pending) != "refreshing":
+        return None
+    if pending is not None and pending.op[1:] != (shards, numbers, world, group):
+        return None
     layouts = _layouts(numbers, world)
     return None if layouts is None else _gathered(table, shards, layouts, group, node)
 
@@ -166,6 +175,7 @@ COMM_RULES: Mapping[Any, Rule] = MappingProxyType(
         c10d.all_to_all_single.default: _all_to_all,
         c10d.reduce_scatter_tensor.default: _reduce_scatter,
         REFRESH: _refresh,
+        START_REFRESH: _start_refresh,
         ours.pack_shards.default: _pack_shards,
         ours.pack_grads.default: _pack_grads,
         ours.sum_ranks.default: _sum_ranks,

@@ -116,10 +116,22 @@ class Comm:
             return [flat.view(alone.local_shape(rank))]
         return bucket_ops.unpack_shards(flat, layouts, world, rank)
 
-    def refresh(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> list[Tensor]:
+    def start_refresh(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> Tensor:
+        """:func:`dscompile.bucket_ops.start_refresh`, as this program's other gathers."""
+        if bucket_ops.all_fresh(shards):
+            return shards[0].new_empty(0)
+        return self.all_gather_into_tensor(self.pack_shards(shards, layouts, world), world, group)
+
+    def refresh(
+        self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, pending: Tensor | None = None
+    ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.refresh`."""
-        self._at("refresh of resident parameters")
-        return bucket_ops.refresh(shards, layouts, world, group, self._new)
+        if pending is None:
+            pending = self.start_refresh(shards, layouts, world, group)
+        if not pending.numel():
+            return bucket_ops.refresh(shards, layouts, world, group, pending)
+        gathered = self.wait_tensor(pending, "refresh of resident parameters")
+        return bucket_ops.fill_residents(shards, layouts, world, gathered)
 
     def unshard(self, shard: Tensor, *rest: object) -> Tensor:
         """A marker that no pass lowered."""

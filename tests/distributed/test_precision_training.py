@@ -12,7 +12,8 @@ import dscompile
 from dscompile.precision import LossScaler, finish_gradients
 from dscompile.tools.data import Batches, load_corpus
 from dscompile.tools.gpt import GPT, SIZES, GPTConfig
-from dscompile.tools.training import learning_rate
+from dscompile.tools.train import LR_TIMES_WIDTH
+from dscompile.tools.training import CLIP, learning_rate, parameter_groups
 from tests.ranks import run_ranks
 
 TEXT = Path(__file__).parents[2] / "docs"
@@ -27,17 +28,17 @@ def losses(
     options = {"zero": {"stage": stage}, "precision": {"param_dtype": name}, "cache": False, "summary": False}
     model = dscompile.distribute(GPT(config), config=options)
     run = torch.compile(model, backend="dscompile", options={"regions": regions})
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1.0, betas=(0.9, 0.95), fused=True)
     scaler = LossScaler.for_stage(stage, loss_scale=0.0 if name == "fp16" else 1.0)
     batches = Batches(ids, batch=batch, context=config.context, seed=0)
     found, skipped = [], 0
     for step in range(steps):
         inputs, targets = (part.chunk(world)[rank] for part in batches(step))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 3e-3)
+            group["lr"] = group["lr_scale"] * learning_rate(step, steps, LR_TIMES_WIDTH / config.width)
         loss = run(inputs, targets)
         (loss * scaler.scale).backward()
-        report = finish_gradients(model.parameters(), scale=scaler.scale, max_norm=1.0)
+        report = finish_gradients(model.parameters(), scale=scaler.scale, max_norm=CLIP)
         if scaler.update(report.overflow):
             skipped += 1
         else:

@@ -164,7 +164,7 @@ class Engine(WholeSteps):
         return loss if self.scaler is None else loss.float() * self.scaler.scale
 
     def _watch(self, outputs: Any) -> None:
-        """Take note of a backward pass that the script runs itself, and divide its gradients by the window's size."""
+        """Take note of a backward pass that the script runs itself; its gradients are divided at the step."""
         tensors = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
         if not tensors and self.module.training:
             kind = type(outputs).__name__
@@ -172,16 +172,15 @@ class Engine(WholeSteps):
         for tensor in tensors:
             tensor.register_hook(self._plain_backward)
 
-    def _plain_backward(self, gradient: Tensor) -> Tensor | None:
+    def _plain_backward(self, gradient: Tensor) -> None:
         if self._own_backward:
-            return None
+            return
         if self.scaler is not None and not self._loss_scaled:
             raise RunError(
                 "loss.backward() without the loss scale, which fp16 needs: call engine.backward(loss), or "
                 "engine.scale(loss).backward()."
             )
         self.window.backward(plain=True)
-        return gradient / self.window.size if self.window.size > 1 else None
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-batch; at the window's last one, update the parameters, the schedule and the counts.

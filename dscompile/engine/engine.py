@@ -56,6 +56,12 @@ class Parts:
     world: int
 
 
+def _options(config: EngineConfig) -> dict[str, Any]:
+    """The compiler's options for graphs without parameters; those with some know them from ``distribute``."""
+    compiler = config.compiler
+    return {name: getattr(compiler, name) for name in compiler.model_fields_set - {"zero", "precision"}}
+
+
 class Engine(WholeSteps):
     """A model under training. Make it with :func:`dscompile.initialize`; attributes it lacks are the model's.
 
@@ -86,7 +92,9 @@ class Engine(WholeSteps):
         )
         self.progress = Progress(parts.config, parts.rank, parts.world, self.device)
         # In a tuple: the compiled model is a module around the same model, and must not be registered a second time.
-        self._compiled: tuple[Callable[..., Any]] = (torch.compile(self.module, backend="dscompile"),)
+        self._compiled: tuple[Callable[..., Any]] = (
+            torch.compile(self.module, backend="dscompile", options=_options(parts.config)),
+        )
         self._gc = GcFreeze(self) if parts.config.freeze_gc else None
         self._inside_no_sync = False
         self._own_backward = False

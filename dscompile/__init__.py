@@ -53,6 +53,12 @@ _PUBLIC = {
     "export_safetensors": "engine.export",
     "load_weights": "engine.export",
     "linear_cross_entropy": "loss_ops",
+    "sparse_attention": "block_sparse",
+    "SparseSelfAttention": "block_sparse",
+    "SparseAttentionUtils": "block_sparse",
+    "BlockLayout": "block_layout",
+    "evoformer_attention": "evoformer",
+    "DS4Sci_EvoformerAttention": "evoformer",
 }
 
 _MODULES = {"zero": "engine.zero", "checkpointing": "engine.checkpointing"}

@@ -39,6 +39,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor import inductor_prims as inductor_prims  # registers its operators
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.fx_passes.replace_random import replace_random_passes
 from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
@@ -56,6 +57,14 @@ from torch.utils._filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from dscompile.torch_compat import no_autocast
+
+
+def uniform(shape: list[int], seed: torch.Tensor) -> torch.Tensor:
+    """Uniform fp32 numbers in [0, 1) that are a function of ``seed`` (int64 ``[]``) and the place.
+
+    Stands on the operator ``prims.inductor_random``, which Inductor and our kernels draw with the same generator.
+    """
+    return torch.ops.prims.inductor_random.default(shape, seed, "rand")
 
 
 class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dscompile.collectives import COLLECTIVES
 from dscompile.shard_layout import REPLICATED as REPLICATED
-from dscompile.torch_compat import group_backend, process_group
+from dscompile.torch_compat import FakeTensor, FakeTensorMode, group_backend, process_group
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 LIBRARY.define(
@@ -277,6 +277,33 @@ def _reduce_fake(
 
 torch.library.register_fake("dscompile::unshard", _unshard_fake, lib=LIBRARY)
 torch.library.register_fake("dscompile::reduce_grad", _reduce_fake, lib=LIBRARY)
+
+
+def _shape_quickly(mode: FakeTensorMode, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The fake result of a marker, without the general path, which caches only ``aten`` operators.
+
+    A model has one marker for each parameter, and each is traced four times: this halves what sharding adds to it.
+    """
+    source = args[0]
+    reads = func is torch.ops.dscompile.unshard.default
+    dim, size = (args[3], args[4]) if reads else (args[1], args[2])
+    dtypes = args[7:8] if reads else args[6:4:-1]  # the first that is given counts
+    shape = list(source.shape)
+    if dim != REPLICATED:
+        shape[dim] = size
+    if (
+        kwargs
+        or type(source) is not FakeTensor
+        or source.fake_mode is not mode
+        or any(type(n) is not int for n in shape)
+    ):
+        return mode.__torch_dispatch__(func, types, args, kwargs)
+    dtype = next((d for d in dtypes if d is not None), source.dtype)
+    return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), source.fake_device)
+
+
+for _name in ("unshard", "reduce_grad"):
+    torch.library.register_torch_dispatch(f"dscompile::{_name}", FakeTensorMode, _shape_quickly, lib=LIBRARY)
 
 
 # -- derivatives -----------------------------------------------------------------------------------------------------

@@ -149,7 +149,8 @@ class Lamb(Optimizer):
             if group["bias_correction"]:
                 size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
             tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-            items.append(_Item(param, *_local(tensors), size, _shard_groups(param)))
+            value, grad, average, square = _local(tensors)
+            items.append(_Item(param, value, grad, average, square, size, _shard_groups(param)))
         return items
 
 
@@ -193,7 +194,9 @@ class _Work:
         """``[2, len(items)]`` fp32: squared norms of parameters and directions."""
         inside = bool(group["eps_inside_sqrt"])
         eps = float(group["eps"])
-        self._hyper = Hyper(*group["betas"], 0.0 if inside else eps, eps if inside else 0.0, group["weight_decay"])
+        beta1, beta2 = group["betas"]
+        outside = 0.0 if inside else eps
+        self._hyper = Hyper(beta1, beta2, outside, eps - outside, group["weight_decay"])
         self._directions: list[Tensor] = []
 
     def begin(self) -> None:

@@ -25,7 +25,14 @@ from dscompile.verify import baseline, verify
 from tests.build import trace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/passes.md", "docs/zero.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/passes.md",
+    "docs/training.md",
+    "docs/zero.md",
+)
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -93,8 +100,9 @@ def test_links_lead_somewhere(document: str) -> None:
             assert ((ROOT / document).parent / target).exists(), target
 
 
-def test_zero_code_trains(tmp_path: Path) -> None:
-    (code,) = blocks("docs/zero.md", "python")
+@pytest.mark.parametrize("document", ["docs/zero.md", "docs/training.md"])
+def test_code_trains(document: str, tmp_path: Path) -> None:
+    (code,) = blocks(document, "python")
     script = tmp_path / "example.py"
     script.write_text(code)
     python(str(script), cwd=ROOT)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dscompile.engine.optimizers import ELEMENTWISE, REFUSED, create_optimizer
+from dscompile.engine.optimizers import ELEMENTWISE, REFUSED, WHOLE_ONLY, create_optimizer
 from dscompile.errors import ConfigError, UnsupportedError
 
 
@@ -68,6 +70,15 @@ def test_the_list_is_torchs() -> None:
     known = {cls.__name__ for cls in ELEMENTWISE}
     known |= {"Lion", "Lamb", "LBFGS", "Muon", "Adafactor", "SparseAdam", "Rprop"}
     assert {name for name in torch.optim.__all__ if name[0].isupper()} - {"Optimizer"} <= known
+
+
+def test_the_documentation_names_every_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    named = {name: row[2] for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert set(named) == {cls.__name__ for cls in (*ELEMENTWISE, *WHOLE_ONLY)} | set(REFUSED)
+    assert {name for name, what in named.items() if "refused by name" in what} == set(REFUSED)
+    assert {name for name, what in named.items() if "not sharded" in what} == {cls.__name__ for cls in WHOLE_ONLY}
 
 
 def test_muon_and_lbfgs_work_on_whole_parameters() -> None:

@@ -91,7 +91,8 @@ def test_muon_and_lbfgs_work_on_whole_parameters() -> None:
 def test_the_fused_kernel_is_taken_unless_the_user_chose(kind: str) -> None:
     assert create_optimizer(kind, parameters(), {}).param_groups[0]["fused"] is True
     assert not create_optimizer(kind, parameters(), {"foreach": True}).param_groups[0].get("fused")
-    assert not create_optimizer(kind, parameters(), {"fused": False}).param_groups[0].get("fused")
+    for given in ({"fused": False}, {"foreach": False}):
+        assert not create_optimizer(kind, parameters(), given).param_groups[0].get("fused")
     meta = [nn.Parameter(torch.zeros(3, device="meta"))]
     assert not create_optimizer(kind, meta, {}).param_groups[0].get("fused")
 

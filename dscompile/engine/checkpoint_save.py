@@ -23,7 +23,7 @@ from dscompile.engine.checkpoint_peers import describe as describe_error
 from dscompile.engine.checkpoint_plan import Plan, agree, write_error
 from dscompile.engine.checkpoint_saver import SaveHandle, Saver, saver_of
 from dscompile.engine.checkpoint_stage import Staging
-from dscompile.engine.checkpoint_state import STATE, ModelState, OptimizerState, unwrap
+from dscompile.engine.checkpoint_state import GROUPS, STATE, ModelState, OptimizerState, unwrap
 from dscompile.engine.rng import get_rng
 from dscompile.errors import CheckpointError
 
@@ -118,7 +118,8 @@ class _Content:
             "optimizer": kept.facts or None,
             "state": encode(dict(state), STATE, extra),
         }
-        deferred = {k for k, v in found.tensors.items() if isinstance(v, nn.Parameter)} | set(kept.tensors)
+        deferred = {k for k, v in found.tensors.items() if isinstance(v, nn.Parameter)}
+        deferred |= {k for k in kept.tensors if not k.startswith(GROUPS)}
         return cls({**found.tensors, **kept.tensors, **extra}, facts, deferred)
 
 

@@ -19,7 +19,7 @@ from dscompile.collectives import COLLECTIVES
 from dscompile.ops import mean_of_parts
 from dscompile.placement import compute_copy, resident_of
 from dscompile.resident import is_fresh, set_fresh
-from dscompile.shard_layout import REPLICATED, ShardLayout, decode, encode
+from dscompile.shard_layout import ShardLayout, decode, stays_local
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 
@@ -206,57 +206,130 @@ def _unpack_shards_fake(
 # -- resident parameters ---------------------------------------------------------------------------------------------
 
 
-def refresh(
+def start_refresh(
     shards: Sequence[Tensor],
     layouts: Sequence[int],
     world: int,
     group: str,
     dtype: torch.dtype | None = None,
     new: New = new_empty,
+) -> Tensor:
+    """Launch the gather that :func:`refresh` will wait for, ``[world * sum of piece_numel]``; empty if none is needed.
+
+    It is, if a shard was written since its resident copy was gathered. Whether ranks agree that a bucket is stale is
+    the optimizer's doing: all of them step.
+    """
+    if all_fresh(shards, dtype):
+        return shards[0].new_empty(0, dtype=dtype)
+    flat = pack_shards(shards, layouts, world, dtype, new)
+    launched: Tensor = COLLECTIVES.all_gather_into_tensor(flat, world, group)
+    return launched
+
+
+def _buffer(shard: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Where a parameter's full value stays: the buffer that the shard is a view of, or the copy in another dtype."""
+    return resident_of(shard) if dtype is None else compute_copy(shard)
+
+
+def all_fresh(shards: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
+    """Whether nothing was written to any shard since its resident copy was gathered."""
+    return all(_buffer(shard, dtype) is not None and is_fresh(shard) for shard in shards)
+
+
+def refresh(
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    group: str,
+    pending: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The full parameters whose rows the shards are, other ranks' rows gathered if the shards were written since.
 
     A shard of ZeRO stage 1 or 2 is a view into a resident buffer of the full shape. The results share its memory: they
-    hold until the next refresh. Whether ranks agree that a bucket is stale is the optimizer's doing: all of them step.
-    A shard without such a buffer (its parameter was replaced) gives a fresh full tensor. With ``dtype`` the buffer is
-    the parameter's copy in that dtype, and the wire's dtype too; a replicated parameter, or a group of one, sends
-    nothing.
+    hold until the next refresh. A shard without such a buffer (its parameter was replaced) gives a fresh full tensor.
+
+    Args:
+        shards: this rank's shards.
+        layouts: theirs.
+        world: ranks in the group.
+        group: its logical name.
+        pending: what :func:`start_refresh` of the same arguments returned; without it the gather runs here.
+        dtype: the buffer is the parameter's copy in this dtype, which is the wire's too. Parameters that every rank
+            holds whole are only cast; they are never in a bucket with others.
     """
-    found = decode(layouts, world)
-    fulls = [resident_of(shard) if dtype is None else compute_copy(shard) for shard in shards]
-    if all(full is not None and is_fresh(shard) for shard, full in zip(shards, fulls, strict=True)):
-        return [full for full in fulls if full is not None]
+    if stays_local(layouts, world):
+        return _cast_residents(shards, layouts, world, dtype)
+    if pending is None:
+        pending = start_refresh(shards, layouts, world, group, dtype)
+    if not pending.numel():
+        return [full for shard in shards if (full := _buffer(shard, dtype)) is not None]
+    return fill_residents(shards, layouts, world, COLLECTIVES.wait_tensor(pending), dtype)
+
+
+def _cast_residents(
+    shards: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None
+) -> list[Tensor]:
+    fresh = all_fresh(shards, dtype)
+    fulls = [_held(shard, layout, dtype) for shard, layout in zip(shards, decode(layouts, world), strict=True)]
+    for shard, full in zip(shards, fulls, strict=True):
+        if not fresh:
+            full.copy_(shard)
+    return fulls
+
+
+def _held(shard: Tensor, layout: ShardLayout, dtype: torch.dtype | None) -> Tensor:
+    """The buffer behind a shard, about to be filled; without one, fresh memory."""
+    full = _buffer(shard, dtype)
+    if full is None:
+        return shard.new_empty(layout.shape, dtype=dtype)
+    set_fresh(shard)
+    return full
+
+
+def fill_residents(
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    gathered: Tensor,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Copy a gathered flat buffer into the resident buffers behind the shards; these, and that they are fresh."""
+    ranks = gathered.view(world, -1)
     results = []
-    for shard, full, layout in zip(shards, fulls, found, strict=True):
-        if full is None:
-            full = shard.new_empty(layout.shape, dtype=dtype)
-        else:
-            set_fresh(shard)
-        results.append(full)
-    cut = [i for i, layout in enumerate(found) if world > 1 and layout.dim != REPLICATED]
-    for i in set(range(len(found))).difference(cut):
-        results[i].copy_(shards[i])
-    if cut:
-        members = [found[i] for i in cut]
-        flat = pack_shards([shards[i] for i in cut], encode(members), world, dtype, new)
-        whole = new(flat, (world * flat.numel(),))
-        gather = COLLECTIVES
-        gathered = gather.wait_tensor(gather.all_gather_into_tensor_out(flat, world, group, out=whole)).view(world, -1)
-        for i, (layout, start, stop) in zip(cut, _offsets(members), strict=True):
-            _fill(results[i], gathered[:, start:stop], layout)
+    for shard, (layout, start, stop) in zip(shards, _offsets(decode(layouts, world)), strict=True):
+        results.append(_held(shard, layout, dtype))
+        _fill(results[-1], ranks[:, start:stop], layout)
     return results
 
 
-def _refresh_fake(
+def _start_refresh_fake(
     shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    return shards[0].new_empty(world * total(decode(layouts, world)), dtype=dtype)
+
+
+def _refresh_fake(
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    group: str,
+    pending: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     found = decode(layouts, world)
     return [shard.new_empty(layout.shape, dtype=dtype) for shard, layout in zip(shards, found, strict=True)]
 
 
 _TYPED = "int[] layouts, int world, ScalarType? dtype=None"
+_GROUPED = "int[] layouts, int world, str group"
 _define(
-    "refresh(Tensor(a)[] shards, int[] layouts, int world, str group, ScalarType? dtype=None) -> Tensor(a)[]",
+    f"start_refresh(Tensor[] shards, {_GROUPED}, ScalarType? dtype=None) -> Tensor",
+    start_refresh,
+    _start_refresh_fake,
+)
+_define(
+    f"refresh(Tensor(a)[] shards, {_GROUPED}, Tensor? pending=None, ScalarType? dtype=None) -> Tensor(a)[]",
     refresh,
     _refresh_fake,
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from dscompile.comm import REDUCE_GRAD, REFRESH, UNSHARD, WAIT, c10d, ours
+from dscompile.comm import REDUCE_GRAD, REFRESH, START_REFRESH, UNSHARD, WAIT, c10d, ours
 from dscompile.shard_layout import REPLICATED, ShardLayout, decode
 
 if TYPE_CHECKING:
@@ -171,11 +171,20 @@ def _gathered(table: TermTable, shards: Key, layouts: list[ShardLayout], group: 
     return Several(_gathered_term(table, shard, layout, group, dtype, node, value) for shard, layout, value in parts)
 
 
+def _start_refresh(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
+    return table.intern(("refreshing", *args[:4], _typed(args, 4)), node)
+
+
 def _refresh(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    """Resident copies, brought up to date, are what a gather would give."""
-    shards, numbers, world, group, *_ = args
+    """Resident copies, brought up to date, are what a gather would give: here, or by the very one that was started."""
+    shards, numbers, world, group = args[:4]
+    pending = args[4] if len(args) > 4 and args[4] != (type(None), None) else None
+    if pending is not None and _head(pending) != "refreshing":
+        return None
+    if pending is not None and pending.op[1:] != (shards, numbers, world, group, _typed(args, 5)):
+        return None
     layouts = _layouts(numbers, world)
-    return None if layouts is None else _gathered(table, shards, layouts, group, _typed(args, 4), node)
+    return None if layouts is None else _gathered(table, shards, layouts, group, _typed(args, 5), node)
 
 
 def _unpack_shards(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
@@ -200,6 +209,7 @@ COMM_RULES: Mapping[Any, Rule] = MappingProxyType(
         c10d.all_to_all_single.default: _all_to_all,
         c10d.reduce_scatter_tensor.default: _reduce_scatter,
         REFRESH: _refresh,
+        START_REFRESH: _start_refresh,
         ours.pack_shards.default: _pack_shards,
         ours.pack_grads.default: _pack_grads,
         ours.sum_ranks.default: _sum_ranks,

@@ -21,8 +21,8 @@ PIPELINES: dict[str, str] = {
     "default": "canonicalise,fuse_loss",
     "none": "",
     "zero0": "canonicalise,fuse_loss,merge_ties,zero0,bucket",
-    "zero1": "canonicalise,fuse_loss,merge_ties,zero1,bucket",
-    "zero2": "canonicalise,fuse_loss,merge_ties,zero2,bucket",
+    "zero1": "canonicalise,fuse_loss,merge_ties,zero1,bucket,prefetch",
+    "zero2": "canonicalise,fuse_loss,merge_ties,zero2,bucket,prefetch",
     "zero3": "canonicalise,fuse_loss,merge_ties,zero3,selective_unshard,bucket,prefetch",
 }
 """Named pipelines. ``default`` is what ``torch.compile(model, backend="dscompile")`` runs on an unsharded model; on a

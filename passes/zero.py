@@ -21,7 +21,7 @@ from torch import fx
 from dscompile.comm import REDUCE_GRAD, REFRESH, UNSHARD
 from dscompile.graph import GraphKind, Phase, Role, StepGraph, annotate, info
 from dscompile.manager import Numerics, PassContext, graph_pass
-from dscompile.passes.markers import Marker, is_local, reduces, typed, unshards
+from dscompile.passes.markers import Marker, is_local, reduces, unshards
 from dscompile.shard_layout import encode
 
 aten = torch.ops.aten
@@ -158,7 +158,8 @@ def read_resident(graph: StepGraph, ctx: PassContext) -> None:
             return
         layouts = encode([marker.layout])
         world, group = marker.layout.world, marker.group
-        arguments = ([marker.operand], layouts, world, group, *typed(marker.dtype))
+        dtype = () if marker.dtype is None else (None, marker.dtype)  # nothing is pending
+        arguments = ([marker.operand], layouts, world, group, *dtype)
         fulls = graph.insert_call(marker.node, REFRESH, arguments, like=marker.node)
         graph.replace(marker.node, take(graph, fulls, 0, marker.node, before=marker.node))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dscompile import bucket_ops
 from dscompile.bucket_ops import New
 from dscompile.collectives import COLLECTIVES, LOG
-from dscompile.shard_layout import ShardLayout, decode
+from dscompile.shard_layout import ShardLayout, decode, stays_local
 from dscompile.torch_compat import group_backend, process_group
 
 ours = torch.ops.dscompile
@@ -134,17 +134,36 @@ class Comm:
             return [flat.view(alone.local_shape(rank)).to(dtype or flat.dtype)]
         return bucket_ops.unpack_shards(flat, layouts, world, rank, dtype)
 
-    def refresh(
+    def start_refresh(
         self,
         shards: Sequence[Tensor],
         layouts: Sequence[int],
         world: int,
         group: str,
         dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """:func:`dscompile.bucket_ops.start_refresh`, as this program's other gathers."""
+        if bucket_ops.all_fresh(shards, dtype):
+            return shards[0].new_empty(0, dtype=dtype)
+        return self.all_gather_into_tensor(self.pack_shards(shards, layouts, world, dtype), world, group)
+
+    def refresh(
+        self,
+        shards: Sequence[Tensor],
+        layouts: Sequence[int],
+        world: int,
+        group: str,
+        pending: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.refresh`."""
-        self._at("refresh of resident parameters")
-        return bucket_ops.refresh(shards, layouts, world, group, dtype, self._new)
+        local = stays_local(layouts, world)
+        if pending is None and not local:
+            pending = self.start_refresh(shards, layouts, world, group, dtype)
+        if pending is None or not pending.numel():
+            return bucket_ops.refresh(shards, layouts, world, group, pending, dtype)
+        gathered = self.wait_tensor(pending, "refresh of resident parameters")
+        return bucket_ops.fill_residents(shards, layouts, world, gathered, dtype)
 
     def unshard(self, shard: Tensor, *rest: object) -> Tensor:
         """A marker that no pass lowered."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from dscompile.comm import LAUNCHES, REFRESH, ours
+from dscompile.comm import LAUNCHES, REFRESH, START_REFRESH, ours
 from dscompile.equivalence import Verdict, prove
 from dscompile.errors import VerifyError
 from dscompile.graph import StepGraph
@@ -48,11 +48,10 @@ def sent(graph: StepGraph) -> tuple[float, set[torch.dtype]]:
             elements, world = max(value.numel(), operand.numel()), 4
             total += elements * value.element_size() * (world - 1) / world
             dtypes.add(value.dtype)
-        elif node.target is REFRESH:
-            for shard, full in zip(node.args[0], node.meta["val"], strict=True):
-                if shard.meta["val"].numel() < full.numel():
-                    total += full.numel() * full.element_size() * 3 / 4
-                    dtypes.add(full.dtype)
+        elif node.target is START_REFRESH:
+            value = node.meta["val"]
+            total += value.numel() * value.element_size() * 3 / 4
+            dtypes.add(value.dtype)
     return total, dtypes
 
 
@@ -138,8 +137,9 @@ FAULTS = {
     "reduced in fp16": (2, retyped(ours.pack_grads.default, 3, torch.float16)),
     "gradients left in bf16": (3, retyped(ours.unpack_shards.default, 4, None)),
     "whole gradients left in bf16": (0, retyped(ours.unpack_params.default, 3, None)),
-    "copies in fp16": (1, retyped(REFRESH, 4, torch.float16)),
-    "copies of replicated parameters in fp16": (0, retyped(REFRESH, 4, torch.float16)),
+    "copies gathered in fp16": (1, retyped(START_REFRESH, 4, torch.float16)),
+    "copies in fp16": (1, retyped(REFRESH, 5, torch.float16)),
+    "copies of replicated parameters in fp16": (0, retyped(REFRESH, 5, torch.float16)),
 }
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dscompile.errors import ConfigError
 from dscompile.torch_compat import process_group
 
 _c10d = torch.ops._c10d_functional
@@ -54,46 +53,47 @@ Listener = Callable[[Collective], None]
 
 
 class CollectiveLog:
-    """Tells a listener of every collective that ends. Launched ones are kept by the tensor that is waited for."""
+    """Tells listeners of every collective that ends. Launched ones are kept by the tensor that is waited for."""
 
     def __init__(self) -> None:
-        self._listener: Listener | None = None
+        self._listeners: tuple[Listener, ...] = ()
         self._open: dict[int, tuple[str, int, int, float]] = {}
 
     @property
     def active(self) -> bool:
         """Whether somebody listens."""
-        return self._listener is not None
+        return bool(self._listeners)
 
     def start(self, listener: Listener) -> None:
-        """Tell ``listener`` from now on. Raises :class:`ConfigError` if another one is told already."""
-        if self._listener is not None:
-            raise ConfigError("collectives are being logged already: stop the other communication log first.")
-        self._listener = listener
+        """Tell ``listener`` from now on."""
+        self._listeners = (*self._listeners, listener)
 
-    def stop(self) -> None:
-        """Tell nobody."""
-        self._listener = None
-        self._open.clear()
+    def stop(self, listener: Listener) -> None:
+        """Tell ``listener`` no more."""
+        self._listeners = tuple(one for one in self._listeners if one != listener)
+        if not self._listeners:
+            self._open.clear()
 
     def launched(self, op: str, out: Tensor, payload: Tensor, world: int) -> None:
         """A collective whose result is ``out`` begins; ``payload`` is the tensor whose size counts."""
-        if self._listener is not None:
+        if self._listeners:
             _settle(out)
             self._open[id(out)] = (op, payload.numel() * payload.element_size(), world, time.perf_counter())
 
     def clock(self) -> float:
         """Now, if somebody listens: what :meth:`finished` wants to know from before the wait."""
-        return time.perf_counter() if self._listener is not None else 0.0
+        return time.perf_counter() if self._listeners else 0.0
 
     def finished(self, out: Tensor, began: float, place: str = "") -> None:
         """The wait for ``out``, which began at ``began``, is over."""
-        if self._listener is None or (found := self._open.pop(id(out), None)) is None:
+        if not self._listeners or (found := self._open.pop(id(out), None)) is None:
             return
         _settle(out)
         op, size, world, launched = found
         now = time.perf_counter()
-        self._listener(Collective(op, size, world, now - launched, now - began, place))
+        event = Collective(op, size, world, now - launched, now - began, place)
+        for listener in self._listeners:
+            listener(event)
 
     @contextlib.contextmanager
     def timing(self, op: str, payload: Tensor, world: int, place: str = "") -> Iterator[None]:

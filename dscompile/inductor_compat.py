@@ -260,12 +260,14 @@ def try_build_lock(root: Path, key: str) -> Iterator[bool]:
         yield True
 
 
-def load_cpp_library(source: str) -> ctypes.CDLL:
+def load_cpp_library(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Build a C++ library for this CPU, or find it in Inductor's cache, and load it.
+
+    ``flags`` come after Inductor's, which leave loops alone (its own are vectorised already) and keep ``errno``.
 
     Stands on ``CppCodeCache.load``: its flags, its lock, its place on disk. Raises Inductor's error if the build fails.
     """
-    library: ctypes.CDLL = CppCodeCache.load(source, needs_vec_isa=True)
+    library: ctypes.CDLL = CppCodeCache.load(source, needs_vec_isa=True, extra_flags=tuple(flags))
     return library
 
 

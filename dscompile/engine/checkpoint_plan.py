@@ -3,6 +3,9 @@
 For a thousand tensors planning costs as much as writing a hundred megabytes, nearly all of it to describe what the last
 save described. So each rank compares the layout of its tensors with that of the plan it has, and only if some rank's is
 new do all plan again.
+
+Large shards are written in pieces, each with a checksum of its own: a rank that needs some rows of one later reads and
+verifies the pieces they lie in, and holds one at a time.
 """
 
 from __future__ import annotations
@@ -13,25 +16,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 from dscompile.engine import checkpoint_directory as layout
-from dscompile.engine.checkpoint_peers import Collective, raise_first
+from dscompile.engine.checkpoint_peers import Collective, describe, raise_first
 from dscompile.errors import CheckpointError
 from dscompile.torch_compat import local_of
+
+PIECE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What this rank writes, and of what layout; on rank 0 also the description of all tensors."""
+    """What this rank writes, and of what layout; on rank 0 also the description of all tensors.
+
+    ``starts`` are the first rows of this rank's shards in the whole tensors, by key.
+    """
 
     signature: tuple[Any, ...]
     items: tuple[WriteItem, ...]
+    starts: Mapping[str, int]
     metadata: Metadata | None
+
+    def resolve(self, tensors: Mapping[str, Tensor]) -> list[tuple[WriteItem, Tensor]]:
+        """The items, each with its rows of this rank's tensor, as a view."""
+        found = []
+        for item in self.items:
+            tensor, chunk = local(tensors[item.index.fqn]), cast(TensorWriteData, item.tensor_data).chunk
+            if tensor.ndim:
+                tensor = tensor.narrow(0, chunk.offsets[0] - self.starts[item.index.fqn], chunk.sizes[0])
+            found.append((item, tensor))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +99,13 @@ def agree(
         known = None
     again = True
     while again:
-        mine = None if error or known else _local_plan(tensors)
+        whole, mine = None, None
+        if error is None and known is None:
+            try:
+                whole = _local_plan(tensors)
+                mine = SavePlan([piece for item in whole.items for piece in _pieces(item)])
+            except Exception as failure:  # DCP's own: the other ranks must not wait for this one
+                error = describe(failure)
         gathered = peers.gather((error, mine, own))
         reply = peers.scatter(None if gathered is None else _decide(gathered, known, path))
         again, items, metadata, temporary, refused = reply
@@ -87,7 +113,7 @@ def agree(
             raise CheckpointError(refused)
         if again:
             known = None
-    plan = known if items is None else Plan(signature, items, metadata)
+    plan = known if items is None else Plan(signature, items, _starts(cast(SavePlan, whole)), metadata)
     return Agreed(cast(Plan, plan), temporary, [] if gathered is None else [found for _, _, found in gathered])
 
 
@@ -104,6 +130,29 @@ def _local_plan(tensors: Mapping[str, Tensor]) -> SavePlan:
     planner = _planner()
     planner.set_up_planner({**tensors})
     return _without_empty(planner.create_local_plan())
+
+
+def _starts(plan: SavePlan) -> dict[str, int]:
+    chunks = {item.index.fqn: cast(TensorWriteData, item.tensor_data).chunk for item in plan.items}
+    return {key: chunk.offsets[0] for key, chunk in chunks.items() if chunk.offsets}
+
+
+def _pieces(item: WriteItem) -> list[WriteItem]:
+    """A shard as pieces of at most :data:`PIECE_BYTES`, or of one row each."""
+    data = cast(TensorWriteData, item.tensor_data)
+    offsets, sizes = data.chunk.offsets, data.chunk.sizes
+    nbytes = math.prod(sizes) * data.properties.dtype.itemsize
+    if nbytes <= PIECE_BYTES or not sizes or sizes[0] <= 1:
+        return [item]
+    step = max(PIECE_BYTES * sizes[0] // nbytes, 1)
+    found = []
+    for first in range(0, sizes[0], step):
+        at = torch.Size((offsets[0] + first, *offsets[1:]))
+        chunk = ChunkStorageMetadata(at, torch.Size((min(step, sizes[0] - first), *sizes[1:])))
+        piece = TensorWriteData(chunk, data.properties, data.size)
+        # SHARD: for DCP any other type means that there is only one of the name.
+        found.append(WriteItem(MetadataIndex(item.index.fqn, at), WriteItemType.SHARD, tensor_data=piece))
+    return found
 
 
 def _planner() -> DefaultSavePlanner:

@@ -20,10 +20,10 @@ from dscompile.engine.checkpoint_files import describe, file_name, raw, write_ch
 from dscompile.engine.checkpoint_format import METADATA, encode
 from dscompile.engine.checkpoint_peers import Collective, Peers, ThroughStore, raise_first
 from dscompile.engine.checkpoint_peers import describe as describe_error
-from dscompile.engine.checkpoint_plan import Plan, agree, local, write_error
+from dscompile.engine.checkpoint_plan import Plan, agree, write_error
 from dscompile.engine.checkpoint_saver import SaveHandle, Saver, saver_of
 from dscompile.engine.checkpoint_stage import Staging
-from dscompile.engine.checkpoint_state import STATE, ModelState, OptimizerState, unwrap
+from dscompile.engine.checkpoint_state import GROUPS, STATE, ModelState, OptimizerState, unwrap
 from dscompile.engine.rng import get_rng
 from dscompile.errors import CheckpointError
 
@@ -76,7 +76,7 @@ def save_checkpoint(
     saver.plan = agreed.plan
     facts = {**content.facts, "id": agreed.temporary.name, "world": peers.world, "rng": agreed.gathered}
     job = _Job(peers.rank, agreed.plan, agreed.temporary, handle.path.name, facts)
-    resolved = [(item, local(content.tensors[item.index.fqn])) for item in agreed.plan.items]
+    resolved = agreed.plan.resolve(content.tensors)
     if not asynchronous:
         _complete(peers, job, ((item, raw(tensor)) for item, tensor in resolved), handle)
         handle.end()
@@ -118,7 +118,8 @@ class _Content:
             "optimizer": kept.facts or None,
             "state": encode(dict(state), STATE, extra),
         }
-        deferred = {k for k, v in found.tensors.items() if isinstance(v, nn.Parameter)} | set(kept.tensors)
+        deferred = {k for k, v in found.tensors.items() if isinstance(v, nn.Parameter)}
+        deferred |= {k for k in kept.tensors if not k.startswith(GROUPS)}
         return cls({**found.tensors, **kept.tensors, **extra}, facts, deferred)
 
 

@@ -23,6 +23,8 @@ from dscompile.torch_compat import local_of
 SEPARATOR = "//"
 STATE = f"state{SEPARATOR}"
 """What the keys of a script's own tensors begin with."""
+GROUPS = f"optimizer{SEPARATOR}groups{SEPARATOR}"
+"""What the keys of tensors in an optimizer's groups begin with: a schedule may change them between steps."""
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -108,7 +110,7 @@ class OptimizerState:
         groups = []
         for number, group in enumerate(optimizer.param_groups):
             values = {k: v for k, v in group.items() if k != "params"}
-            encoded = encode(values, f"optimizer{SEPARATOR}groups{SEPARATOR}{number}", found.tensors)
+            encoded = encode(values, f"{GROUPS}{number}", found.tensors)
             groups.append({"names": [names[id(p)] for p in group["params"]], "values": encoded})
         state = {}
         for param, values in optimizer.state.items():

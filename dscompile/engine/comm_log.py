@@ -79,7 +79,7 @@ class _Times:
 
 
 class CommLog:
-    """Collects collectives while it is started; one at a time in a process.
+    """Collects the process's collectives while it is started.
 
     Args:
         ops: names of the operators to keep (``all_gather`` means ``all_gather_into_tensor`` too); None keeps all.
@@ -110,13 +110,13 @@ class CommLog:
         return cls(ops, verbose=bool(section.get("verbose", False)), debug=bool(section.get("debug", False)))
 
     def start(self) -> CommLog:
-        """Listen from now on. Raises :class:`ConfigError` if another log does."""
+        """Listen from now on."""
         LOG.start(self.add)
         return self
 
     def stop(self) -> None:
         """Listen no more; what was collected stays."""
-        LOG.stop()
+        LOG.stop(self.add)
 
     def __enter__(self) -> CommLog:
         return self.start()

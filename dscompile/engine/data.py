@@ -170,7 +170,7 @@ class RepeatingLoader:
 
     def _advance(self) -> None:
         self._rounds += 1
-        sampler = getattr(self.loader, "sampler", None)
+        sampler: Any = getattr(self.loader, "sampler", None)
         if not isinstance(self.loader, Loader) and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self._rounds)
 

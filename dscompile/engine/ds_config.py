@@ -19,6 +19,7 @@ from dscompile.engine.batch import Batch, batch_sizes
 from dscompile.engine.key_check import KEYS, OURS, Accepted, check, flatten, read
 from dscompile.engine.keys import State
 from dscompile.errors import ConfigError
+from dscompile.sparse_section import from_config
 
 _LOG = logging.getLogger(__name__)
 
@@ -225,6 +226,13 @@ def _compiler(where: str, given: Mapping[str, Any], values: Mapping[str, Any]) -
         if values[path] is not None:
             precision[option] = values[path]
     options: dict[str, Any] = {"summary": False}
+    if given.get("sparse_attention") is not None:
+        section = {p.rpartition(".")[2]: values[p] for p in explicit if p.startswith("sparse_attention.")}
+        options["sparse_attention"] = {name: value for name, value in section.items() if value is not None}
+        try:
+            from_config(options["sparse_attention"], num_heads=1)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     for name, theirs in (("zero", zero), ("precision", precision)):
         mine = own.pop(name, {})
         if not isinstance(mine, Mapping):

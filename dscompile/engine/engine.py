@@ -56,6 +56,12 @@ class Parts:
     world: int
 
 
+def _options(config: EngineConfig) -> dict[str, Any]:
+    """The compiler's options for graphs without parameters; those with some know them from ``distribute``."""
+    compiler = config.compiler
+    return {name: getattr(compiler, name) for name in compiler.model_fields_set - {"zero", "precision"}}
+
+
 class Engine(WholeSteps):
     """A model under training. Make it with :func:`dscompile.initialize`; attributes it lacks are the model's.
 
@@ -86,7 +92,9 @@ class Engine(WholeSteps):
         )
         self.progress = Progress(parts.config, parts.rank, parts.world, self.device)
         # In a tuple: the compiled model is a module around the same model, and must not be registered a second time.
-        self._compiled: tuple[Callable[..., Any]] = (torch.compile(self.module, backend="dscompile"),)
+        self._compiled: tuple[Callable[..., Any]] = (
+            torch.compile(self.module, backend="dscompile", options=_options(parts.config)),
+        )
         self._gc = GcFreeze(self) if parts.config.freeze_gc else None
         self._inside_no_sync = False
         self._own_backward = False
@@ -164,7 +172,7 @@ class Engine(WholeSteps):
         return loss if self.scaler is None else loss.float() * self.scaler.scale
 
     def _watch(self, outputs: Any) -> None:
-        """Take note of a backward pass that the script runs itself, and divide its gradients by the window's size."""
+        """Take note of a backward pass that the script runs itself; its gradients are divided at the step."""
         tensors = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
         if not tensors and self.module.training:
             kind = type(outputs).__name__
@@ -172,16 +180,15 @@ class Engine(WholeSteps):
         for tensor in tensors:
             tensor.register_hook(self._plain_backward)
 
-    def _plain_backward(self, gradient: Tensor) -> Tensor | None:
+    def _plain_backward(self, gradient: Tensor) -> None:
         if self._own_backward:
-            return None
+            return
         if self.scaler is not None and not self._loss_scaled:
             raise RunError(
                 "loss.backward() without the loss scale, which fp16 needs: call engine.backward(loss), or "
                 "engine.scale(loss).backward()."
             )
         self.window.backward(plain=True)
-        return gradient / self.window.size if self.window.size > 1 else None
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-batch; at the window's last one, update the parameters, the schedule and the counts.

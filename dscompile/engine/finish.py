@@ -67,7 +67,7 @@ class Finisher:
             self._window.check_complete()
         if self._config.all_used:
             self._check_used()
-        scale = (self._scaler.scale if self._scaler is not None else 1.0) / self._sum_over
+        scale = (self._scaler.scale if self._scaler is not None else 1.0) * self._window.divisor / self._sum_over
         clip = self._config.gradient_clipping
         self.report = finish_gradients(self._model.parameters(), scale=scale, max_norm=clip)
         self._skip = self.report.overflow and self._config.skip_overflow

@@ -117,7 +117,8 @@ def _agreed(source: Any, world: int, rank: int, device: torch.device) -> EngineC
     Raises:
         ConfigError: on every rank.
     """
-    settings, problem = None, None
+    settings: EngineConfig | None = None
+    problem: str | None = None
     try:
         settings = EngineConfig.load(source, world=world, device=device.type)
     except ConfigError as error:

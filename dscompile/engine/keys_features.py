@@ -1,15 +1,25 @@
-"""Keys of sections whose feature is missing or not DeepSpeed's engine's business. Data only."""
+"""Keys of whole features: activation checkpointing, sparse attention, and those that are missing here. Data only."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from dscompile.engine.keys import ANY, BOOLEAN, LIST, TEXT, Key, accepted, integer, missing_feature, refused
+from dscompile.engine.keys import (
+    ANY,
+    BOOLEAN,
+    LIST,
+    Key,
+    accepted,
+    acted,
+    choice,
+    integer,
+    missing_feature,
+    refused,
+)
 
 _NOT_YET = "not built yet; turn the section off"
 _COMPRESSION = "there is no compression yet; turn the section off"
 _ELASTIC = "the batch is fixed by the configuration; give two of the three batch sizes"
-_ATTENTION = "read only in a sparse_attention section, which is refused"
 
 # fmt: off
 FEATURES: Final[tuple[Key, ...]] = (
@@ -79,18 +89,21 @@ FEATURES: Final[tuple[Key, ...]] = (
     refused("quantize_training", ANY, None, {"enabled": True}, _COMPRESSION),
     refused("weight_quantization", ANY, None, {"quantized_initialization": {}}, "a section of inference"),
     refused("datastates_ckpt", ANY, None, {"host_cache_size": 16}, "checkpoints are saved asynchronously without it"),
-    refused("sparse_attention.mode", TEXT, None, "fixed",
-            "build the attention in the model; DeepSpeed's engine only hands this section on"),
-    *(
-        refused(f"sparse_attention.{name}", kind, None, example, _ATTENTION)
-        for name, kind, example in (
-            ("block", integer(1), 32), ("different_layout_per_head", BOOLEAN, True), ("num_local_blocks", integer(1),
-            8),
-            ("num_global_blocks", integer(1), 2), ("attention", TEXT, "unidirectional"),
-            ("horizontal_global_attention", BOOLEAN, True), ("num_different_global_patterns", integer(1), 2),
-            ("num_random_blocks", integer(0), 1), ("local_window_blocks", LIST, [8]),
-            ("global_block_indices", LIST, [1]), ("global_block_end_indices", LIST, [2]),
-            ("num_sliding_window_blocks", integer(1), 5))
-    ),
+    acted("sparse_attention.mode", choice("dense", "fixed", "variable", "bigbird", "bslongformer"), None, "bigbird",
+          "the section makes the model's attention block-sparse, by a pass; the layout, `fixed` if it is missing"),
+    acted("sparse_attention.block", integer(1), None, 32, "tokens of a block's side (16)"),
+    acted("sparse_attention.different_layout_per_head", BOOLEAN, None, True, "a pattern for each head"),
+    acted("sparse_attention.num_local_blocks", integer(1), None, 8, "fixed: blocks of a window (4)"),
+    acted("sparse_attention.num_global_blocks", integer(0), None, 2, "fixed, bigbird: global blocks (1)"),
+    acted("sparse_attention.attention", choice("bidirectional", "unidirectional"), None, "unidirectional",
+          "all blocks, or the diagonal and below"),
+    acted("sparse_attention.horizontal_global_attention", BOOLEAN, None, True, "global blocks attend to all"),
+    acted("sparse_attention.num_different_global_patterns", integer(1), None, 2, "fixed: places of global blocks (1)"),
+    acted("sparse_attention.num_random_blocks", integer(0), None, 1, "variable, bigbird: random blocks of a row (0)"),
+    acted("sparse_attention.local_window_blocks", LIST, None, [8], "variable: sizes of the windows ([4])"),
+    acted("sparse_attention.global_block_indices", LIST, None, [1], "variable, bslongformer: global blocks ([0])"),
+    acted("sparse_attention.global_block_end_indices", LIST, None, [2], "variable, bslongformer: ends of global "
+          "ranges"),
+    acted("sparse_attention.num_sliding_window_blocks", integer(1), None, 5, "bigbird, bslongformer: width (3)"),
 )
 # fmt: on

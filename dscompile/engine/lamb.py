@@ -9,7 +9,7 @@ ratio is clamped to ``[min_coeff, max_coeff]``, and 1 where either norm is 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from dscompile.collectives import LOG
 from dscompile.engine.lamb_kernel import Hyper, LambKernel, fits, lamb_kernel
+from dscompile.engine.local_parts import local_parts
 from dscompile.errors import ConfigError, UnsupportedError
-from dscompile.torch_compat import local_of
 
 aten = torch.ops.aten
 
@@ -149,22 +149,9 @@ class Lamb(Optimizer):
             if group["bias_correction"]:
                 size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
             tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-            items.append(_Item(param, *_local(tensors), size, _shard_groups(param)))
+            value, grad, average, square = local_parts("Lamb", tensors)
+            items.append(_Item(param, value, grad, average, square, size, _shard_groups(param)))
         return items
-
-
-def _local(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The local parts of a parameter, its gradient and its averages."""
-    param, grad = tensors[0], tensors[1]
-    if grad.is_sparse:
-        raise UnsupportedError("Lamb: sparse gradients are not supported; make the embedding with sparse=False.")
-    if not isinstance(param, DTensor):
-        return tuple(tensors)
-    if not isinstance(grad, DTensor) or grad.placements != param.placements:
-        raise UnsupportedError(
-            f"Lamb: a parameter of shape {tuple(param.shape)} is placed as {param.placements}, its gradient is not."
-        )
-    return tuple(local_of(cast(DTensor, tensor)) for tensor in tensors)
 
 
 def _shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
@@ -193,7 +180,9 @@ class _Work:
         """``[2, len(items)]`` fp32: squared norms of parameters and directions."""
         inside = bool(group["eps_inside_sqrt"])
         eps = float(group["eps"])
-        self._hyper = Hyper(*group["betas"], 0.0 if inside else eps, eps if inside else 0.0, group["weight_decay"])
+        beta1, beta2 = group["betas"]
+        outside = 0.0 if inside else eps
+        self._hyper = Hyper(beta1, beta2, outside, eps - outside, group["weight_decay"])
         self._directions: list[Tensor] = []
 
     def begin(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dscompile.engine.local_parts import local_parts
 from dscompile.errors import ConfigError
 
 
@@ -40,7 +41,11 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; returns the closure's loss."""
+        """Update every parameter that has a gradient; returns the closure's loss.
+
+        Raises:
+            UnsupportedError: a sparse gradient, or one that is not placed as its parameter.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -53,10 +58,11 @@ class Lion(Optimizer):
                 state = self.state[param]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                average = state["exp_avg"]
-                update = average.mul(beta1).add_(param.grad, alpha=1 - beta1).sign_()
+                value, grad, average = local_parts("Lion", (param, param.grad, state["exp_avg"]))
+                update = average.mul(beta1).add_(grad, alpha=1 - beta1).sign_()
                 if decay:
-                    param.mul_(1 - lr * decay)
-                param.add_(update, alpha=-lr)
-                average.mul_(beta2).add_(param.grad, alpha=1 - beta2)
+                    value.mul_(1 - lr * decay)
+                value.add_(update, alpha=-lr)
+                average.mul_(beta2).add_(grad, alpha=1 - beta2)
+                torch.autograd.graph.increment_version(param)
         return loss

@@ -9,7 +9,7 @@ Three of DeepSpeed's habits are kept, because a configuration that is carried ov
 
 A sharded parameter is a DTensor, and the update of an elementwise optimizer is the same on a shard; any other is
 refused there. PyTorch's fused kernel is taken where it has one for the device; for DTensors it has Adam's only
-(torch 2.13).
+(torch 2.13), and the others' sweeps over all tensors are taken.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def create_optimizer(kind: str, parameters: Parameters, arguments: Mapping[str, 
     cls = _resolve(name, given)
     _check_shards(cls, name, groups)
     check_keys(f"optimizer {name}", given, accepted(cls))
-    _choose_fused(cls, groups, given)
+    _choose_implementation(cls, groups, given)
     return build(f"optimizer {name}", lambda: _make(cls, groups, given), given)
 
 
@@ -181,14 +181,18 @@ def _check_shards(cls: type[Optimizer], name: str, groups: list[dict[str, Any]])
             )
 
 
-def _choose_fused(cls: type[Optimizer], groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
-    """Ask for PyTorch's fused kernel where it has one, unless the user chose an implementation."""
-    if cls not in _FUSED or any(given.get(key) for key in ("fused", "foreach", "capturable", "differentiable")):
+def _choose_implementation(cls: type[Optimizer], groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
+    """Ask for PyTorch's fused kernel where it has one, and for the sweep over all tensors on shards.
+
+    Unless the user chose an implementation. PyTorch would loop over DTensors, at five times the cost of small ones.
+    """
+    chosen = any(given.get(key) is not None for key in ("fused", "foreach"))
+    if chosen or given.get("capturable") or given.get("differentiable"):
         return
-    if given.get("fused") is False or given.get("foreach") is False:
-        return
-    devices, on_shards = _FUSED[cls]
     params = [p for group in groups for p in group["params"]]
     plain = not any(isinstance(p, DTensor) for p in params)
+    devices, on_shards = _FUSED.get(cls, ((), False))
     if (plain or on_shards) and all(p.is_floating_point() and p.device.type in devices for p in params):
         given["fused"] = True
+    elif not plain and cls in ELEMENTWISE and "foreach" in accepted(cls):
+        given["foreach"] = True

@@ -21,6 +21,7 @@ class Window:
         self._guessed = 0
         self._ran = False
         self._plain = False
+        self._kinds: set[bool] = set()
         self._forced: bool | None = None
 
     @property
@@ -64,6 +65,21 @@ class Window:
     def backward(self, *, plain: bool) -> None:
         """A backward pass runs; ``plain``: not by ``engine.backward``, so that perhaps no ``engine.step()`` follows."""
         self._ran, self._plain = True, plain
+        self._kinds.add(plain)
+
+    @property
+    def divisor(self) -> int:
+        """What the window's gradients are still to be divided by: ``engine.backward`` has divided the loss already.
+
+        Raises:
+            RunError: both kinds of backward passes ran in a window of several micro-batches.
+        """
+        if self.size > 1 and len(self._kinds) > 1:
+            raise RunError(
+                "engine.backward(loss) and loss.backward() in one accumulation window: the first divides the loss by "
+                "the number of micro-batches, the second does not; use one of them."
+            )
+        return self.size if True in self._kinds else 1
 
     def step(self) -> None:
         """``engine.step()`` ends a micro-batch that is not the last one."""
@@ -82,3 +98,4 @@ class Window:
     def reset(self) -> None:
         """An optimizer step was taken: a new window begins."""
         self._stepped, self._guessed, self._ran = 0, 0, False
+        self._kinds.clear()

@@ -30,9 +30,10 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/passes.md",
+    "docs/from_deepspeed.md",
+    "docs/training.md",
     "docs/zero.md",
     "docs/precision.md",
-    "docs/from_deepspeed.md",
 )
 
 
@@ -101,7 +102,7 @@ def test_links_lead_somewhere(document: str) -> None:
             assert ((ROOT / document).parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", ["docs/zero.md", "docs/precision.md"])
+@pytest.mark.parametrize("document", ["docs/zero.md", "docs/precision.md", "docs/training.md"])
 def test_code_trains(document: str, tmp_path: Path) -> None:
     (code,) = blocks(document, "python")
     script = tmp_path / "example.py"

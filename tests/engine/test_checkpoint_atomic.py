@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -340,6 +342,22 @@ def test_an_optimizer_step_waits_until_its_values_are_copied(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_schedule_may_change_a_tensor_learning_rate_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_copies(monkeypatch)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1.0), foreach=False)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    handle = save_checkpoint(tmp_path, "a", model=model, optimizer=optimizer, asynchronous=True)
+    schedule.step()
+    handle.wait()
+    load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    assert float(optimizer.param_groups[0]["lr"]) == 1.0
+
+
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies in the background take 50 ms each."""
     from dscompile.engine import checkpoint_stage
@@ -378,3 +396,21 @@ def test_a_write_from_elsewhere_during_the_copy_fails_the_save(tmp_path: Path, m
     with torch.no_grad():
         run.model.up.weight.add_(1.0)  # type: ignore[union-attr]
     handle.wait()
+
+
+EXITS = """
+import sys, time
+from torch import nn
+from dscompile.engine import checkpoint_stage
+from dscompile.engine.checkpoint import save_checkpoint
+copy = checkpoint_stage._copy
+checkpoint_stage._copy = lambda *a, **k: (time.sleep(0.3), copy(*a, **k))
+save_checkpoint(sys.argv[1], "a", model=nn.Linear(2, 2), asynchronous=True)
+"""
+
+
+def test_a_program_that_ends_completes_its_save(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", EXITS, str(tmp_path)], env=environment, check=True, timeout=120)
+    load_checkpoint(tmp_path, model=nn.Linear(2, 2))
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "latest"}

@@ -9,7 +9,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import dscompile
+from dscompile.engine import checkpoint_plan
 from dscompile.engine.checkpoint import load_checkpoint, save_checkpoint
+from dscompile.engine.checkpoint_files import DirectoryReader
 from tests.engine.checkpoint_runs import Net, Run
 from tests.ranks import run_ranks
 
@@ -132,3 +134,26 @@ def in_full(rank: int, world: int, folder: str) -> list[float]:
     run = Run(3)
     run.load(folder)
     return run.train(AFTER)
+
+
+def in_pieces(rank: int, world: int, stage: int, folder: str, size: int) -> list[float]:
+    checkpoint_plan.PIECE_BYTES = size
+    run = Run(stage)
+    run.train(BEFORE)
+    run.save(folder, asynchronous=stage == 1).wait()
+    return run.train(AFTER)
+
+
+@pytest.mark.parametrize(("stage", "size"), [(3, 100), (1, 1), (0, 64)])
+def test_large_shards_are_written_in_pieces(tmp_path: Path, stage: int, size: int) -> None:
+    expected = run_ranks(in_pieces, 2, stage, str(tmp_path), size)[0]
+    contents = DirectoryReader(tmp_path / f"step_{BEFORE}").contents
+    for key in contents.tensors.state_dict_metadata:
+        found = contents.tensor(key)
+        row = found.properties.dtype.itemsize * (found.size[1:].numel() if found.size else 1)
+        assert all(contents.place(key, chunk).nbytes <= max(size, row) for chunk in found.chunks)
+    assert len(contents.tensor("up.weight").chunks) > 4
+    sizes = [size for _, size in contents.files]
+    assert abs(sizes[0] - sizes[1]) < 0.3 * sum(sizes), "replicated tensors are shared out"
+    for there in (3, 0):
+        assert run_ranks(go_on, 3, there, str(tmp_path), "AdamW")[0] == pytest.approx(expected, rel=1e-6)

@@ -134,12 +134,26 @@ def test_verbose_says_each_one(caplog: pytest.LogCaptureFixture) -> None:
     assert "all_reduce at blocks.0: 1000 B, 1.000 ms (waited 0.500), 0.008 Gbit/s, bus 0.012" in caplog.text
 
 
-def test_one_log_at_a_time() -> None:
-    with CommLog() as log, pytest.raises(ConfigError, match="already"):
-        CommLog().start()
+def collective() -> None:
+    tensor = torch.zeros(4)
+    with LOG.timing("all_reduce", tensor, 2):
+        pass
+
+
+def test_logs_start_and_stop_by_themselves() -> None:
+    first, second = CommLog(), CommLog()
+    collective()
+    with first:
+        collective()
+        with second:
+            collective()
+        second.stop()  # again: nothing happens
+        collective()
     assert not LOG.active
-    with log:
-        assert LOG.active
+    collective()
+    assert [row.count for row in first.rows()] == [3]
+    assert [row.count for row in second.rows()] == [1]
+    assert [row.bytes for row in second.rows()] == [16]
 
 
 def test_units_and_means() -> None:

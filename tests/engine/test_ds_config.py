@@ -55,6 +55,8 @@ def with_state(state: State) -> list[Key]:
 @pytest.mark.parametrize("key", with_state(State.ACTED), ids=lambda key: key.path)
 def test_a_key_that_is_acted_on_shows_in_what_the_engine_does(key: Key) -> None:
     around = CONTEXT.get(key.path, {}) | gates(key)
+    if key.section == "sparse_attention" and key.path != "sparse_attention.mode":
+        around |= {"sparse_attention.mode": "variable"}
     if key.path == "data_parallel_size":  # it can only confirm
         with pytest.raises(ConfigError, match="data_parallel_size = 2, but there are 1 ranks"):
             load({key.path: 2})
@@ -190,6 +192,16 @@ def test_our_own_section_reaches_the_compiler() -> None:
         load({"dscompile": {"zero": {"stage": 1}}, "zero_optimization.stage": 3})
     with pytest.raises(ConfigError, match=r"unknown option 'verfy'\. Did you mean 'verify'"):
         load({"dscompile": {"verfy": "end"}})
+
+
+def test_sparse_attention_reaches_the_compiler() -> None:
+    section = {"mode": "bigbird", "block": 32, "num_sliding_window_blocks": 5, "local_window_blocks": [4]}
+    found = load({"sparse_attention": section}).compiler.sparse_attention
+    assert found is not None
+    assert (found.mode, found.block, found.num_sliding_window_blocks) == ("bigbird", 32, 5)
+    assert load({}).compiler.sparse_attention is None
+    with pytest.raises(ConfigError, match="sparse_attention"):
+        load({"sparse_attention": {"mode": "fixed", "num_local_blocks": 3, "num_global_blocks": 2}})
 
 
 # -- batch sizes -------------------------------------------------------------------------------------------------------

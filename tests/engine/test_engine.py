@@ -230,6 +230,43 @@ def test_a_model_in_evaluation_mode_trains_alike() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+class Broken(nn.Module):
+    """Its loss is computed from another output of it, outside the compiled graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_model()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.body(x)
+        torch._dynamo.graph_break()
+        return nn.functional.cross_entropy(logits, y), logits
+
+
+def test_a_plain_backward_is_divided_once_through_outputs_of_outputs() -> None:
+    given = config(gradient_accumulation_steps=2, gradient_clipping=0, optimizer={"type": "SGD", "params": {"lr": LR}})
+    engine, optimizer, *_ = dscompile.initialize(model=Broken(), config=given)
+    reference = Broken()
+    theirs = torch.optim.SGD(reference.parameters(), lr=LR)
+    for x, y in batches(2):
+        engine(x, y)[0].backward()
+        (reference(x, y)[0] / 2).backward()
+    optimizer.step()
+    theirs.step()
+    for mine, expected in zip(whole(engine), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_two_kinds_of_backward_in_one_window_are_refused() -> None:
+    engine, *_ = make(gradient_accumulation_steps=2)
+    (x, y), (x2, y2) = batches(2)
+    engine.backward(nn.functional.cross_entropy(engine(x), y))
+    engine.step()
+    nn.functional.cross_entropy(engine(x2), y2).backward()
+    with pytest.raises(RunError, match="in one accumulation window"):
+        engine.step()
+
+
 def test_no_sync_adds_to_the_next_step() -> None:
     engine, *_ = make(gradient_clipping=0)
     reference = make_model()

@@ -192,7 +192,7 @@ def test_large_models_get_the_kernel() -> None:
 def test_a_kernel_that_cannot_be_built_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(source: str) -> None:
+    def fail(source: str, flags: Any) -> None:
         raise RuntimeError("no C++ compiler\nlong story")
 
     monkeypatch.setattr(inductor_compat, "load_cpp_library", fail)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dscompile.engine.optimizers import ELEMENTWISE, REFUSED, create_optimizer
+from dscompile.engine.optimizers import ELEMENTWISE, REFUSED, WHOLE_ONLY, create_optimizer
 from dscompile.errors import ConfigError, UnsupportedError
 
 
@@ -70,6 +72,15 @@ def test_the_list_is_torchs() -> None:
     assert {name for name in torch.optim.__all__ if name[0].isupper()} - {"Optimizer"} <= known
 
 
+def test_the_documentation_names_every_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    named = {name: row[2] for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert set(named) == {cls.__name__ for cls in (*ELEMENTWISE, *WHOLE_ONLY)} | set(REFUSED)
+    assert {name for name, what in named.items() if "refused by name" in what} == set(REFUSED)
+    assert {name for name, what in named.items() if "not sharded" in what} == {cls.__name__ for cls in WHOLE_ONLY}
+
+
 def test_muon_and_lbfgs_work_on_whole_parameters() -> None:
     matrix = nn.Parameter(torch.eye(3))
     assert type(create_optimizer("muon", [matrix], {"lr": 0.1})) is torch.optim.Muon
@@ -80,7 +91,8 @@ def test_muon_and_lbfgs_work_on_whole_parameters() -> None:
 def test_the_fused_kernel_is_taken_unless_the_user_chose(kind: str) -> None:
     assert create_optimizer(kind, parameters(), {}).param_groups[0]["fused"] is True
     assert not create_optimizer(kind, parameters(), {"foreach": True}).param_groups[0].get("fused")
-    assert not create_optimizer(kind, parameters(), {"fused": False}).param_groups[0].get("fused")
+    for given in ({"fused": False}, {"foreach": False}):
+        assert not create_optimizer(kind, parameters(), given).param_groups[0].get("fused")
     meta = [nn.Parameter(torch.zeros(3, device="meta"))]
     assert not create_optimizer(kind, meta, {}).param_groups[0].get("fused")
 

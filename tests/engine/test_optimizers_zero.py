@@ -120,3 +120,17 @@ def test_what_needs_whole_parameters_is_refused_on_shards_on_every_rank() -> Non
             assert reason in said
     for found in run_ranks(refusals, 2, 0):
         assert set(found.values()) == {""}
+
+
+def implementations(rank: int, world: int) -> dict[str, tuple[Any, Any]]:
+    model = dscompile.distribute(nn.Linear(4, 4), config={"zero": {"stage": 3}})
+    made = {kind: create_optimizer(kind, model.parameters(), KINDS[kind]).param_groups[0] for kind in KINDS}
+    return {kind: (group.get("fused"), group.get("foreach")) for kind, group in made.items()}
+
+
+def test_shards_are_swept_and_not_looped_over() -> None:
+    (found,) = run_ranks(implementations, 1)
+    own = {kind: found.pop(kind) for kind in ("Lion", "Lamb", "LAMB")}
+    assert set(own.values()) == {(None, None)}
+    assert {kind for kind, (fused, _) in found.items() if fused} == {"Adam", "AdamW"}
+    assert all(fused or foreach for fused, foreach in found.values())

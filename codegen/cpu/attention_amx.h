@@ -10,7 +10,8 @@
 #ifdef HAVE_AMX
 namespace {
 
-constexpr int64_t PACKED = 96 << 20;  // bytes that packed operands may take, unless one head needs more
+constexpr int64_t PACKED = 16 << 20;    // bytes of packed operands that stay in cache and cost few page faults
+constexpr int64_t PACKED_MOST = 96 << 20;  // what they may take to give each thread a head, unless one head needs more
 
 template <typename T>
 constexpr int PLANES_OF = std::is_same_v<T, float> ? 3 : 1;
@@ -19,7 +20,8 @@ inline int64_t chunk_of(const Problem& p) { return p.block % 32 ? 16 : 32; }  //
 
 // How many heads are packed at once.
 inline int64_t heads_at_once(const Problem& p, int64_t bytes_a_head) {
-  return std::max<int64_t>(1, std::min(p.batch * p.heads, PACKED / bytes_a_head));
+  const int64_t wanted = std::max(PACKED / bytes_a_head, std::min(p.threads, PACKED_MOST / bytes_a_head));
+  return std::max<int64_t>(1, std::min(p.batch * p.heads, wanted));
 }
 
 // Scores of `rows` keys become probabilities, packed as a right operand summed over keys; top and total are updated.

@@ -10,9 +10,10 @@ query blocks a key block is seen by) and serve the backward. All four None means
 ``causal`` hides keys after the query (counted from the first of each); ``key_padding_mask`` is bool
 ``[batch, seq_k]``, True where a key is *padding* and hidden, as in ``torch.nn.MultiheadAttention``.
 
-The result is ``(out, lse)``: ``out`` like ``q`` but lying ``[batch, seq, heads, head_dim]`` in memory (as PyTorch's own
-CPU attention returns it), and ``lse`` ``[batch, heads, seq_q]`` (lying ``[batch, seq_q, heads]``), the natural logarithm
-of the softmax's denominator, in fp32 (fp64 for fp64). A query that sees no key has output 0, lse -inf, and gradient 0. ``lse`` has no derivative.
+The result is ``(out, lse)``: ``out`` like ``q`` but lying ``[batch, seq, heads, head_dim]`` in memory (as PyTorch's
+own CPU attention returns it), and ``lse`` ``[batch, heads, seq_q]`` (lying ``[batch, seq_q, heads]``), the natural
+logarithm of the softmax's denominator, in fp32 (fp64 for fp64). A query that sees no key has output 0, lse -inf, and
+gradient 0. ``lse`` has no derivative.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ DOCUMENTS = (
     "docs/training.md",
     "docs/zero.md",
     "docs/precision.md",
+    "docs/attention.md",
 )
 
 

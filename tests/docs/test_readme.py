@@ -25,7 +25,14 @@ from dscompile.verify import baseline, verify
 from tests.build import trace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/passes.md", "docs/zero.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/passes.md",
+    "docs/sparse_attention.md",
+    "docs/zero.md",
+)
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -98,6 +105,13 @@ def test_zero_code_trains(tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(code)
     python(str(script), cwd=ROOT)
+
+
+def test_sparse_attention_code_runs(tmp_path: Path) -> None:
+    (code,) = blocks("docs/sparse_attention.md", "python")
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    assert "approximate" in python(str(script), cwd=ROOT)
 
 
 def test_readme_code_trains(tmp_path: Path) -> None:

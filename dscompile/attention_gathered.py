@@ -29,6 +29,19 @@ class Blocks:
     scale: float
 
 
+def result_like(x: Tensor) -> Tensor:
+    """Uninitialised memory of the shape ``[batch, heads, seq, head_dim]`` of ``x``, with heads inside the sequence."""
+    batch, heads, seq, size = x.shape
+    return x.new_empty(batch, seq, heads, size).transpose(1, 2)
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """Uninitialised memory for ``lse``: ``[batch, heads, seq_q]`` with heads innermost, fp32 or fp64."""
+    batch, heads, seq, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, seq, heads, dtype=dtype).transpose(1, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class _Bucket:
     """``n`` query blocks that see equally many (``c``) key blocks, ready to multiply.
@@ -54,7 +67,7 @@ def gathered_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[T
         p = _probabilities(scores, found)
         out[:, bucket.heads, bucket.rows] = p @ _gather(vs, bucket)
         lse[:, bucket.heads, bucket.rows] = found
-    return _from_blocks(out, seq, q.dtype), lse.reshape(batch, heads, -1)[:, :, :seq].contiguous()
+    return _from_blocks(out, q), lse_like(q).copy_(lse.reshape(batch, heads, -1)[:, :, :seq])
 
 
 def gathered_backward(
@@ -73,11 +86,7 @@ def gathered_backward(
         dq[where] = ds @ _gather(ks, bucket)
         _scatter(dv, p.transpose(-1, -2) @ gs[where], bucket)
         _scatter(dk, ds.transpose(-1, -2) @ qs[where], bucket)
-    return (
-        _from_blocks(dq, q.shape[2], q.dtype),
-        _from_blocks(dk, k.shape[2], q.dtype),
-        _from_blocks(dv, k.shape[2], q.dtype),
-    )
+    return _from_blocks(dq, q), _from_blocks(dk, k), _from_blocks(dv, v)
 
 
 def _in_blocks(x: Tensor, block: int) -> Tensor:
@@ -91,11 +100,9 @@ def _in_blocks(x: Tensor, block: int) -> Tensor:
     return padded.view(batch, heads, rows, block, size)
 
 
-def _from_blocks(x: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`_in_blocks`, with heads inside the sequence in memory."""
-    batch, heads, _, _, size = x.shape
-    result = x.new_empty((batch, seq, heads, size), dtype=dtype).transpose(1, 2)
-    return result.copy_(x.reshape(batch, heads, -1, size)[:, :, :seq])
+def _from_blocks(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`_in_blocks`, for a tensor like ``like``."""
+    return result_like(like).copy_(x.flatten(2, 3)[:, :, : like.shape[2]])
 
 
 def _buckets(q: Tensor, k: Tensor, blocks: Blocks) -> Iterator[_Bucket]:

@@ -10,9 +10,10 @@ query blocks a key block is seen by) and serve the backward. All four None means
 ``causal`` hides keys after the query (counted from the first of each); ``key_padding_mask`` is bool
 ``[batch, seq_k]``, True where a key is *padding* and hidden, as in ``torch.nn.MultiheadAttention``.
 
-The result is ``(out, lse)``: ``out`` like ``q`` but lying ``[batch, seq, heads, head_dim]`` in memory (as PyTorch's own
-CPU attention returns it), and ``lse`` ``[batch, heads, seq_q]``, the natural logarithm of the softmax's denominator, in
-fp32 (fp64 for fp64). A query that sees no key has output 0, lse -inf, and gradient 0. ``lse`` has no derivative.
+The result is ``(out, lse)``: ``out`` like ``q`` but lying ``[batch, seq, heads, head_dim]`` in memory (as PyTorch's
+own CPU attention returns it), and ``lse`` ``[batch, heads, seq_q]`` (lying ``[batch, seq_q, heads]``), the natural
+logarithm of the softmax's denominator, in fp32 (fp64 for fp64). A query that sees no key has output 0, lse -inf, and
+gradient 0. ``lse`` has no derivative.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dscompile.attention_gathered import Blocks, gathered_backward, gathered_forward
+from dscompile.attention_gathered import Blocks, gathered_backward, gathered_forward, lse_like, result_like
 from dscompile.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> None:
         raise UnsupportedError(f"{where}: head size {q.shape[3]} is not a multiple of {HEAD_STEP}; pad it.")
     if blocks.block not in BLOCKS:
         raise UnsupportedError(f"{where}: block {blocks.block} is not one of {', '.join(map(str, BLOCKS))}.")
+    if not blocks.scale > 0:
+        raise UnsupportedError(f"{where}: scale {blocks.scale} is not positive; scale q instead.")
     mask = blocks.key_padding_mask
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != (k.shape[0], k.shape[2])):
         raise UnsupportedError(
@@ -161,17 +164,6 @@ _LIBRARY.impl("block_sparse_attention_backward", _backward_cpu, "CPU")
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------
-
-
-def result_like(x: Tensor) -> Tensor:
-    """Uninitialised memory of the shape ``[batch, heads, seq, head_dim]`` of ``x``, with heads inside the sequence."""
-    batch, heads, seq, size = x.shape
-    return x.new_empty(batch, seq, heads, size).transpose(1, 2)
-
-
-def lse_like(q: Tensor) -> Tensor:
-    """Uninitialised memory for ``lse``: ``[batch, heads, seq_q]``, fp32 or fp64."""
-    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:

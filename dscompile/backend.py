@@ -235,7 +235,8 @@ class Frame:
             seconds={k: v for k, v in self.seconds.items() if "compile" not in k or str(graph.kind) in k},
             gemm=GemmChoice.of(self.config.gemm).reason,
             verdict=self.verdict,
-            fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
+            fallbacks=[reason for code in codes.values() for reason in (code.reason, *code.fallbacks) if reason]
+            + self.notes,
             summary=self.config.summary,
         )
         last = graph.kind is not GraphKind.FORWARD

@@ -87,6 +87,10 @@ class Config(BaseModel):
         "auto",
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",
     )
+    attention: Literal["auto", "kernel", "aten"] = Field(
+        "auto",
+        description="Dense attention on CPU: 'auto' takes our kernel where it was measured faster than PyTorch's.",
+    )
     buffers: Choice = Field(
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",

@@ -8,7 +8,6 @@ two processes may build at once, and a build that is killed leaves nothing that 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import logging
@@ -76,9 +75,13 @@ def build_kernels(folder: Path, environment: Mapping[str, str]) -> Build:
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
                     _compile(compiler, path)
-        return Build(AttentionKernels(ctypes.CDLL(str(path))))
     except (BuildError, OSError) as error:
         return Build(None, f"{path}: {error}")
+    try:
+        return Build(AttentionKernels.load(str(path)))
+    except (OSError, AttributeError) as error:
+        path.unlink(missing_ok=True)  # damaged: the next start builds it again
+        return Build(None, f"{path}: cannot be loaded ({error}); removed, the next start builds it again")
 
 
 class BuildError(Exception):

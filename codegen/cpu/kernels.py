@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dscompile.attention_gathered import Blocks
-from dscompile.attention_ops import lse_like, result_like
+from dscompile.attention_gathered import Blocks, lse_like, result_like
 
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Dtypes that the kernels take, with the suffix of their entries."""
@@ -38,6 +37,13 @@ class AttentionKernels:
     """Forward and backward of a loaded library; see :mod:`dscompile.attention_ops` for what they compute."""
 
     library: ctypes.CDLL
+    tiles: bool
+
+    @staticmethod
+    def load(path: str, *, tiles: bool = True) -> AttentionKernels:
+        """Load a built library; ``tiles``: on AMX tiles, where library and system have them."""
+        library = ctypes.CDLL(path)
+        return AttentionKernels(library, tiles and bool(library.attention_has_tiles()))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """``(out, lse)``."""
@@ -47,7 +53,7 @@ class AttentionKernels:
             return out.zero_(), lse.fill_(-torch.inf)
         problem, held = _problem(q, k, blocks)
         views = [ctypes.byref(_view(x)) for x in (q, k, v, out)]
-        self._call("forward", q.dtype, ctypes.byref(problem), *views, _data(lse))
+        self._call("forward", q.dtype, ctypes.byref(problem), *views, _data(lse), int(self.tiles))
         del held
         return out, lse
 
@@ -55,14 +61,15 @@ class AttentionKernels:
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: Blocks
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of ``q``, ``k`` and ``v``."""
-        grad_out, q, k, v, out, lse = (*map(_rows, (grad_out, q, k, v, out)), lse.contiguous())
+        grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
+        lse = lse.transpose(1, 2).contiguous()
         dq, dk, dv = result_like(q), result_like(k), result_like(v)
         if not k.numel() or not q.numel():
             return dq.zero_(), dk.zero_(), dv.zero_()
         problem, held = _problem(q, k, blocks)
         views = [ctypes.byref(_view(x)) for x in (grad_out, q, k, v, out)]
         grads = [ctypes.byref(_view(x)) for x in (dq, dk, dv)]
-        self._call("backward", q.dtype, ctypes.byref(problem), *views, _data(lse), *grads)
+        self._call("backward", q.dtype, ctypes.byref(problem), *views, _data(lse), *grads, int(self.tiles))
         del held
         return dq, dk, dv
 

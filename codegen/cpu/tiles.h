@@ -49,7 +49,7 @@ inline void transpose_tile(const float* from, int64_t width, int64_t rows, float
     }
 }
 
-enum class Start { zero, add, scale };  // what a product adds to: nothing, C, or C times a factor for each lane
+enum class Start { zero, add, scale };  // what a product is added to: nothing, C, or C times a factor for each lane
 
 // C[0..MR)[NV vectors] (+)= sum over k < depth of A(m, k) * B[k][lanes].
 // A(m, k) is a[m * step + k] (ROWS) or a[k * step + m].
@@ -60,11 +60,7 @@ inline void micro(int64_t depth, const float* a, int64_t step, const float* b, i
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) {
-      if constexpr (START == Start::zero) sum[m][n] = Vec{};
-      if constexpr (START == Start::add) sum[m][n] = load(c + m * c_step + n * L);
-      if constexpr (START == Start::scale) sum[m][n] = load(c + m * c_step + n * L) * load(factor + n * L);
-    }
+    for (int n = 0; n < NV; n++) sum[m][n] = Vec{};
   const float* row[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++) row[m] = ROWS ? a + m * step : a + m;
@@ -82,7 +78,12 @@ inline void micro(int64_t depth, const float* a, int64_t step, const float* b, i
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) store(c + m * c_step + n * L, sum[m][n]);
+    for (int n = 0; n < NV; n++) {  // C joins last: small sums added to a large one round less than one long sum
+      float* where = c + m * c_step + n * L;
+      if constexpr (START == Start::add) sum[m][n] += load(where);
+      if constexpr (START == Start::scale) sum[m][n] += load(where) * load(factor + n * L);
+      store(where, sum[m][n]);
+    }
 }
 
 // C[rows][lanes] (+)= A B; rows a multiple of MR, lanes of L. `factor`, one a lane, serves Start::scale.

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -37,7 +41,13 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec maximum(Vec a, Vec b) {  // b if either is NaN
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // GCC makes a comparison and a blend of the line below
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline Vec load(const bf16* p) {  // a bf16 is the upper half of a float
   Halves h;
@@ -72,13 +82,13 @@ inline bf16 narrow(float x, bf16) {
   return all[0];
 }
 
-// 2^x within 2 ulp; 0 below 2^-126, so masked scores of -inf give exactly 0. Coefficients: Cephes' exp2f.
+// 2^x within 2 ulp down to 2^-126; at and below 2^-127, as for masked scores of -inf, exactly 0; NaN stays NaN.
+// Coefficients: Cephes' exp2f.
 inline Vec exp2(Vec x) {
-  const Vec lowest = splat(-126.0f);
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the mantissa's low bits
-  Vec t = maximum(x, lowest);
-  Vec moved = t + shift;
-  Vec f = t - (moved - shift);
+  const Vec t = maximum(splat(-127.0f), x);  // 1 * 2^-127 has exponent bits 0 and mantissa bits 0
+  const Vec moved = t + shift;
+  const Vec f = t - (moved - shift);
   Vec p = splat(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
@@ -86,8 +96,7 @@ inline Vec exp2(Vec x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
-  Vec scaled = (Vec)((Ints)p + ((Ints)moved << 23));
-  return x < lowest ? Vec{} : scaled;
+  return (Vec)((Ints)p + ((Ints)moved << 23));
 }
 
 template <int S, typename V, int... J>

@@ -140,7 +140,7 @@ def _sparse(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts)
     why = f"{layouts.section.mode} layout, {layout.density:.1%} of {layout.blocks} x {layout.blocks} blocks"
     if graph.edit("sparse attention", node, why=why):
         _rewrite(graph, site, layout, layouts.constants(layout))
-        facts = {"density": layout.density, "blocks": layout.blocks, "causal": site.mask.causal}
+        facts: dict[str, Any] = {"density": layout.density, "blocks": layout.blocks, "causal": site.mask.causal}
         ctx.decide(node, "sparse", why, **facts, padding=len(site.mask.padding), last_block=site.seq % layout.block)
 
 
@@ -262,7 +262,8 @@ def _take_over(graph: StepGraph, old: fx.Node, new: fx.Node) -> None:
 
 def _lay_out(graph: StepGraph, result: fx.Node, like: Tensor) -> None:
     """A copy of ``result`` that lies in memory as ``like`` does, for all its readers."""
-    order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
     readers = list(result.users)
     if not readers:
         return

@@ -274,5 +274,6 @@ def _record(record: PassRecord) -> dict[str, Any]:
         "nodes": [record.nodes_before, record.nodes_after],
         "edits": record.edits,
         "verdict": record.verdict,
+        "apart_from": record.apart_from,
         "decisions": len(record.decisions),
     }

@@ -173,11 +173,10 @@ class SparseSelfAttention(nn.Module):
                 "causal=True, other fixed masks belong into the layout."
             )
         padding = None if key_padding_mask is None else self._padding(key_padding_mask)
-        layout: Tensor | BlockLayout = self.get_layout(query.shape[-2])
-        if not torch.compiler.is_compiling():
-            layout = self._index(layout)
+        layout = self.get_layout(query.shape[-2])
+        known = layout if torch.compiler.is_compiling() else self._index(layout)
         return sparse_attention(
-            query, key, value, layout, self.sparsity_config.block, causal=self.causal, key_padding_mask=padding
+            query, key, value, known, self.sparsity_config.block, causal=self.causal, key_padding_mask=padding
         )
 
     def _index(self, layout: Tensor) -> BlockLayout:

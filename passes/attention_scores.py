@@ -65,11 +65,12 @@ def _reaches(node: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> bo
     return False
 
 
-def hide(graph: StepGraph, softmax: fx.Node, visible: fx.Node) -> None:
+def hide(graph: StepGraph, softmax: fx.Node, visible: fx.Node) -> fx.Node:
     """Let a softmax see only the scores where ``visible`` (bool, broadcasts to them) is true.
 
     Its derivative needs no change: it reads the probabilities, and those of hidden scores are 0. A row that sees
-    nothing gets zeros, as from the block-sparse operator; a softmax of nothing would be NaN.
+    nothing gets zeros, as from the block-sparse operator; a softmax of nothing would be NaN. Returns what took the
+    softmax's place.
     """
 
     def add(target: object, *args: object) -> fx.Node:
@@ -80,3 +81,4 @@ def hide(graph: StepGraph, softmax: fx.Node, visible: fx.Node) -> None:
     seen = add(aten.any.dim, add(aten.ne.Scalar, scores, -torch.inf), -1, True)
     result = add(aten.where.ScalarOther, seen, shares, 0.0)
     graph.replace(softmax, result)
+    return result

@@ -4,9 +4,9 @@ Each ``scaled_dot_product_attention`` of the graph, forward and backward togethe
 with the layout of the ``sparse_attention`` section, made for that attention's heads and length. The model's own causal
 and key-padding masks stay: a key is seen if the mask *and* the layout let it.
 
-This changes what the model computes, on purpose, so the pass is declared approximate: the proof compares its result
-with the traced graph and says that they differ, and later passes are proved against what it left. Every attention it
-meets is a decision, with the reason where it is refused.
+This changes what the model computes, on purpose, so the pass is declared approximate, and declares each attention that
+it replaced: apart from those, all on the same operands, its result is proved equal to the traced graph; later passes
+are proved against what it left. Every attention it meets is a decision, with the reason where it is refused.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def _sparse(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts)
     layout = layouts.of(site.heads, site.seq, causal=site.mask.causal)
     why = f"{layouts.section.mode} layout, {layout.density:.1%} of {layout.blocks} x {layout.blocks} blocks"
     if graph.edit("sparse attention", node, why=why):
-        _rewrite(graph, site, layout, layouts.constants(layout))
-        facts = {"density": layout.density, "blocks": layout.blocks, "causal": site.mask.causal}
+        _rewrite(graph, ctx, site, layout, layouts.constants(layout))
+        facts: dict[str, Any] = {"density": layout.density, "blocks": layout.blocks, "causal": site.mask.causal}
         ctx.decide(node, "sparse", why, **facts, padding=len(site.mask.padding), last_block=site.seq % layout.block)
 
 
@@ -156,7 +156,8 @@ def _masked(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts)
         "let it call scaled_dot_product_attention (transformers: attn_implementation='sdpa')"
     )
     if graph.edit("mask scores", node, why=why):
-        hide(graph, node, layouts.mask(shape[1], shape[2]))
+        scores = node.args[0]
+        ctx.replaces(hide(graph, node, layouts.mask(shape[1], shape[2])), node, scores)  # type: ignore[arg-type]
         ctx.decide(node, "masked", why, fallback=True)
 
 
@@ -226,7 +227,7 @@ def _base(value: Any) -> Any:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: StepGraph, site: Site, layout: BlockLayout, index: tuple[fx.Node, ...]) -> None:
+def _rewrite(graph: StepGraph, ctx: PassContext, site: Site, layout: BlockLayout, index: tuple[fx.Node, ...]) -> None:
     """Put the block-sparse operator, and its backward, in the place of both halves of a site."""
     operators = torch.ops.dscompile
     rest = (*index, layout.block, site.mask.causal, _padding(graph, site), site.scale)
@@ -234,7 +235,7 @@ def _rewrite(graph: StepGraph, site: Site, layout: BlockLayout, index: tuple[fx.
     new = graph.insert_call(
         site.forward, operators.block_sparse_attention.default, (*operands, *rest), like=site.forward
     )
-    _take_over(graph, site.forward, new)
+    _take_over(graph, ctx, site.forward, new, operands=3)  # q, k, v
     if site.backward is not None:
         grad, *_, out, lse = site.backward.args[:6]
         new = graph.insert_call(
@@ -243,26 +244,28 @@ def _rewrite(graph: StepGraph, site: Site, layout: BlockLayout, index: tuple[fx.
             (grad, *operands, out, lse, *rest),
             like=site.backward,
         )
-        _take_over(graph, site.backward, new)
+        _take_over(graph, ctx, site.backward, new, operands=6)  # grad, q, k, v, out, lse
 
 
-def _take_over(graph: StepGraph, old: fx.Node, new: fx.Node) -> None:
+def _take_over(graph: StepGraph, ctx: PassContext, old: fx.Node, new: fx.Node, *, operands: int) -> None:
     """Both operators return their results in the same order; one of another layout in memory is copied.
 
     Not the logsumexp: its one reader is the backward, which takes it as it comes.
     """
     before = {result: result.meta["val"] for result in old.users}
     graph.replace(old, new)
+    ctx.replaces(new, old, *range(operands))
     for result, value in before.items():
         result.meta["val"] = new.meta["val"][result.args[1]]
         graph.touched.add(result)
         if value.dim() == 4 and result.meta["val"].stride() != value.stride():
-            _lay_out(graph, result, value)
+            _lay_out(graph, ctx, result, value)
 
 
-def _lay_out(graph: StepGraph, result: fx.Node, like: Tensor) -> None:
+def _lay_out(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) -> None:
     """A copy of ``result`` that lies in memory as ``like`` does, for all its readers."""
-    order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
     readers = list(result.users)
     if not readers:
         return
@@ -275,6 +278,7 @@ def _lay_out(graph: StepGraph, result: fx.Node, like: Tensor) -> None:
     moved = add(result.next, aten.permute.default, result, order)
     copy = add(moved.next, aten.clone.default, moved, memory_format=torch.contiguous_format)
     final = add(copy.next, aten.permute.default, copy, [order.index(d) for d in range(like.dim())])
+    ctx.replaces(final, result, result.args[0])  # type: ignore[arg-type]
     for reader in readers:
         reader.replace_input_with(result, final)
         graph.touched.add(reader)

@@ -35,6 +35,7 @@ DOCUMENTS = (
     "docs/zero.md",
     "docs/precision.md",
     "docs/attention.md",
+    "docs/sparse_attention.md",
 )
 
 
@@ -109,6 +110,13 @@ def test_code_trains(document: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(code)
     python(str(script), cwd=ROOT)
+
+
+def test_sparse_attention_code_runs(tmp_path: Path) -> None:
+    (code,) = blocks("docs/sparse_attention.md", "python")
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    assert "approximate" in python(str(script), cwd=ROOT)
 
 
 def test_readme_code_trains(tmp_path: Path) -> None:

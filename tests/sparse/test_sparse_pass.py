@@ -11,21 +11,21 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import dscompile
 from dscompile.config import Config
-from dscompile.errors import ConfigError, PipelineError
+from dscompile.errors import ConfigError, PipelineError, VerifyError
 from dscompile.graph import GraphKind, StepGraph
-from dscompile.manager import Decision, PassContext, PassRecord, parse_pipeline, run_pipeline
+from dscompile.manager import REGISTRY, Decision, Numerics, PassContext, PassRecord, parse_pipeline, run_pipeline
 from dscompile.report import REPORTS
 from dscompile.sparse_section import from_config
 from dscompile.text import print_graph
 from dscompile.text_diff import diff_text
 from dscompile.text_parse import parse_graph
 from dscompile.tools.gpt import GPT, GPTConfig
-from tests.build import trace
+from tests.build import temporary_pass, trace
 
 GRAPHS = Path(__file__).parent.parent / "graphs"
 BIGBIRD = {"mode": "bigbird", "block": 16, "num_random_blocks": 1}
@@ -293,6 +293,7 @@ def test_before_and_after() -> None:
         ("canonicalise", "proved", "bitwise"),
         ("sparse_attention", "different", "approximate"),
     ]
+    assert records[1].apart_from == len([n for n in graph.nodes if "block_sparse" in str(n.target)]) + 1  # one copy
     assert records[2].verdict == "proved", "later passes are proved against the sparse meaning"
     assert [(d.choice, d.facts["density"], d.facts["causal"], d.facts["padding"]) for d in decisions] == [
         ("sparse", 10 / 16, False, 1)
@@ -318,6 +319,28 @@ def test_equal_attention_shares_one_index() -> None:
     constants = [n for n in graph.nodes if n.op == "get_attr"]
     assert len(constants) == 4
     assert all(len(n.users) == 4 for n in constants)  # forward and backward of two layers
+
+
+PLANTED: dict[str, Callable[[fx.Node], None]] = {
+    "keys for queries": lambda new: new.update_arg(0, new.args[1]),
+    "values for keys": lambda new: new.update_arg(1, new.args[2]),
+    "something else besides": lambda new: new.args[2].replace_all_uses_with(
+        new.args[1], delete_user_cb=lambda user: user is not new
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("half", ["block_sparse_attention_default", "block_sparse_attention_backward_default"])
+def test_a_change_beyond_the_declared_ones_is_an_error(name: str, half: str) -> None:
+    def faulty(graph: StepGraph, ctx: PassContext) -> None:
+        REGISTRY["sparse_attention"].function(graph, ctx)
+        PLANTED[name](next(n for n in graph.nodes if n.name == half))
+
+    graph = trace(gpt(), *ids())
+    ctx = PassContext(Config.load({"sparse_attention": BIGBIRD}))
+    with temporary_pass(faulty, numerics=Numerics.APPROXIMATE) as planted, pytest.raises(VerifyError):
+        run_pipeline(graph, parse_pipeline(f"canonicalise,{planted}"), ctx)
 
 
 @pytest.mark.parametrize("limit", range(8))

@@ -34,7 +34,7 @@ def source_digest() -> str:
     """SHA-256 of every source file of the package: an edited pass never meets programs of its older self."""
     digest = hashlib.sha256()
     for folder in sorted({Path(p) for p in _folders()}):
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("dscompile.tools.check:check", "Compare a compiled model with eager: outputs and every gradient."),
     "opt": ("dscompile.tools.opt:opt", "Run passes on a graph's text and print the result."),
     "diff": ("dscompile.tools.diff:diff", "Compare two graph texts node by node; status 1 if they differ."),
+    "kernels": ("dscompile.tools.kernels:kernels", "List generated GPU kernels and what they become for each target."),
     "passes": ("dscompile.tools.list_passes:passes", "List every pass: contract, numerics and options."),
 }
 """Subcommand -> (module:function, one line of help)."""

@@ -88,7 +88,9 @@ def _entry(name: str, built: Build) -> dict[str, Any]:
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    table = Table("kernel", "target", "regs", "shared", "spills", "128-bit", "narrower", "matrix", "MB", "of ideal", "bars")
+    table = Table(
+        "kernel", "target", "regs", "shared", "spills", "128-bit", "narrower", "matrix", "MB", "of ideal", "bars"
+    )
     for e in found:
         wide, narrow = (e[f"{w}_loads"] + e[f"{w}_stores"] for w in ("wide", "narrow"))
         matrix = " ".join(f"{n} {k}" for k, n in e["matrix"].items()) or "-"

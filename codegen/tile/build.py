@@ -24,11 +24,14 @@ _PROGRAM = sympy.Symbol("program", integer=True, nonnegative=True)
 class Builder:
     """Makes tiles for one graph."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, *, columns_apart: bool = False) -> None:
         """Give every two-kernel reduction its buffer of partial results."""
         self.flow = flow
+        self.columns_apart = columns_apart
         self.partials = {
-            node: Buffer(f"{node.name}_partial", _partial_dtype(found), programs(found.rows, found.cols) * _results(found))
+            node: Buffer(
+                f"{node.name}_partial", _partial_dtype(found), programs(found.rows, found.cols) * _results(found)
+            )
             for node, found in flow.reductions.items()
             if found.partial
         }
@@ -69,7 +72,16 @@ class Builder:
         if not stores:
             raise RefusedError("nothing is stored")
         nodes = tuple(p.node.name for p in sorted(parts, key=lambda p: p.order))
-        tile = Tile(space, stores, programs(space.rows, space.cols) if partial else 0, values.names, tuple(dict.fromkeys(nodes)), self._positions)
+        tile = Tile(
+            space,
+            stores,
+            programs(space.rows, space.cols) if partial else 0,
+            values.names,
+            tuple(dict.fromkeys(nodes)),
+            self._positions,
+        )
+        if self.columns_apart and partial and not all(s.partial for s in stores):
+            raise RefusedError("sums over columns are kept apart")
         if space.kind is SpaceKind.ROWS:
             self._check_rows(tile)
         return tile

@@ -92,7 +92,14 @@ def _logic(op: str) -> Build:
     return lambda b, *args: b.pointwise(op, "bool", *(b.cast("bool", a) for a in args))
 
 
-exp, erf, sigmoid, sqrt, rsqrt, neg = _float("exp"), _float("erf"), _float("sigmoid"), _float("sqrt"), _float("rsqrt"), _same("neg")
+exp, erf, sigmoid, sqrt, rsqrt, neg = (
+    _float("exp"),
+    _float("erf"),
+    _float("sigmoid"),
+    _float("sqrt"),
+    _float("rsqrt"),
+    _same("neg"),
+)
 
 
 def tanh(b: Exprs, x: Expr) -> Expr:

@@ -27,7 +27,9 @@ VIEWS = frozenset({
     "view", "_unsafe_view", "reshape", "expand", "permute", "t", "transpose", "unsqueeze", "squeeze", "select", "slice",
     "split", "split_with_sizes", "alias", "detach",
 })  # fmt: skip
-CONSTANTS = frozenset({"full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "scalar_tensor", "arange", "iota"})
+CONSTANTS = frozenset(
+    {"full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "scalar_tensor", "arange", "iota"}
+)
 _CONVERSIONS = frozenset({"_to_copy", "convert_element_type"})
 _JOINED = frozenset({"cat"})
 _RANDOM = frozenset({"inductor_random"})
@@ -58,7 +60,7 @@ def is_view(node: fx.Node) -> bool:
     """Whether a node only renames elements."""
     if node.target is operator.getitem:
         return operator_name(node.args[0]) in VIEWS  # type: ignore[arg-type]
-    return operator_name(node) in VIEWS
+    return operator_name(node) in VIEWS and not str(node.target).endswith(".dtype")  # view(dtype) reads other bits
 
 
 def why_not(node: fx.Node) -> str:
@@ -72,6 +74,8 @@ def why_not(node: fx.Node) -> str:
     found = reduction(node)
     if isinstance(found, str):
         return f"{node.target}: {found}"
+    if found is not None and found.how in ("max", "min") and not value.dtype.is_floating_point:
+        return f"{node.target} of {value.dtype} is not a tile reduction"
     known = name in KINDS or name in BOOLEAN or name in _CONVERSIONS or name in _JOINED or name in _RANDOM
     if found is None and not known:
         return f"{node.target} is not a tile operator"
@@ -155,7 +159,10 @@ class Values:
             seed = self.operand(node.args[1], (), (), None)
             return self.exprs.pointwise("rand", "float", seed, self.exprs.index(offset))
         build = KINDS[BOOLEAN.get(name, name)]
-        args = [self.operand(a, shape_of(node), index, mask) if a is not None and not isinstance(a, str) else a for a in node.args]
+        args = [
+            self.operand(a, shape_of(node), index, mask) if a is not None and not isinstance(a, str) else a
+            for a in node.args
+        ]
         kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "approximate")}
         if name.startswith("clamp"):
             bounds = {"min": "low", "max": "high"}

@@ -60,7 +60,14 @@ def assemble(module: fx.GraphModule, name: str, hints: Hints | None = None) -> A
         if item is None:
             break
         if isinstance(item, fx.Node):
-            units.append(([f"{item.name} = {call_text(item)}"], [n.name for n in item.all_input_nodes], [item.name], str(item.target)))
+            units.append(
+                (
+                    [f"{item.name} = {call_text(item)}"],
+                    [n.name for n in item.all_input_nodes],
+                    [item.name],
+                    str(item.target),
+                )
+            )
             made.add(item.name)
             continue
         tile, chosen = rendered[id(item)]
@@ -75,7 +82,9 @@ def assemble(module: fx.GraphModule, name: str, hints: Hints | None = None) -> A
     outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
     expressions = [o.name if isinstance(o, fx.Node) else repr(o) for o in outputs]
     inputs = [n.name for n in graph.find_nodes(op="placeholder")]
-    return Assembled(function_source("run", inputs, _steps(units, set(expressions)), expressions), tuple(kernels), fused)
+    return Assembled(
+        function_source("run", inputs, _steps(units, set(expressions)), expressions), tuple(kernels), fused
+    )
 
 
 def _needed_views(loose: list[fx.Node], fused: Fused, graph: fx.Graph) -> list[fx.Node]:
@@ -96,7 +105,14 @@ def _ready_views(needed: list[fx.Node], made: set[str], by_name: Mapping[str, fx
     units = []
     for node in list(needed):
         if all(n.name in made or by_name[n.name].op != "call_function" for n in node.all_input_nodes):
-            units.append(([f"{node.name} = {call_text(node)}"], [n.name for n in node.all_input_nodes], [node.name], str(node.target)))
+            units.append(
+                (
+                    [f"{node.name} = {call_text(node)}"],
+                    [n.name for n in node.all_input_nodes],
+                    [node.name],
+                    str(node.target),
+                )
+            )
             made.add(node.name)
             needed.remove(node)
     return units

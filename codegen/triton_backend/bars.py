@@ -29,10 +29,16 @@ class Exception_:  # noqa: N801
 
 
 EXCEPTIONS = (
-    Exception_("S4", ("gfx942",), ("matrix",), "512 registers a thread: one wave on each unit is the least, not two programs"),
-    Exception_("S5", ("sm_80", "sm_90", "sm_100", "gfx942"), ("finish",), "32 results a program: stores are narrow, and few"),
+    Exception_(
+        "S4", ("gfx942",), ("matrix",), "512 registers a thread: one wave on each unit is the least, not two programs"
+    ),
+    Exception_(
+        "S5", ("sm_80", "sm_90", "sm_100", "gfx942"), ("finish",), "32 results a program: stores are narrow, and few"
+    ),
     Exception_("S5", ("gfx942",), ("matrix",), "results leave the matrix units 64 bits a thread"),
-    Exception_("S7", ("gfx942",), ("matrix",), "loads go through registers: gfx942 copies 32 bits a thread to shared memory"),
+    Exception_(
+        "S7", ("gfx942",), ("matrix",), "loads go through registers: gfx942 copies 32 bits a thread to shared memory"
+    ),
     Exception_("S7", ("sm_80", "sm_90", "sm_100"), ("matrix-1",), "wide heads in fp32 leave room for one turn's tiles"),
 )
 """What is not asked, per target and kind of kernel. ``matrix-1``: one stage."""
@@ -70,7 +76,12 @@ def faults(build: Build) -> list[str]:
         wanted, banned = matrix_class(build)
         bar("S6", not wanted or f.matrix.get(wanted, 0) > 0, f"no {wanted}, but {f.matrix or 'nothing'}")
         bar("S6", not banned or f.matrix.get(banned, 0) == 0, f"{f.matrix.get(banned, 0)} {banned}")
-        bar("S7", f.copies > 0, "no asynchronous copies", f"matrix-{options['num_stages']}" if options["num_stages"] == 1 and cuda else "matrix")
+        bar(
+            "S7",
+            f.copies > 0,
+            "no asynchronous copies",
+            f"matrix-{options['num_stages']}" if options["num_stages"] == 1 and cuda else "matrix",
+        )
     return found
 
 

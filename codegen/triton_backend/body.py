@@ -106,7 +106,9 @@ class Body:
 
     def mask(self, symbols: frozenset[sympy.Symbol], extra: str = "") -> str:
         """The mask of a load or store that touches the places ``symbols``."""
-        return " & ".join([self.masks[s] for s in (ROW, COL) if s in symbols and s in self.masks] + [extra] * bool(extra))
+        return " & ".join(
+            [self.masks[s] for s in (ROW, COL) if s in symbols and s in self.masks] + [extra] * bool(extra)
+        )
 
     def value(self, expr: Expr) -> str:
         """The name (or literal) of an expression; writes what it takes to compute it."""
@@ -170,6 +172,8 @@ class Body:
             return f"-{args[0]}"
         if expr.op == "not":
             return f"{args[0]} == 0"
+        if expr.op in NAN_CALLS and expr.kind != "float":
+            return f"tl.{expr.op}({', '.join(args)})"
         if expr.op in NAN_CALLS:
             self.helpers.add(NAN_CALLS[expr.op])
             return f"{NAN_CALLS[expr.op]}({', '.join(args)})"

@@ -97,7 +97,9 @@ class _Render:
     def _constants(self) -> dict[str, int | bool | str]:
         if self.flat:
             return {"BLOCK": self.schedule.col_block} | ({"PROGRAMS": self.tile.programs} if self.tile.programs else {})
-        constants: dict[str, int | bool | str] = {"COLS": int(self.tile.space.cols)} if self.tile.space.cols.is_Integer else {}
+        constants: dict[str, int | bool | str] = (
+            {"COLS": int(self.tile.space.cols)} if self.tile.space.cols.is_Integer else {}
+        )
         constants |= {"ROW_BLOCK": self.schedule.row_block, "COL_BLOCK": self.schedule.col_block}
         return constants | ({"PROGRAMS": self.tile.programs} if self.tile.programs else {})
 
@@ -307,6 +309,8 @@ class _Render:
         value = self.body.value(arg)
         if found.how == "any":
             value = f"{value}.to(tl.int32)"
+        elif found.how == "sum" and found.kind == "int":
+            value = f"{value}.to(tl.int64)"
         needed = frozenset({found.over}) if not self.tile.programs or self.flat else frozenset({ROW, COL})
         mask = self.body.mask(needed)
         if not fill or not (mask or found.over not in arg.symbols):
@@ -334,6 +338,3 @@ def _accumulator(found: Reduce) -> str:
 
 def _dtype(buffer: Buffer) -> str:
     return str(buffer.dtype).removeprefix("torch.")
-
-
-

@@ -7,15 +7,15 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import hashlib  # noqa: E402
-from typing import Any  # noqa: E402
+import hashlib
+from typing import Any
 
-import torch  # noqa: E402
+import torch
 
-from dscompile.codegen.triton_backend.assemble import bind  # noqa: E402
-from dscompile.codegen.triton_backend.launch import Launcher  # noqa: E402
-from dscompile.codegen.triton_backend.library import generate  # noqa: E402
-from tests.kernels.interpret import excess, main  # noqa: E402
+from dscompile.codegen.triton_backend.assemble import bind
+from dscompile.codegen.triton_backend.launch import Launcher
+from dscompile.codegen.triton_backend.library import generate
+from tests.kernels.interpret import excess, main
 
 
 def call(name: str, *arguments: torch.Tensor) -> Any:
@@ -24,7 +24,9 @@ def call(name: str, *arguments: torch.Tensor) -> Any:
 
 def run(seed: str) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
-    x, bias, residual, grad = (torch.randn(s, generator=g).bfloat16() for s in ((64, 128), (128,), (64, 128), (64, 128)))
+    x, bias, residual, grad = (
+        torch.randn(s, generator=g).bfloat16() for s in ((64, 128), (128,), (64, 128), (64, 128))
+    )
     key = torch.tensor(int(seed))
     (out,) = call("bias_dropout_residual", x, bias, residual, key)
     dx, dbias = call("bias_dropout_residual_backward", grad, key)
@@ -34,7 +36,9 @@ def run(seed: str) -> dict[str, Any]:
     backward = torch.where(kept, grad.double() / 0.9, 0.0)
     return {
         "error": max(excess(out, forward), excess(dx, backward), excess(dbias, backward.sum(0))),
-        "mask differs": int(((out.double() - residual.double()).abs() < 1e-9).ne(~kept).logical_and(wide.abs() > 0.1).sum()),
+        "mask differs": int(
+            ((out.double() - residual.double()).abs() < 1e-9).ne(~kept).logical_and(wide.abs() > 0.1).sum()
+        ),
         "dropped": 1 - float(kept.float().mean()),
         "mask": hashlib.sha256(kept.numpy().tobytes()).hexdigest(),
     }

@@ -14,14 +14,21 @@ from dscompile.codegen.triton_backend.targets import TARGETS, find_target
 from dscompile.errors import UnsupportedError
 from tests.kernels.workers import work
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed"
+)
 
 QUICK = [
     "layer_norm/bf16/8192/1024@sm_90", "layer_norm_backward/bf16/8192/1024@gfx942", "adamw/bf16/8192/1024@sm_100",
     "rms_norm_backward/bf16/8192/1024@sm_80", "attention/bf16/64/64/-@sm_90",
 ]  # fmt: skip
 CONTROL = ["!bias_gelu/bf16/8192/1024@sm_90", "!attention/bf16/64/64/-@sm_90"]
-SIZES = {"rotary": "1024/64", "cross_entropy": "1024/50304", "cross_entropy_both": "1024/50304", "cross_entropy_backward": "1024/50304"}
+SIZES = {
+    "rotary": "1024/64",
+    "cross_entropy": "1024/50304",
+    "cross_entropy_both": "1024/50304",
+    "cross_entropy_backward": "1024/50304",
+}
 FULL = [f"{name}/{dtype}/{SIZES.get(name, '8192/1024')}@{target}" for name in entries() for dtype in ("bf16", "f32")
         for target in TARGETS]  # fmt: skip
 ATTENTION = [f"attention/{case}@{target}" for case in (

@@ -12,7 +12,9 @@ import pytest
 
 from tests.kernels.workers import work
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed"
+)
 
 ROWS = (
     "bias_gelu", "bias_gelu_backward", "bias_silu", "bias_silu_backward", "layer_norm", "layer_norm_backward",

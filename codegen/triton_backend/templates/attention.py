@@ -96,7 +96,10 @@ def attention_kernels(use: Attention) -> dict[str, Kernel]:
     use.check()
     elements = use.batch * use.heads * use.seq
     blocks = -(-use.seq // use.block)
-    values = {n: Buffer(n, use.dtype, sympy.Integer(elements * use.dim)) for n in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")}
+    values = {
+        n: Buffer(n, use.dtype, sympy.Integer(elements * use.dim))
+        for n in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")
+    }
     values |= {n: Buffer(n, torch.float32, sympy.Integer(elements)) for n in ("lse", "delta")}
     values["keep"] = Buffer("keep", torch.int8, sympy.Integer(use.batch * use.seq if use.padded else 1))
     values["offsets"] = Buffer("offsets", torch.int32, sympy.Integer(use.heads * (blocks + 1)))

@@ -42,7 +42,7 @@ def store_tile(ptr, rows, seq, tile, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
         tl.store(where, tile.to(ptr.dtype.element_ty))
 '''
 
-FORWARD = '''
+FORWARD = """
 
 @triton.jit
 def {name}(
@@ -97,9 +97,9 @@ def {name}(
         tl.store(lse_ptr + base + rows, lse, mask=rows_inside)
     else:
         tl.store(lse_ptr + base + rows, lse)
-'''
+"""
 
-BACKWARD_Q = '''
+BACKWARD_Q = """
 
 @triton.jit
 def {name}(
@@ -146,9 +146,9 @@ def {name}(
         slope = weight * (inner - delta[:, None]) * SCALE
         acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
     store_tile(dq_ptr + base * DIM, rows, seq, acc, DIM, DIM_BLOCK, RAGGED)
-'''
+"""
 
-BACKWARD_KV = '''
+BACKWARD_KV = """
 
 @triton.jit
 def {name}(
@@ -198,4 +198,4 @@ def {name}(
         dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=PRECISION)
     store_tile(dk_ptr + base * DIM, cols, seq, dk, DIM, DIM_BLOCK, RAGGED)
     store_tile(dv_ptr + base * DIM, cols, seq, dv, DIM, DIM_BLOCK, RAGGED)
-'''
+"""

@@ -98,7 +98,11 @@ def _changed(module: fx.GraphModule, graph: fx.GraphModule) -> str:
     """Whether decomposition changed the type or the strides of a result, which callers rely on."""
     for before, after in zip(_results(module), _results(graph), strict=True):
         old, new = before.meta.get("val"), after.meta.get("val")
-        if isinstance(old, torch.Tensor) and (old.dtype, old.stride()) != (new.dtype, new.stride()):
+        if (
+            isinstance(old, torch.Tensor)
+            and isinstance(new, torch.Tensor)
+            and (old.dtype, old.stride()) != (new.dtype, new.stride())
+        ):
             return f"%{before.name} has strides {old.stride()} in the graph and {new.stride()} once decomposed"
     return ""
 

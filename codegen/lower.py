@@ -45,8 +45,8 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         log.info("GPU region %s: %s, so %s", _where(region), why, "ours" if choice.assembled else "Inductor's")
         if choice.assembled is not None:
             source = choice.assembled.source
-            artifact = TritonRegion(choice.assembled.kernels)
-            return RegionCode(region.key, "triton", source, reference=_reference(module), artifact=artifact, choice=why)
+            ours = TritonRegion(choice.assembled.kernels)
+            return RegionCode(region.key, "triton", source, reference=_reference(module), artifact=ours, choice=why)
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()

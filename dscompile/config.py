@@ -84,7 +84,7 @@ class Config(BaseModel):
     )
     kernels: Literal["auto", "inductor"] = Field(
         "auto",
-        description="On a GPU: 'auto' runs a region with our Triton kernels where they move fewer bytes than Inductor's.",
+        description="On a GPU: 'auto' runs our Triton kernels in regions where they move fewer bytes than Inductor's.",
     )
     gemm: Literal["auto", "onednn", "default"] = Field(
         "auto",

@@ -63,7 +63,8 @@ def uniform(shape: list[int], seed: torch.Tensor) -> torch.Tensor:
 
     Stands on the operator ``prims.inductor_random``, which Inductor and our kernels draw with the same generator.
     """
-    return torch.ops.prims.inductor_random.default(shape, seed, "rand")
+    drawn: torch.Tensor = torch.ops.prims.inductor_random.default(shape, seed, "rand")
+    return drawn
 
 
 class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)

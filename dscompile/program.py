@@ -21,11 +21,11 @@ class RegionCode:
 
     Attributes:
         key: structural hash of the region. kind: ``"inductor"`` (compiled), ``"triton"`` (our kernels, on a GPU) or
-        ``"aten"`` (PyTorch's own kernels, one call a node). source: Python source of what runs; for ``aten`` it defines ``run(args)``. reference: source of
-        ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to. reason: why
-        the region was not compiled ("" if it was). passing: that reason was the machine's state (a full disk), so the
-        program must not be kept. artifact: the compiled object, bound again after loading from disk. choice: on a
-        GPU, why our kernels or Inductor's run it.
+        ``"aten"`` (PyTorch's own kernels, one call a node). source: Python source of what runs; for ``triton`` and
+        ``aten`` it defines ``run(args)``. reference: source of ``run(args)`` with PyTorch's own kernels ("" if it
+        cannot be printed): what a check compares to. reason: why the region was not compiled ("" if it was). passing:
+        that reason was the machine's state (a full disk), so the program must not be kept. artifact: the compiled
+        object, bound again after loading from disk. choice: on a GPU, why our kernels or Inductor's run it.
     """
 
     key: str

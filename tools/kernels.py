@@ -35,7 +35,7 @@ def kernels(
     source: Annotated[Path | None, typer.Option(help="Write every kernel's source into this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List generated kernels: registers, shared memory, spills, access widths, matrix instructions, bytes against ideal.
+    """List generated kernels: registers, shared memory, spills, access widths, matrix instructions, bytes and ideal.
 
     Kernels are built ahead of time; no GPU is needed, and no time is measured. Exit status 1: a kernel misses a bar.
     """

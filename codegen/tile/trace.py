@@ -1,4 +1,4 @@
-"""From a function or a region to the graph that fusion reads: functional, decomposed, with a fake value at each node."""
+"""From a function or a region to the graph that fusion reads: functional, decomposed, fake values at its nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bars that every generated kernel is held to without a GPU, per target, and what cannot hold where, with the reason.
+"""The bars that every generated kernel is held to without a GPU, per target; what cannot hold where, with the reason.
 
 They speak of the machine code, not of time: no GPU's speed is measured or claimed.
 """

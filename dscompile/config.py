@@ -109,6 +109,10 @@ class Config(BaseModel):
         False,
         description="Run every compiled region beside PyTorch's own kernels and stop at the first difference.",
     )
+    kernels: Literal["auto", "inductor"] = Field(
+        "auto",
+        description="On a GPU: 'auto' runs our Triton kernels in regions where they move fewer bytes than Inductor's.",
+    )
     gemm: Literal["auto", "onednn", "default"] = Field(
         "auto",
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",

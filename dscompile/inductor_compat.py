@@ -32,6 +32,7 @@ from torch._guards import TracingContext as TracingContext
 from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
 from torch._inductor import config as inductor_config
+from torch._inductor import inductor_prims as inductor_prims  # registers its operators
 from torch._inductor.codecache import CppCodeCache, FxGraphCache
 from torch._inductor.codegen import cpp as inductor_cpp
 from torch._inductor.codegen.common import device_codegens, init_backend_registration
@@ -39,7 +40,6 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor import inductor_prims as inductor_prims  # registers its operators
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.fx_passes.replace_random import replace_random_passes
 from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
@@ -64,7 +64,8 @@ def uniform(shape: list[int], seed: torch.Tensor) -> torch.Tensor:
 
     Stands on the operator ``prims.inductor_random``, which Inductor and our kernels draw with the same generator.
     """
-    return torch.ops.prims.inductor_random.default(shape, seed, "rand")
+    drawn: torch.Tensor = torch.ops.prims.inductor_random.default(shape, seed, "rand")
+    return drawn
 
 
 class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)

@@ -14,9 +14,9 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import fx
+from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
-from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules

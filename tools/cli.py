@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config-keys": ("dscompile.tools.config_keys:config_keys", "List DeepSpeed's configuration keys and their states."),
     "hostfile": ("dscompile.tools.hostfile:hostfile", "Print the torchrun commands of a DeepSpeed hostfile."),
     "export": ("dscompile.tools.export:export", "Write a checkpoint's model to one safetensors file."),
+    "kernels": ("dscompile.tools.kernels:kernels", "List generated GPU kernels and what they become for each target."),
     "passes": ("dscompile.tools.list_passes:passes", "List every pass: contract, numerics and options."),
 }
 """Subcommand -> (module:function, one line of help)."""

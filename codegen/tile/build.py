@@ -10,10 +10,13 @@ from dscompile.codegen.tile.flow import Flow, Part
 from dscompile.codegen.tile.indexing import Div, linear, product, simplify
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Space, SpaceKind, Store, Tile
 from dscompile.codegen.tile.reductions import Along, Reduction
-from dscompile.codegen.tile.schedule import PERSISTENT, programs
+from dscompile.codegen.tile.schedule import PERSISTENT, PROGRAMS, programs
 from dscompile.codegen.tile.values import Place, RefusedError, Values, buffer_of, shape_of, size
 
 __all__ = ["Builder", "Part"]
+
+_SHORT = 64
+"""A row of fewer elements is not worth a row of its own in a block."""
 
 _PROGRAM = sympy.Symbol("program", integer=True, nonnegative=True)
 
@@ -21,9 +24,10 @@ _PROGRAM = sympy.Symbol("program", integer=True, nonnegative=True)
 class Builder:
     """Makes tiles for one graph."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, *, columns_apart: bool = False) -> None:
         """Give every two-kernel reduction its buffer of partial results."""
         self.flow = flow
+        self.columns_apart = columns_apart
         self.partials = {
             node: Buffer(
                 f"{node.name}_partial", _partial_dtype(found), programs(found.rows, found.cols) * _results(found)
@@ -76,6 +80,8 @@ class Builder:
             tuple(dict.fromkeys(nodes)),
             self._positions,
         )
+        if self.columns_apart and partial and not all(s.partial for s in stores):
+            raise RefusedError("sums over columns are kept apart")
         if space.kind is SpaceKind.ROWS:
             self._check_rows(tile)
         return tile
@@ -163,9 +169,11 @@ def _as_table(tile: Tile) -> Space | None:
     for length in lengths:
         alone = all(load.index.has(Div(COL, length)) or COL in load.index.free_symbols or not load.index.free_symbols
                     for load in tile.loads())  # fmt: skip
-        fits = length.is_Integer and 64 <= length <= PERSISTENT and (tile.space.cols / length).is_integer
+        rows = tile.space.cols / length
+        enough = length.is_Integer and rows.is_Integer and (length <= PERSISTENT or rows >= PROGRAMS)
+        fits = enough and length >= _SHORT
         if alone and fits:
-            return Space(SpaceKind.ROWS, tile.space.cols / length, length)
+            return Space(SpaceKind.ROWS, rows, length)
     return None
 
 

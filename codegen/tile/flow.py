@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import fx
 
 from dscompile.codegen.tile.reductions import Reduction, operator_name, reduction

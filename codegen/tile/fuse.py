@@ -7,20 +7,18 @@ oracle: it makes the kernel, or says why it cannot. Every refusal is kept, with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import sympy
-import torch
 from torch import fx
 
 from dscompile.codegen.tile.build import Builder, Part
 from dscompile.codegen.tile.cost import tile_bytes
+from dscompile.codegen.tile.flow import Flow
 from dscompile.codegen.tile.ir import Tile
 from dscompile.codegen.tile.schedule import Hints, Schedule, schedule
-from dscompile.codegen.tile.values import RefusedError, why_not
-from dscompile.codegen.tile.flow import Flow
+from dscompile.codegen.tile.values import RefusedError
 
 
 class WhyNot(NamedTuple):
@@ -59,21 +57,22 @@ class Fused:
         return sum(moved for *_, moved in self.kernels)
 
 
-def fuse(graph: fx.Graph, hints: Hints | None = None) -> Fused:
+def fuse(graph: fx.Graph, hints: Hints | None = None, *, columns_apart: bool = False) -> Fused:
     """Fuse a functional, decomposed aten graph.
 
     Args:
         graph: every node carries ``meta["val"]``; strides of outputs are those of the fake values.
         hints: numbers for symbolic sizes, used in costs only.
+        columns_apart: keep sums over columns out of other kernels: what a compiler without one-pass backward does.
     """
-    return _Fusion(graph, hints or {}).run()
+    return _Fusion(graph, hints or {}, columns_apart).run()
 
 
 class _Fusion:
-    def __init__(self, graph: fx.Graph, hints: Hints) -> None:
+    def __init__(self, graph: fx.Graph, hints: Hints, columns_apart: bool) -> None:
         self.flow = Flow(graph)
         self.hints = hints
-        self.builder = Builder(self.flow)
+        self.builder = Builder(self.flow, columns_apart=columns_apart)
         self.groups: list[Group] = [Group(frozenset({p})) for p in self.flow.parts]
         self.refusals: dict[tuple[frozenset[Part], frozenset[Part]], str] = {}
         self._costs: dict[

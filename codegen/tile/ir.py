@@ -21,8 +21,6 @@ import torch
 ROW, COL = sympy.Symbol("r", integer=True, nonnegative=True), sympy.Symbol("c", integer=True, nonnegative=True)
 """The row and the column of an element of the space. A flat space has columns only."""
 
-Size = sympy.Expr
-
 
 class SpaceKind(StrEnum):
     """How a kernel walks its space: see :class:`Space`."""
@@ -41,11 +39,11 @@ class Space:
     """
 
     kind: SpaceKind
-    rows: Size
-    cols: Size
+    rows: sympy.Expr
+    cols: sympy.Expr
 
     @property
-    def numel(self) -> Size:
+    def numel(self) -> sympy.Expr:
         """Number of elements."""
         return self.rows * self.cols
 
@@ -56,10 +54,10 @@ class Buffer:
 
     name: str
     dtype: torch.dtype
-    numel: Size
+    numel: sympy.Expr
 
     @property
-    def bytes(self) -> Size:
+    def bytes(self) -> sympy.Expr:
         """Bytes of the whole buffer."""
         return self.numel * self.dtype.itemsize
 

@@ -26,6 +26,8 @@ def _join(b: Exprs, *args: Expr) -> tuple[Expr, ...]:
 def _arithmetic(op: str) -> Build:
     def build(b: Exprs, x: Expr, y: Expr) -> Expr:
         x, y = _join(b, x, y)
+        if x.kind == "bool" and op == "mul":
+            return b.pointwise("and", "bool", x, y)
         if x.kind == "bool":
             x, y = b.cast("int", x), b.cast("int", y)
         if isinstance(x, Const) and isinstance(y, Const) and op in _FOLD:
@@ -176,17 +178,18 @@ def _addcdiv(b: Exprs, x: Expr, y: Expr, z: Expr, value: float = 1) -> Expr:
 KINDS: dict[str, Build] = {
     "add": _scaled(add), "sub": _scaled(sub), "mul": mul, "div": div, "neg": neg, "abs": _same("abs"),
     "rsub": lambda b, x, y, alpha=1: _scaled(sub)(b, y, x, alpha),
-    "maximum": maximum, "minimum": minimum, "clamp": clamp, "clamp_min": clamp, "clamp_max": lambda b, x, m: minimum(b, x, m),
+    "maximum": maximum, "minimum": minimum, "clamp": clamp, "clamp_min": clamp, "clamp_max": minimum,
     "exp": exp, "exp2": _float("exp2"), "log": _float("log"), "log2": _float("log2"), "sqrt": sqrt, "rsqrt": rsqrt,
     "reciprocal": lambda b, x: div(b, b.const(1.0), x), "erf": erf, "tanh": tanh, "sigmoid": sigmoid,
-    "sin": _float("sin"), "cos": _float("cos"), "floor": _float("floor"), "relu": lambda b, x: maximum(b, x, b.cast(x.kind, b.const(0))),
+    "sin": _float("sin"), "cos": _float("cos"), "floor": _float("floor"),
+    "relu": lambda b, x: maximum(b, x, b.const(0)),
     "gelu": gelu, "silu": lambda b, x: mul(b, x, sigmoid(b, x)), "pow": power, "square": lambda b, x: mul(b, x, x),
     "lerp": _lerp, "addcmul": _addcmul, "addcdiv": _addcdiv, "where": where,
     "eq": _compare("eq"), "ne": _compare("ne"), "lt": _compare("lt"), "le": _compare("le"), "gt": _compare("gt"),
     "ge": _compare("ge"), "isfinite": is_finite, "isnan": lambda b, x: b.pointwise("ne", "bool", x, x),
     "isinf": lambda b, x: b.pointwise("eq", "bool", b.pointwise("abs", "float", x), b.const(math.inf)),
     "logical_and": _logic("and"), "logical_or": _logic("or"), "logical_not": _logic("not"),
-    "clone": lambda b, x: x, "detach": lambda b, x: x, "alias": lambda b, x: x, "lift_fresh_copy": lambda b, x: x,
+    "clone": lambda b, x: x, "lift_fresh_copy": lambda b, x: x,
 }  # fmt: skip
 """Operator of aten (without overload) -> its meaning."""
 

@@ -1,4 +1,4 @@
-"""From a function or a region to the graph that fusion reads: functional, decomposed, with a fake value at each node."""
+"""From a function or a region to the graph that fusion reads: functional, decomposed, fake values at its nodes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from dscompile.torch_compat import OpOverload, tile_decompositions
+from dscompile.torch_compat import OpOverload, fake_mode_of, tile_decompositions
 
 
 def traced(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
@@ -26,6 +26,19 @@ def traced(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
 
     graph: fx.GraphModule = make_fx(run, decomposition_table=table(), tracing_mode="fake")(*args)
     return tidy(graph, names)
+
+
+def decomposed(module: fx.GraphModule) -> fx.GraphModule:
+    """A region's module, whose placeholders carry fake values, as fusion reads it."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    mode = fake_mode_of(module.graph)
+
+    def run(*args: Any) -> Any:
+        return functionalize(module)(*args)
+
+    with mode:
+        graph: fx.GraphModule = make_fx(run, decomposition_table=table())(*(n.meta["val"] for n in inputs))
+    return tidy(graph, [n.name for n in inputs])
 
 
 def table() -> dict[OpOverload, Callable[..., Any]]:

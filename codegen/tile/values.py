@@ -60,7 +60,7 @@ def is_view(node: fx.Node) -> bool:
     """Whether a node only renames elements."""
     if node.target is operator.getitem:
         return operator_name(node.args[0]) in VIEWS  # type: ignore[arg-type]
-    return operator_name(node) in VIEWS
+    return operator_name(node) in VIEWS and not str(node.target).endswith(".dtype")  # view(dtype) reads other bits
 
 
 def why_not(node: fx.Node) -> str:
@@ -74,6 +74,8 @@ def why_not(node: fx.Node) -> str:
     found = reduction(node)
     if isinstance(found, str):
         return f"{node.target}: {found}"
+    if found is not None and found.how in ("max", "min") and not value.dtype.is_floating_point:
+        return f"{node.target} of {value.dtype} is not a tile reduction"
     known = name in KINDS or name in BOOLEAN or name in _CONVERSIONS or name in _JOINED or name in _RANDOM
     if found is None and not known:
         return f"{node.target} is not a tile operator"
@@ -161,10 +163,11 @@ class Values:
             self.operand(a, shape_of(node), index, mask) if a is not None and not isinstance(a, str) else a
             for a in node.args
         ]
-        kwargs = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "approximate")}
+        kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "approximate")}
         if name.startswith("clamp"):
             bounds = {"min": "low", "max": "high"}
-            kwargs = {bounds[k]: self.exprs.const(v) for k, v in node.kwargs.items() if k in bounds and v is not None}
+            given: dict[str, Any] = dict(node.kwargs)
+            kwargs = {bounds[k]: self.exprs.const(v) for k, v in given.items() if k in bounds and v is not None}
         return build(self.exprs, *args, **kwargs)
 
     # -- views ---------------------------------------------------------------------------------------------------------
@@ -189,7 +192,8 @@ class Values:
                 place[d] = index[k]
             return source, tuple(place)
         if name == "unsqueeze":
-            d = node.args[1] % len(shape)  # type: ignore[operator]
+            position: Any = node.args[1]
+            d = position % len(shape)
             return source, index[:d] + index[d + 1 :]
         if name == "squeeze":
             dims = node_argument(node, 1, "dim", None)
@@ -208,7 +212,8 @@ class Values:
     def _order(self, node: fx.Node, rank: int) -> list[int]:
         name = operator_name(node)
         if name == "permute":
-            return [d % rank for d in node.args[1]]  # type: ignore[union-attr]
+            dims: Any = node.args[1]
+            return [d % rank for d in dims]
         order = list(range(rank))
         if rank > 1:
             a, b = (0, 1) if name == "t" else (int(node.args[1]) % rank, int(node.args[2]) % rank)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dscompile.codegen.triton_backend.cache import build_key, load_figures, save_figures
-from dscompile.codegen.triton_backend.inspect import Figures, amd_figures, nvidia_figures
+from dscompile.codegen.triton_backend.inspect import Figures, amd_figures, nvidia_figures, reader_digest
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.launch import interpreted, load
 from dscompile.codegen.triton_backend.targets import Target, launch_options
@@ -47,7 +47,8 @@ def build(kernel: Kernel, target: Target, *, aligned: bool = True, folder: Path 
     Raises:
         UnsupportedError: Triton is not installed or only interprets, or a size is symbolic.
     """
-    key = build_key(kernel, target.name, "" if aligned else "unaligned")
+    options = launch_options(kernel, target.backend, target.warp)
+    key = build_key(kernel, target.name, repr((sorted(options.items()), aligned, reader_digest())))
     kept = load_figures(key, folder)
     if kept is not None:
         return Build(kernel, target, Figures(**kept))

@@ -1,4 +1,4 @@
-"""The bars that every generated kernel is held to without a GPU, per target, and what cannot hold where, with the reason.
+"""The bars that every generated kernel is held to without a GPU, per target; what cannot hold where, with the reason.
 
 They speak of the machine code, not of time: no GPU's speed is measured or claimed.
 """
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from dscompile.codegen.triton_backend.aot import Build
-from dscompile.codegen.triton_backend.targets import launch_options
+from dscompile.codegen.triton_backend.targets import ROW_REGISTERS, launch_options
 
-ROW_REGISTERS = 80
 REGISTER_FILE = 65536
 """32-bit registers of one multiprocessor of every CUDA target."""
 LISTING_LOADS = 24

@@ -22,8 +22,8 @@ TYPES = {
 }  # fmt: skip
 
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
-    "and": "&", "or": "|",
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
+    "ge": ">=", "and": "&", "or": "|",
 }  # fmt: skip
 _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt_rn", "rsqrt": "tl.rsqrt",
@@ -172,6 +172,8 @@ class Body:
             return f"-{args[0]}"
         if expr.op == "not":
             return f"{args[0]} == 0"
+        if expr.op in NAN_CALLS and expr.kind != "float":
+            return f"tl.{expr.op}({', '.join(args)})"
         if expr.op in NAN_CALLS:
             self.helpers.add(NAN_CALLS[expr.op])
             return f"{NAN_CALLS[expr.op]}({', '.join(args)})"

@@ -18,10 +18,10 @@ class Kernel:
     Attributes:
         name: of the function in ``source``. source: a whole Python file. reads, writes: its buffers, in argument order.
         sizes: run-time integers after the pointers, as expressions of the graph's symbolic sizes.
-        constants: compile-time values after those. grid: programs along each axis. warps (of 32 threads) and
-        stages: how a program is built. bytes: that it moves, ideal: that any kernel with these inputs and outputs must move (at the
-        hinted sizes). nodes: what it computes. kind: ``row`` (a row or a flat block a program), ``finish`` (adds up
-        partial results) or ``matrix``. scalars: loads and stores of one value a program or a row.
+        constants: compile-time values after those. grid: programs along each axis. warps (of 32 threads), stages: how
+        a program is built. bytes: that it moves; ideal: that any kernel with these inputs and outputs must move (both
+        at the hinted sizes). nodes: what it computes. kind: ``row`` (a row or a flat block a program), ``finish`` (adds
+        up partial results) or ``matrix``. scalars: loads and stores of one value a program or a row.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kernel:
 
     @property
     def even(self) -> bool:
-        """Whether its rows (or its flat length) are whole numbers of 16 elements, so that wide accesses are possible."""
+        """Whether its rows (or its flat length) are whole numbers of 16 elements: wide accesses are possible."""
         length = self.constants.get("COLS")
         if length is None:
             length = next((int(size) for name, size in self.sizes if name == "numel" and size.is_Integer), 0)

@@ -54,10 +54,20 @@ class _Render:
         ideal = sum(hint(b.bytes, self.hints) for b in (*self.reads, *self.writes))
         sizes = [(self._length(), self._count()), *((s.name, s) for s in self.extra)]
         return Kernel(
-            self.name, self._source(moved, ideal), self.reads, self.writes, tuple(sizes), self._constants(), self._grid(),
-            self.schedule.warps, 3, moved, ideal, self.tile.nodes,
-            "finish" if self.tile.space.kind is SpaceKind.FINISH else "row", self._scalars(),
-        )  # fmt: skip
+            self.name,
+            self._source(moved, ideal),
+            self.reads,
+            self.writes,
+            tuple(sizes),
+            self._constants(),
+            self._grid(),
+            warps=self.schedule.warps,
+            bytes=moved,
+            ideal=ideal,
+            nodes=self.tile.nodes,
+            kind="finish" if self.tile.space.kind is SpaceKind.FINISH else "row",
+            scalars=self._scalars(),
+        )
 
     def _scalars(self) -> tuple[int, int]:
         """Loads and stores of one value a row or a program."""
@@ -94,14 +104,17 @@ class _Render:
             + f"\n\n@triton.jit\ndef {self.name}(\n{joined},\n):\n{body}\n"
         )  # fmt: skip
 
-    def _constants(self) -> dict[str, int | bool | str]:
+    def _constants(self) -> dict[str, int | bool | float | str]:
+        constants: dict[str, int | bool | float | str] = {}
         if self.flat:
-            return {"BLOCK": self.schedule.col_block} | ({"PROGRAMS": self.tile.programs} if self.tile.programs else {})
-        constants: dict[str, int | bool | str] = (
-            {"COLS": int(self.tile.space.cols)} if self.tile.space.cols.is_Integer else {}
-        )
-        constants |= {"ROW_BLOCK": self.schedule.row_block, "COL_BLOCK": self.schedule.col_block}
-        return constants | ({"PROGRAMS": self.tile.programs} if self.tile.programs else {})
+            constants["BLOCK"] = self.schedule.col_block
+        else:
+            if self.tile.space.cols.is_Integer:
+                constants["COLS"] = int(self.tile.space.cols)
+            constants |= {"ROW_BLOCK": self.schedule.row_block, "COL_BLOCK": self.schedule.col_block}
+        if self.tile.programs:
+            constants["PROGRAMS"] = self.tile.programs
+        return constants
 
     def _grid(self) -> tuple[sympy.Expr, ...]:
         rows, cols = self.tile.space.rows, self.tile.space.cols
@@ -255,7 +268,9 @@ class _Render:
     def _pass(self, reductions: Sequence[Reduce]) -> None:
         from dscompile.codegen.triton_backend.online import online
 
-        body, start, after = self.body, [], []
+        body = self.body
+        start: list[str] = []
+        after: list[str] = []
         partners = {a: b for b, a in self.schedule.online.items()}
         for found in reductions:
             if found in self.schedule.online:
@@ -309,6 +324,8 @@ class _Render:
         value = self.body.value(arg)
         if found.how == "any":
             value = f"{value}.to(tl.int32)"
+        elif found.how == "sum" and found.kind == "int":
+            value = f"{value}.to(tl.int64)"
         needed = frozenset({found.over}) if not self.tile.programs or self.flat else frozenset({ROW, COL})
         mask = self.body.mask(needed)
         if not fill or not (mask or found.over not in arg.symbols):

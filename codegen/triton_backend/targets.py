@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.errors import UnsupportedError, nearest
 
@@ -52,13 +54,27 @@ def find_target(name: str) -> Target:
     return TARGETS[name]
 
 
+ROW_REGISTERS = 80
+"""Most registers of a row kernel's thread: six programs of 128 threads on a multiprocessor."""
+
+MOST_REGISTERS = 255
+"""Of a CUDA thread: what fp32 products on the ordinary units may take."""
+
+
 def launch_options(kernel: Kernel, backend: str, warp: int) -> dict[str, int]:
-    """``num_warps`` and ``num_stages`` of a kernel on a GPU with warps of ``warp`` threads.
+    """``num_warps``, ``num_stages`` and, on CUDA, ``maxnreg`` of a kernel on a GPU with warps of ``warp`` threads.
+
+    ptxas spills a few registers to reach a rounder occupancy if it is not told how many it may use.
 
     A row kernel has as many threads everywhere. A matrix kernel's tiles are cut by warps: AMD's take four at most, and
     one stage, because more spill (seen in ahead-of-time builds for gfx942).
     """
-    amd = backend != "cuda"
-    if kernel.matrix:
-        return {"num_warps": min(kernel.warps, 4) if amd else kernel.warps, "num_stages": 1 if amd else kernel.stages}
-    return {"num_warps": max(1, kernel.warps * 32 // warp), "num_stages": kernel.stages}
+    if backend != "cuda":
+        warps = min(kernel.warps, 4) if kernel.matrix else max(1, kernel.warps * 32 // warp)
+        return {"num_warps": warps, "num_stages": 1 if kernel.matrix else kernel.stages}
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    if not kernel.matrix:
+        options["maxnreg"] = ROW_REGISTERS
+    elif kernel.constants["PRECISION"] == "ieee" and kernel.reads[0].dtype is torch.float32:
+        options["maxnreg"] = MOST_REGISTERS
+    return options

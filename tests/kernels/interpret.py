@@ -15,12 +15,12 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-from dscompile.codegen.triton_backend.assemble import bind  # noqa: E402
-from dscompile.codegen.triton_backend.launch import Launcher  # noqa: E402
-from dscompile.codegen.triton_backend.library import generate  # noqa: E402
-from tests.kernels import interpreter_shim, references  # noqa: E402
+from dscompile.codegen.triton_backend.assemble import bind
+from dscompile.codegen.triton_backend.launch import Launcher
+from dscompile.codegen.triton_backend.library import generate
+from tests.kernels import interpreter_shim, references
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.bool: 0.0}

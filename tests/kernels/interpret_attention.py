@@ -11,16 +11,19 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from dscompile.codegen.tile.trace import traced  # noqa: E402
-from dscompile.codegen.triton_backend.assemble import assemble, bind  # noqa: E402
-from dscompile.codegen.triton_backend.launch import Launcher  # noqa: E402
-from dscompile.codegen.triton_backend.templates.attention import (  # noqa: E402
-    Attention, attention_kernels, delta, offsets_and_indices,
+from dscompile.codegen.tile.trace import traced
+from dscompile.codegen.triton_backend.assemble import assemble, bind
+from dscompile.codegen.triton_backend.launch import Launcher
+from dscompile.codegen.triton_backend.templates.attention import (
+    Attention,
+    attention_kernels,
+    delta,
+    offsets_and_indices,
 )  # fmt: skip
-from tests.kernels.interpret import DTYPES, main  # noqa: E402
+from tests.kernels.interpret import DTYPES, main
 
 BATCH, HEADS = 2, 2
 

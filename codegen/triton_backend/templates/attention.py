@@ -143,8 +143,8 @@ def _kernel(
         tuple(values[n] for n in writes),
         (("heads", sympy.Integer(use.heads)), ("seq", sympy.Integer(use.seq))),
         {
-            "DIM": use.dim, "DIM_BLOCK": max(power(use.dim), 16), "BLOCK": use.block, "TILE": tile, "CAUSAL": use.causal,
-            "PADDED": use.padded, "RAGGED": use.seq % use.block != 0, "PRECISION": use.precision,
+            "DIM": use.dim, "DIM_BLOCK": max(power(use.dim), 16), "BLOCK": use.block, "TILE": tile,
+            "CAUSAL": use.causal, "PADDED": use.padded, "RAGGED": use.seq % use.block != 0, "PRECISION": use.precision,
             "SCALE": 1 / math.sqrt(use.dim) if use.scale is None else use.scale,
         },
         (sympy.Integer(tiles), sympy.Integer(use.batch * use.heads)),

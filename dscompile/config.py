@@ -44,9 +44,6 @@ class ZeroConfig(BaseModel):
     stage3_param_persistence_threshold: Elements = Field(
         100_000, description="Parameters of fewer elements stay gathered between forward and backward."
     )
-    stage3_max_live_parameters: Elements = Field(
-        1_000_000_000, description="Most gathered elements alive at once per rank."
-    )
     keep_elements: Elements = Field(
         0, description="Gathered elements that may stay between forward and backward, beyond the small and last ones."
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dscompile.errors import ConfigError, UnsupportedError
@@ -23,20 +24,20 @@ from dscompile.errors import ConfigError, UnsupportedError
 Collate = Callable[[list[Any]], Any]
 
 
-def epoch_order(samples: int, *, shuffle: bool, seed: int, epoch: int) -> list[int]:
-    """Indices of an epoch, in order, equal on every rank."""
+def epoch_order(samples: int, *, shuffle: bool, seed: int, epoch: int) -> Tensor:
+    """Indices of an epoch, int64 ``[samples]``, in order, equal on every rank."""
     if not shuffle:
-        return list(range(samples))
-    order: list[int] = torch.randperm(samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return order
+        return torch.arange(samples)
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed + epoch))
 
 
-def share(order: list[int], consumed: int, rank: int, world: int) -> list[int]:
+def share(order: Tensor, consumed: int, rank: int, world: int) -> list[int]:
     """A rank's indices after the first ``consumed`` of an epoch's order, padded so that all ranks have as many."""
     left = order[consumed:]
     missing = -len(left) % world
-    padding = order * math.ceil(missing / len(order)) if order else []
-    return (left + padding[:missing])[rank::world]
+    padding = order.repeat(math.ceil(missing / len(order)))[:missing]
+    mine: list[int] = torch.cat([left, padding])[rank::world].tolist()
+    return mine
 
 
 class Loader:

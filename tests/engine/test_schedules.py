@@ -231,6 +231,8 @@ def test_torchs_schedules_by_name() -> None:
         ("WarmupLR", {"optimizer": 3}, ConfigError, "unknown parameter 'optimizer'"),
         ("WarmupLR", {"warmup_num_steps": 0}, ConfigError, "warmup_num_steps must be a positive whole number, got 0"),
         ("WarmupLR", {"warmup_num_steps": 2.5}, ConfigError, "2.5"),
+        ("WarmupLR", {"warmup_num_steps": math.inf}, ConfigError, "a positive whole number, got inf"),
+        ("OneCycle", one_cycle(cycle_first_stair_count="2"), ConfigError, "scheduler OneCycle"),
         ("WarmupLR", {"warmup_type": "lin"}, ConfigError, "Did you mean 'linear'"),
         ("WarmupLR", {"warmup_max_lr": "auto"}, ConfigError, "warmup_max_lr must be a finite number, got 'auto'"),
         ("WarmupDecayLR", {}, ConfigError, "total_num_steps"),

@@ -57,8 +57,9 @@ def test_parts_of_a_real_step_sum_to_it() -> None:
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     x = torch.randn(256, 256)
-    timers = Timers(True)
-    began = time.perf_counter()
+    clock = time.process_time  # what other processes do does not count
+    timers = Timers(True, clock=clock)
+    began = clock()
     for _ in range(10):
         with timers.timed("forward"):
             loss = model(x).square().mean()
@@ -68,7 +69,7 @@ def test_parts_of_a_real_step_sum_to_it() -> None:
             optimizer.step()
             optimizer.zero_grad()
         timers.step_ended()
-    whole = time.perf_counter() - began
+    whole = clock() - began
     found = timers.breakdown()
     assert sum(found.seconds.values()) == pytest.approx(found.total, rel=0.05)
     assert found.total == pytest.approx(whole, rel=0.05)

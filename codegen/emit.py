@@ -206,6 +206,7 @@ def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dic
         "donated_inputs": sum(len(r.donated) for r in regions),
         "bytes": total,
         "bytes_compiled": inside,
+        "attention": list(dict.fromkeys(choice for code in program.codes.values() for choice in code.choices)),
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from dscompile.codegen.cpu.choice import choose_attention
 from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.regions import Region, region_module
@@ -37,6 +38,8 @@ def lower_region(region: Region, config: Config) -> RegionCode:
     if config.regions == "aten":
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reference=source)
+    reference = _reference(module)
+    choices, fallbacks = choose_attention(module, config)
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()
@@ -46,7 +49,13 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing)
-    return RegionCode(region.key, "inductor", artifact.source_code, reference=_reference(module), artifact=artifact)
+    return RegionCode(
+        *(region.key, "inductor", artifact.source_code),
+        reference=reference,
+        artifact=artifact,
+        choices=tuple(choices),
+        fallbacks=tuple(fallbacks),
+    )
 
 
 def _reference(module: fx.GraphModule) -> str:

@@ -193,18 +193,19 @@ class Frame:
         self.seconds["passes"] = sum(r.seconds for r in self.records)
         self.seconds["check"] += sum(r.check_seconds for r in self.records)
         for record in self.records:
+            self.notes += [f"{d.pass_name}: %{d.node} {d.choice}: {d.reason}" for d in record.decisions if d.fallback]
             proved = record.verdict in (Verdict.PROVED.value, Verdict.UNCHECKED.value)
             self._merge(record.verdict if proved else record.numerics)
         graph.module.recompile()
 
     def _pipeline(self) -> str:
         """The configured pipeline; the default one of a sharded model is that of its ZeRO stage."""
-        stage = self.sharding.stage
-        if self.config.pipeline != "default" or stage is None:
-            return self.config.pipeline
-        from dscompile.passes import zero_pipeline
+        from dscompile.passes import with_sparse_attention, zero_pipeline
 
-        return zero_pipeline(stage, self.config.zero)
+        stage, text = self.sharding.stage, self.config.pipeline
+        if text == "default" and stage is not None:
+            text = zero_pipeline(stage, self.config.zero)
+        return with_sparse_attention(text, self.config)
 
     def _merge(self, verdict: str) -> None:
         """The weakest verdict of a compilation is its verdict."""
@@ -237,7 +238,8 @@ class Frame:
             seconds={k: v for k, v in self.seconds.items() if "compile" not in k or str(graph.kind) in k},
             gemm=GemmChoice.of(self.config.gemm).reason,
             verdict=self.verdict,
-            fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
+            fallbacks=[reason for code in codes.values() for reason in (code.reason, *code.fallbacks) if reason]
+            + self.notes,
             summary=self.config.summary,
         )
         last = graph.kind is not GraphKind.FORWARD

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.collectives import COLLECTIVES
 from dscompile.ops import mean_of_parts
 from dscompile.placement import compute_copy, resident_of
 from dscompile.resident import is_fresh, set_fresh
@@ -239,7 +240,7 @@ def refresh(
         members = [found[i] for i in cut]
         flat = pack_shards([shards[i] for i in cut], encode(members), world, dtype, new)
         whole = new(flat, (world * flat.numel(),))
-        gather = torch.ops._c10d_functional
+        gather = COLLECTIVES
         gathered = gather.wait_tensor(gather.all_gather_into_tensor_out(flat, world, group, out=whole)).view(world, -1)
         for i, (layout, start, stop) in zip(cut, _offsets(members), strict=True):
             _fill(results[i], gathered[:, start:stop], layout)

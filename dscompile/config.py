@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dscompile.errors import ConfigError, nearest
+from dscompile.sparse_section import SparseAttentionConfig
 
 Choice = Literal["auto", "on", "off"]
 
@@ -112,6 +113,10 @@ class Config(BaseModel):
         "auto",
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",
     )
+    attention: Literal["auto", "kernel", "aten"] = Field(
+        "auto",
+        description="Dense attention on CPU: 'auto' takes our kernel where it was measured faster than PyTorch's.",
+    )
     buffers: Choice = Field(
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
@@ -127,6 +132,9 @@ class Config(BaseModel):
     precision: PrecisionConfig = Field(
         default_factory=lambda: PrecisionConfig.model_validate({}),
         description="Types of distributed parameters and gradients.",
+    )
+    sparse_attention: SparseAttentionConfig | None = Field(
+        None, description="Make attention block-sparse, in the keys of DeepSpeed's section; unset: leave it dense."
     )
     rank_timeout: float = Field(
         30.0,
@@ -186,9 +194,10 @@ def _reject_unknown(where: str, prefix: str, values: dict[str, Any], model: type
                 f"{where}: unknown option {prefix + str(key)!r}.{nearest(prefix + str(key), valid)} "
                 f"Valid options: {', '.join(valid)}."
             )
-        section = model.model_fields[key].annotation
-        if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, dict):
-            _reject_unknown(where, f"{prefix}{key}.", value, section)
+        annotation = model.model_fields[key].annotation
+        for section in get_args(annotation) or (annotation,):
+            if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, dict):
+                _reject_unknown(where, f"{prefix}{key}.", value, section)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -35,13 +35,17 @@ class Numerics(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One choice a pass made, and why: ``facts`` are the numbers the reason rests on."""
+    """One choice a pass made, and why: ``facts`` are the numbers the reason rests on.
+
+    A ``fallback`` is less than the user asked for: reports count it.
+    """
 
     pass_name: str
     node: str
     choice: str
     reason: str
     facts: dict[str, Any]
+    fallback: bool = False
 
 
 @dataclass
@@ -62,10 +66,10 @@ class PassContext:
         """The process group of that name; for a graph read from text, a gloo group seen from rank 0."""
         return self.groups.get(name) or Group(name, size)
 
-    def decide(self, node: fx.Node | str, choice: str, reason: str, **facts: Any) -> None:
-        """Record a choice about ``node`` with its reason."""
+    def decide(self, node: fx.Node | str, choice: str, reason: str, *, fallback: bool = False, **facts: Any) -> None:
+        """Record a choice about ``node`` with its reason; a ``fallback`` is less than the user asked for."""
         name = node if isinstance(node, str) else node.name
-        self.decisions.append(Decision(self.current_pass, name, choice, reason, facts))
+        self.decisions.append(Decision(self.current_pass, name, choice, reason, facts, fallback))
 
 
 PassFunction = Callable[..., None]
@@ -234,7 +238,9 @@ def run_pipeline(
         last = position == len(calls) - 1 or spec.name == stop_after
         verdict = Verdict.UNCHECKED
         start = time.perf_counter()
-        if rules is not None and reference is not None and (when == "each" or last):
+        # A pass that changes numbers sets what the later ones are proved equal to, whenever they are checked.
+        due = when == "each" or last or spec.numerics is not Numerics.BITWISE
+        if rules is not None and reference is not None and due:
             verdict = check(graph, spec, rules, reference)
             if verdict is not Verdict.PROVED and spec.numerics is not Numerics.BITWISE:
                 reference = snapshot(graph)

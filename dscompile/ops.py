@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.collectives import COLLECTIVES
 from dscompile.shard_layout import REPLICATED as REPLICATED
 from dscompile.torch_compat import group_backend, process_group
 
@@ -31,7 +32,7 @@ LIBRARY.define(
     "ScalarType? wire=None, ScalarType? out=None) -> Tensor"
 )
 
-_c10d = torch.ops._c10d_functional
+_c10d = COLLECTIVES
 
 
 def chunk_rows(size: int, world: int) -> int:

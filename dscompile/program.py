@@ -24,7 +24,9 @@ class RegionCode:
         call a node). source: Python source of what runs; for ``aten`` it defines ``run(args)``. reference: source of
         ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to. reason: why
         the region was not compiled ("" if it was). passing: that reason was the machine's state (a full disk), so the
-        program must not be kept. artifact: the compiled object, bound again after loading from disk.
+        program must not be kept. artifact: the compiled object, bound again after loading from disk. choices: which
+        kernel runs each attention node, and why. fallbacks: parts of the region that run slower than they should, and
+        why.
     """
 
     key: str
@@ -34,6 +36,8 @@ class RegionCode:
     reference: str = ""
     passing: bool = False
     artifact: Any = None
+    choices: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

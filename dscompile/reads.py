@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -29,7 +29,14 @@ def gathered(module: nn.Module, *, write: bool = False, source: int | None = Non
     Without ``write``, reads that autograd must see still gather for themselves. A graph compiled earlier reads the
     shards, so it sees writes after the context has ended. Nothing is written back if the body raises.
     """
-    slots = [slot for slot in slots_in(module) if slot.full is None]
+    with gathered_slots(slots_in(module), write=write, source=source):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_slots(slots: Sequence[Slot], *, write: bool = False, source: int | None = None) -> Iterator[None]:
+    """:func:`gathered` for some parameters; those gathered already belong to the outer context."""
+    slots = [slot for slot in slots if slot.full is None]
     with torch.no_grad():
         for slot in slots:
             slot.full, slot.writable = slot.gather(master=write), write

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dscompile import bucket_ops
 from dscompile.bucket_ops import New
+from dscompile.collectives import COLLECTIVES, LOG
 from dscompile.shard_layout import ShardLayout, decode
 from dscompile.torch_compat import group_backend, process_group
 
-c10d = torch.ops._c10d_functional
 ours = torch.ops.dscompile
 
 
@@ -46,7 +46,8 @@ class Comm:
         out = self._new(flat, (world * flat.numel(),))
         if group_backend(group, flat.device) != "gloo":
             start = functools.partial(dist.all_gather_into_tensor, out, flat, async_op=True)
-            return self._launch(out, flat, [start(group=process_group(group))])
+            works = [start(group=process_group(group))]
+            return self._launch("all_gather_into_tensor", world, out, out, flat, works)
         pg, parts = process_group(group), out.view(world, -1)
         rank = pg.rank()
         parts[rank].copy_(flat)
@@ -55,20 +56,22 @@ class Comm:
             to, source = (rank + step) % world, (rank - step) % world
             works.append(pg.send([flat], to, 0))
             works.append(pg.recv([parts[source]], source, 0))
-        return self._launch(out, flat, works)
+        return self._launch("all_gather_into_tensor", world, out, out, flat, works)
 
     def all_to_all_single(self, flat: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
         """Launch an exchange: part ``r`` of ``flat`` goes to rank ``r``."""
         out = self._new(flat, (sum(receive),))
         work = dist.all_to_all_single(out, flat, receive, send, group=process_group(group), async_op=True)
-        return self._launch(out, flat, [work])
+        return self._launch("all_to_all_single", len(send), flat, out, flat, [work])
 
     def reduce_scatter_tensor(self, flat: Tensor, kind: str, world: int, group: str) -> Tensor:
         """Launch a reduction of ``flat`` ``[world * n]`` to this rank's ``[n]``."""
-        out: Tensor = c10d.reduce_scatter_tensor(flat, kind, world, group)
-        return out
+        return COLLECTIVES.reduce_scatter_tensor(flat, kind, world, group)
 
-    def _launch(self, out: Tensor, flat: Tensor, works: list[dist.Work]) -> Tensor:
+    def _launch(
+        self, op: str, world: int, payload: Tensor, out: Tensor, flat: Tensor, works: list[dist.Work]
+    ) -> Tensor:
+        LOG.launched(op, out, payload, world)
         self._works[id(out)] = (works, out, flat)  # both buffers live until the wait
         return out
 
@@ -77,10 +80,11 @@ class Comm:
         self._at(place)
         found = self._works.pop(id(launched), None)
         if found is None:
-            out: Tensor = c10d.wait_tensor(launched)
-            return out
+            return COLLECTIVES.wait_tensor(launched, place)
+        began = LOG.clock()
         for work in found[0]:
             work.wait()
+        LOG.finished(launched, began, place)
         return launched
 
     # -- buffers -----------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The training engine: what a DeepSpeed-style script needs around the compiler."""
+"""DeepSpeed's engine on this compiler: its configuration, and the object that trains a model as that says."""

@@ -25,7 +25,14 @@ from dscompile.verify import baseline, verify
 from tests.build import trace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/passes.md", "docs/zero.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/passes.md",
+    "docs/zero.md",
+    "docs/from_deepspeed.md",
+)
 
 
 def blocks(document: str, language: str) -> list[str]:

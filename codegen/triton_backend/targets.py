@@ -1,0 +1,64 @@
+"""The GPUs that kernels are built for ahead of time, and what each allows. Figures are the vendors', not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dscompile.codegen.triton_backend.kernel import Kernel
+from dscompile.errors import UnsupportedError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One GPU architecture.
+
+    Attributes:
+        name: as users and tables call it. backend, arch, warp: what Triton calls it, and threads a warp. shared: most
+        bytes of shared memory that one program may use (opt-in limit). matrix: the instruction that its matrix units
+        are reached by, as it is spelt in assembly, for tiles of 64 rows and more; small: the same for smaller tiles.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+    matrix: str
+    small: str
+
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target("sm_80", "cuda", 80, 32, 166912, "HMMA", "HMMA"),
+        Target("sm_90", "cuda", 90, 32, 232448, "HGMMA", "HMMA"),
+        Target("sm_100", "cuda", 100, 32, 232448, "UTCMMA", "HMMA"),
+        Target("gfx942", "hip", "gfx942", 64, 65536, "v_mfma", "v_mfma"),
+    )
+}
+"""Name -> target: A100, H100, B200 and MI300X."""
+
+
+def find_target(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        UnsupportedError: no such target; lists the known ones.
+    """
+    if name not in TARGETS:
+        raise UnsupportedError(
+            f"no kernels are built for target {name!r}.{nearest(name, TARGETS)} Known targets: {', '.join(TARGETS)}."
+        )
+    return TARGETS[name]
+
+
+def launch_options(kernel: Kernel, backend: str, warp: int) -> dict[str, int]:
+    """``num_warps`` and ``num_stages`` of a kernel on a GPU with warps of ``warp`` threads.
+
+    A row kernel has as many threads everywhere. A matrix kernel's tiles are cut by warps: AMD's take four at most, and
+    one stage, because more spill (seen in ahead-of-time builds for gfx942).
+    """
+    amd = backend != "cuda"
+    if kernel.matrix:
+        return {"num_warps": min(kernel.warps, 4) if amd else kernel.warps, "num_stages": 1 if amd else kernel.stages}
+    return {"num_warps": max(1, kernel.warps * 32 // warp), "num_stages": kernel.stages}

@@ -112,7 +112,7 @@ STEPS_A_KILL = 8
 def train_and_save(
     rank: int, world: int, folder: str, log: str, steps: int, delay: float | None, victims: tuple[int, ...]
 ) -> bool:
-    """Go on to the last step, saving after each, unless this rank is a victim: killed ``delay`` seconds after its first step."""
+    """Go on to the last step, saving after each; victims are killed ``delay`` seconds after their first step."""
     run = Run(3)
     if Path(folder, "latest").exists():
         run.load(folder)

@@ -20,7 +20,7 @@ from dscompile.errors import CheckpointError
 
 _LOG = logging.getLogger(__name__)
 _KEY = "_dscompile_saver"
-_EXIT_SECONDS = 60.0
+_EXIT_SECONDS = 30.0  # what a program waits for ranks that died
 
 
 class SaveHandle:

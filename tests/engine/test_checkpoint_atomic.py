@@ -109,14 +109,16 @@ def test_killed_before_any_operation_latest_is_complete(tmp_path: Path, tag: str
 STEPS_A_KILL = 8
 
 
-def train_and_save(rank: int, world: int, folder: str, log: str, steps: int, delay: float | None) -> bool:
-    """Go on to the last step, saving after each, unless this rank is killed ``delay`` seconds after its first step."""
+def train_and_save(
+    rank: int, world: int, folder: str, log: str, steps: int, delay: float | None, victims: tuple[int, ...]
+) -> bool:
+    """Go on to the last step, saving after each; victims are killed ``delay`` seconds after their first step."""
     run = Run(3)
     if Path(folder, "latest").exists():
         run.load(folder)
     while run.step < steps:
         loss = run.train(1)[0]
-        if delay is not None:
+        if delay is not None and rank in victims:
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
             delay = None
         if rank == 0:
@@ -134,7 +136,10 @@ def kill_and_go_on(tmp_path: Path, kills: int, seed: int) -> None:
     for attempt in range(kills + 1):
         last = attempt == kills
         delay = None if last else generator.uniform(0.0, 0.25)
-        outcomes = rank_outcomes(train_and_save, 2, str(tmp_path / "run"), str(log), steps, delay, timeout=60, grace=8)
+        victims = generator.choice([(0,), (1,), (0, 1)])
+        outcomes = rank_outcomes(
+            train_and_save, 2, str(tmp_path / "run"), str(log), steps, delay, victims, timeout=60, grace=4
+        )
         killed += any(o.exitcode == -signal.SIGKILL for o in outcomes)
         if last:
             assert all(o.ok for o in outcomes), outcomes[0].trace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import dscompile
-from dscompile.engine import checkpoint_plan
+from dscompile.engine import checkpoint_plan, checkpoint_stage
 from dscompile.engine.checkpoint import load_checkpoint, save_checkpoint
 from dscompile.engine.checkpoint_files import DirectoryReader
 from tests.engine.checkpoint_runs import Net, Run
@@ -157,3 +158,25 @@ def test_large_shards_are_written_in_pieces(tmp_path: Path, stage: int, size: in
     assert abs(sizes[0] - sizes[1]) < 0.3 * sum(sizes), "replicated tensors are shared out"
     for there in (3, 0):
         assert run_ranks(go_on, 3, there, str(tmp_path), "AdamW")[0] == pytest.approx(expected, rel=1e-6)
+
+
+def beside_training(rank: int, world: int, folder: str, compiled: bool) -> list[str]:
+    """Saves that copy while stages 0 to 3 train on: the values of their moment, or what went wrong."""
+    copy, wrong = checkpoint_stage._copy, []
+    checkpoint_stage._copy = lambda *a, **k: (time.sleep(0.002), copy(*a, **k))  # type: ignore[assignment]
+    for stage, dtype in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")):
+        run = Run(stage, compiled=compiled, dtype=dtype)
+        run.train(2)
+        expected = run.values()
+        handle = run.save(folder, f"{stage}", asynchronous=True)
+        run.train(2)
+        handle.wait()
+        run.load(folder)
+        found = run.values()
+        wrong += [f"stage {stage}: {k}" for k, v in expected.items() if not torch.equal(v, found[k])]
+    return wrong
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_stage_trains_on_while_a_save_copies(tmp_path: Path, compiled: bool) -> None:
+    assert run_ranks(beside_training, 2, str(tmp_path), compiled, timeout=300) == [[], []]

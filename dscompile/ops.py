@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dscompile.shard_layout import REPLICATED as REPLICATED
+from dscompile.shard_layout import chunk_rows, local_rows
 from dscompile.torch_compat import FakeTensor, FakeTensorMode, group_backend, process_group
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
@@ -28,17 +29,6 @@ LIBRARY.define(
 LIBRARY.define("reduce_grad(Tensor grad, int dim, SymInt local, int world, str group) -> Tensor")
 
 _c10d = torch.ops._c10d_functional
-
-
-def chunk_rows(size: int, world: int) -> int:
-    """Rows of a full chunk: ``ceil(size / world)``, what rank 0 holds and every rank sends."""
-    return -(-size // world)
-
-
-def local_rows(size: int, world: int, rank: int) -> int:
-    """Rows that ``rank`` holds of ``size``; 0 for a rank past the end."""
-    chunk = chunk_rows(size, world)
-    return max(0, min((rank + 1) * chunk, size) - rank * chunk)
 
 
 def unshard(

@@ -9,7 +9,8 @@
 
 The accumulator is full-sized on every rank, in ``precision.grad_dtype`` (by default the master's dtype), from the first
 backward pass inside ``no_sync`` to the one at the boundary. ``optimizer.zero_grad()`` does not touch it:
-:func:`discard_accumulation` does.
+:func:`discard_accumulation` does. ``zero.reduce_micro_batches`` (stages 2 and 3) trades it for a reduction in every
+micro-batch.
 """
 
 from __future__ import annotations
@@ -36,11 +37,16 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     """Forward passes inside accumulate gradients without reducing them; the first one after it reduces all.
 
     As with DDP, it is the *forward* pass that must be inside. Compiled graphs have one variant for each of: plain,
-    inside, and boundary. May be nested.
+    inside, and boundary. May be nested. With ``zero.reduce_micro_batches`` it changes nothing: shards add up in
+    ``.grad``.
     """
+    slots = slots_in(model)
+    if slots and slots[0].config.zero.reduce_micro_batches:
+        yield
+        return
     modules = list(sharded_modules(model))
     before = [type(m) for m in modules]
-    for slot in slots_in(model):
+    for slot in slots:
         slot.open_window()
     for module in modules:
         set_variant(module, Sync.LOCAL)

@@ -48,6 +48,11 @@ class ZeroConfig(BaseModel):
         0, description="Gathered elements that may stay between forward and backward, beyond the small and last ones."
     )
     overlap_comm: bool = Field(True, description="Launch collectives early and wait for them late.")
+    reduce_micro_batches: bool = Field(
+        False,
+        description="Stages 2 and 3: reduce every micro-batch's gradients, inside no_sync() too. No rank then holds "
+        "whole gradients, and a window moves as many times the bytes as it has micro-batches.",
+    )
 
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dscompile.deferred_rejection import TRUNCATED
 from dscompile.errors import UnsupportedError
 from dscompile.torch_compat import OpOverload, pytree
 
@@ -173,8 +174,8 @@ class Log:
     def _room(self) -> int:
         """Bytes that values kept for later may take: twice the largest storage, or what a rejection loop works on.
 
-        ``trunc_normal_`` itself holds four tensors of its argument's size, and with less its loop would be run again
-        from its start for every ``mask.any()``.
+        Such a loop (``trunc_normal_`` with bounds that keep few values) itself holds four tensors of its argument's
+        size, and with less it would be run again from its start for every ``mask.any()``.
         """
         return max(2 * self.largest, 4 * self._steering)
 
@@ -198,7 +199,7 @@ class Log:
         """
         plan = _slice(wanted, before, cache)
         env = cache
-        if not ends:
+        if not ends and not any(_is_settled(cell) for op in plan for cell in op.reads):
             self._steering = max([self._steering, *(cell.nbytes for op in plan for cell in (*op.reads, *op.writes))])
         last = {cell: position for position, op in enumerate(plan) for cell in (*op.reads, *op.writes)}
         modes = _States()
@@ -249,6 +250,11 @@ class Log:
         self.peak = max(
             self.peak, sum(kept.storage.nbytes() for cell, kept in env.items() if kept.storage is not cell.given)
         )
+
+
+def _is_settled(cell: Cell) -> bool:
+    """Whether a rejection loop that asks about ``cell`` will find nothing to reject, and so not come back."""
+    return bool(cell.writes) and cell.writes[-1].func is TRUNCATED
 
 
 def _initial(cell: Cell) -> _Kept:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dscompile.deferred_log import Cell, Draw, Log, Op, Ref, default_generator
+from dscompile.deferred_rejection import TRUNCATED, rejection_loop
 from dscompile.deferred_tensor import DeferredTensor, real_twin, user_line
 from dscompile.effects import traits
 from dscompile.errors import UnsupportedError
@@ -40,7 +41,7 @@ _FILLS = frozenset(
         _ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.zero_.default, _ATEN.fill_.Scalar, _ATEN.fill_.Tensor,
         _ATEN.copy_.default, _ATEN.random_.default, _ATEN.random_.to, getattr(_ATEN.random_, "from"),
         _ATEN.exponential_.default, _ATEN.geometric_.default, _ATEN.cauchy_.default, _ATEN.log_normal_.default,
-        _ATEN.bernoulli_.float,
+        _ATEN.bernoulli_.float, TRUNCATED,
     }
 )  # fmt: skip
 """In-place operators that write every element of their first operand and read none."""
@@ -102,6 +103,10 @@ class Recorder(TorchDispatchMode):
 
     def record(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func`` on fakes and log it; run it for real too if it draws random numbers or its result is needed."""
+        loop = rejection_loop(args[0]) if func is _ATEN.normal_.default else None
+        if loop is not None:
+            func, (args, kwargs) = TRUNCATED, loop
+            self.log.forget()  # the loop's memory is its own
         with no_modes():
             leaves, spec = pytree.tree_flatten((args, kwargs))
             leaves = [self._adopt(x) if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -113,9 +118,9 @@ class Recorder(TorchDispatchMode):
             failure: Exception | None = None
             result: Any = None
             try:
-                if func in _READS_VALUES or _custom(func):
+                if func in _READS_VALUES or (_custom(func) and loop is None):
                     raise UnsupportedError("it is run for real")
-                result = self._run_fake(func, args, kwargs)
+                result = args[0] if loop is not None else self._run_fake(func, args, kwargs)
             except Exception as error:  # a fake kernel's failure or the user's: the real operation tells which
                 failure = error
             op = self._op(func, spec, windows, targets, state)

@@ -75,6 +75,10 @@ def distribute(
             _LOG.warning("the model was built for real on every rank, then sharded: %s", reason)
     known = slots_in(model)
     settings = _settings(config, known[0].config if known else None)
+    if settings.zero.reduce_micro_batches and settings.zero.stage < 2:
+        raise ConfigError(
+            f"zero.reduce_micro_batches needs stage 2 or 3, not {settings.zero.stage}: the others keep whole gradients."
+        )
     if mesh is None:
         mesh = known[0].param.device_mesh if known else default_mesh(_device(model))
     world = World.of(mesh)

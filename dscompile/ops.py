@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dscompile.collectives import COLLECTIVES
 from dscompile.shard_layout import REPLICATED as REPLICATED
+from dscompile.shard_layout import chunk_rows, local_rows
 from dscompile.torch_compat import FakeTensor, FakeTensorMode, group_backend, process_group
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
@@ -33,17 +34,6 @@ LIBRARY.define(
 )
 
 _c10d = COLLECTIVES
-
-
-def chunk_rows(size: int, world: int) -> int:
-    """Rows of a full chunk: ``ceil(size / world)``, what rank 0 holds and every rank sends."""
-    return -(-size // world)
-
-
-def local_rows(size: int, world: int, rank: int) -> int:
-    """Rows that ``rank`` holds of ``size``; 0 for a rank past the end."""
-    chunk = chunk_rows(size, world)
-    return max(0, min((rank + 1) * chunk, size) - rank * chunk)
 
 
 def unshard(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dscompile.ops import REPLICATED, chunk_rows, local_rows
+from dscompile.shard_layout import REPLICATED, chunk_rows, rank_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,7 +58,8 @@ class ShardSpec:
 
     def rows(self, rank: int) -> tuple[int, int]:
         """First row and number of rows along ``dim`` that a rank holds."""
-        return min(rank * chunk_rows(self.size, self.world), self.size), local_rows(self.size, self.world, rank)
+        first, stop = rank_rows(self.size, self.world, rank)
+        return first, stop - first
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of a rank's shard."""

@@ -17,6 +17,23 @@ REPLICATED = -1
 """The ``dim`` of a parameter that every rank holds whole."""
 
 
+def chunk_rows(size: int, world: int) -> int:
+    """Rows of a full chunk: ``ceil(size / world)``, what rank 0 holds and, padded, every rank sends."""
+    return -(-size // world)
+
+
+def rank_rows(size: int, world: int, rank: int) -> tuple[int, int]:
+    """First row that ``rank`` holds of ``size``, and the row after its last; equal for a rank past the end."""
+    chunk = chunk_rows(size, world)
+    return min(rank * chunk, size), min((rank + 1) * chunk, size)
+
+
+def local_rows(size: int, world: int, rank: int) -> int:
+    """How many rows ``rank`` holds of ``size``."""
+    first, stop = rank_rows(size, world, rank)
+    return stop - first
+
+
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
     """A tensor of ``shape`` cut along ``dim`` into ``world`` pieces."""
@@ -38,7 +55,7 @@ class ShardLayout:
     @property
     def chunk(self) -> int:
         """Rows of a padded piece."""
-        return -(-self.grid[self.axis] // self.world)
+        return chunk_rows(self.grid[self.axis], self.world)
 
     @property
     def piece(self) -> tuple[int, ...]:
@@ -57,8 +74,7 @@ class ShardLayout:
 
     def rows(self, rank: int) -> tuple[int, int]:
         """First row of a rank's piece and the row after its last."""
-        size = self.grid[self.axis]
-        return min(rank * self.chunk, size), min((rank + 1) * self.chunk, size)
+        return rank_rows(self.grid[self.axis], self.world, rank)
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of what a rank holds."""

@@ -261,7 +261,12 @@ class Slot:
         if self.offered is None:
             return
         me = weakref.ref(self)
-        self._handed = weakref.ref(self.offered, lambda gone: (slot := me()) and slot._returned(gone))
+
+        def returned(gone: weakref.ref[Tensor]) -> None:
+            if (slot := me()) is not None:
+                slot._returned(gone)
+
+        self._handed = weakref.ref(self.offered, returned)
         self.offered, self.taken, self._joining = None, True, True
         self.publish()
 

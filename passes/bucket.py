@@ -142,7 +142,7 @@ def _merge_refreshes(graph: StepGraph, ctx: PassContext, sections: Sections, nod
     dtype = rest[1:]
     shards = [s for n in nodes for s in n.args[0]]  # type: ignore[union-attr]
     layouts = [number for n in nodes for number in n.args[1]]  # type: ignore[union-attr]
-    before = _refresh_place(sections, nodes, shards)
+    before = _refresh_place(sections, nodes)
     if stays_local(layouts, world):  # type: ignore[arg-type]
         merged = graph.insert_call(before, REFRESH, (shards, layouts, world, group, None, *dtype), like=first)
         pending = merged
@@ -163,11 +163,11 @@ def _merge_refreshes(graph: StepGraph, ctx: PassContext, sections: Sections, nod
     ctx.decide(pending, "one refresh", "resident parameters are gathered together after a step", parameters=index)
 
 
-def _refresh_place(sections: Sections, nodes: list[fx.Node], shards: list[fx.Node]) -> fx.Node:
+def _refresh_place(sections: Sections, nodes: list[fx.Node]) -> fx.Node:
     """Before the block that reads a bucket's first parameter, where no compiled region is cut in two."""
     reads = [sections.first_use(user) for node in nodes for user in node.users]
     blocks = [block for block in reads if block is not None]
-    if not blocks or any(shard.op != "placeholder" for shard in shards):
+    if not blocks or any(shard.op != "placeholder" for node in nodes for shard in node.all_input_nodes):
         return nodes[0]
     return sections.start(min(blocks))
 

@@ -8,7 +8,7 @@ of any rank (JSON; written once), ``text/S`` the lines behind signature S, ``lin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -100,13 +100,14 @@ class Finding:
 class Board:
     """A connection of our own to the store. Every method may block, or raise what the store raises when it is gone."""
 
-    def __init__(self, store: Store, rank: int, world: int, name: str) -> None:
+    def __init__(self, store: Store, rank: int, ranks: Sequence[int], name: str) -> None:
         # A client serves one request at a time, and the main thread may wait in one. (PyTorch's stub lacks `clone`.)
         self._store: Store = store.clone()  # type: ignore[attr-defined]
         self._rank = rank
         start = self._store.add(f"dscompile/watch/{name}/starts/{rank}", 1)
         self._prefix = f"dscompile/watch/{name}/{start}/"
-        near = range(world) if world <= READ_ALL else {(rank - 1) % world, (rank + 1) % world, 0}
+        world, here = len(ranks), ranks.index(rank)
+        near = ranks if world <= READ_ALL else {ranks[here - 1], ranks[(here + 1) % world], ranks[0]}
         self.peers = tuple(sorted(set(near) - {rank}))
         self._known: set[int] = set()
         self._listed: set[str] = set()

@@ -20,10 +20,9 @@ def watch_of(group: str, timeout: float) -> Watch | None:
     ranks = dist.get_process_group_ranks(process_group(group))
     if len(ranks) == 1 or dist.get_backend(process_group(group)) == "fake":
         return None
-    # Subgroups of one mesh axis share a logical name but not their ranks.
-    return Watch.start(
-        default_store(), ranks.index(dist.get_rank()), len(ranks), timeout=timeout, name=f"{group}:{ranks[0]}"
-    )
+    # Subgroups of one mesh axis share a logical name but not their ranks; users know these by their global numbers.
+    name = f"{group}:{ranks[0]}"
+    return Watch.start(default_store(), dist.get_rank(), len(ranks), timeout=timeout, name=name, ranks=ranks)
 
 
 def guarded(run: Boxed, watch: Watch, collectives: Sequence[str], label: str) -> Boxed:

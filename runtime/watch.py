@@ -33,7 +33,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import torch.distributed as dist
@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 class Watch:
     """One rank's side of the watch over a process group. Make it with :meth:`start`."""
 
-    def __init__(self, store: dist.Store, rank: int, world: int, *, limits: Limits, name: str) -> None:
+    def __init__(self, store: dist.Store, rank: int, ranks: Sequence[int], *, limits: Limits, name: str) -> None:
+        world = len(ranks)
         self.rank, self.world, self.name, self.limits = rank, world, name, limits
         self._pid = os.getpid()
         self._store = store  # the server lives as long as its object, and may be needed after the process group's end
@@ -63,7 +64,7 @@ class Watch:
         self._serves_store = address is not None and listens_on(address[1])
         self._pulse = None if self._stopped else _pulse(address)
         self._me = Progress(rank, self._pulse.address if self._pulse is not None else None, self._wake)
-        board = Board(store, rank, world, name)
+        board = Board(store, rank, ranks, name)
         self._peers = {peer: Peer(peer) for peer in board.peers}
         port = address[1] if address is not None else None
         self._beat = Beat(board, self._me, self._peers, limits, store_port=port, changed=lambda: self._judge.wake())
@@ -86,19 +87,21 @@ class Watch:
         timeout: float = 30.0,
         interval: float | None = None,
         name: str = "dp",
+        ranks: Sequence[int] | None = None,
     ) -> Watch:
         """Begin to watch, or return the watch of this name that is already running in this process.
 
         Args:
             store: the process group's c10d store; every rank passes the same one.
-            rank: this rank.
+            rank: this rank, by the number that messages name it by.
             world: how many there are; one alone is not watched.
+            ranks: the numbers of all of them, in order; ``0`` to ``world - 1`` if it is the whole world.
             timeout: seconds within which a rank ends after another one broke.
             interval: seconds between beats; ``min(1, timeout / 20)`` by default.
             name: of the process group; each group has its own watch and counts its own calls. Every rank starts the
                 watches of a name equally often.
         """
-        return WATCHES.get(store, rank, world, Limits.of(timeout, interval), name)
+        return WATCHES.get(store, rank, range(world) if ranks is None else ranks, Limits.of(timeout, interval), name)
 
     def enter(self, signature: str, label: str) -> None:
         """A run of a program begins: the next call. ``signature`` as of :func:`dscompile.runtime.agree.signature`.
@@ -233,11 +236,11 @@ class Watches:
         self._lock = threading.Lock()
         self._running: dict[str, Watch] = {}
 
-    def get(self, store: dist.Store, rank: int, world: int, limits: Limits, name: str) -> Watch:
+    def get(self, store: dist.Store, rank: int, ranks: Sequence[int], limits: Limits, name: str) -> Watch:
         """The running watch of this name, or a new one."""
         with self._lock:
             if name not in self._running:
-                self._running[name] = Watch(store, rank, world, limits=limits, name=name)
+                self._running[name] = Watch(store, rank, ranks, limits=limits, name=name)
             return self._running[name]
 
     def forget(self, watch: Watch) -> None:

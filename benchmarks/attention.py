@@ -195,6 +195,7 @@ def long(given: argparse.Namespace, dtype: str) -> dict[str, Any]:
     layout = bigbird(tokens // given.block, 0.01)
     attend = ours(layout, given.block)
     q, k, v, grad = inputs(1, given.heads, tokens, given.size, DTYPES[dtype], grad=True)
+    ours(None, given.block)(*(x[:, :, : given.block] for x in (q, k, v)))  # what is loaded once is not a step's memory
     result: dict[str, Any] = {"density": layout.float().mean().item()}
 
     def step() -> None:
@@ -206,8 +207,8 @@ def long(given: argparse.Namespace, dtype: str) -> dict[str, Any]:
     result["wall"] = sample[0].wall
     print(
         f"\n{dtype}: {tokens} tokens, {given.heads} heads of {given.size}, density {result['density']:.4f}: forward "
-        f"and backward take {result['peak'] / MB:.0f} MB ({result['peak'] / 2**20:.0f} MiB) above the inputs, with output "
-        f"and gradients, and {result['wall']:.2f} s",
+        f"and backward take {result['peak'] / MB:.0f} MB ({result['peak'] / 2**20:.0f} MiB) above the inputs, with "
+        f"output and gradients, and {result['wall']:.2f} s",
         flush=True,
     )
     return result

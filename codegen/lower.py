@@ -14,6 +14,7 @@ from torch import fx
 from dscompile.codegen.cpu.choice import choose_attention
 from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
+from dscompile.codegen.gpu import TritonRegion, choose, on_gpu
 from dscompile.codegen.regions import Region, region_module
 from dscompile.config import Config
 from dscompile.errors import UnsupportedError
@@ -39,7 +40,16 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reference=source)
     reference = _reference(module)
-    choices, fallbacks = choose_attention(module, config)
+    why = ""
+    if config.kernels == "auto" and on_gpu(region):
+        choice = choose(module, region.key)
+        why = choice.why
+        log.info("GPU region %s: %s, so %s", _where(region), why, "ours" if choice.assembled else "Inductor's")
+        if choice.assembled is not None:
+            source = choice.assembled.source
+            ours = TritonRegion(choice.assembled.kernels)
+            return RegionCode(region.key, "triton", source, reference=reference, artifact=ours, choice=why)
+    attention, fallbacks = choose_attention(module, config)
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()
@@ -53,7 +63,8 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         *(region.key, "inductor", artifact.source_code),
         reference=reference,
         artifact=artifact,
-        choices=tuple(choices),
+        choice=why,
+        attention=tuple(attention),
         fallbacks=tuple(fallbacks),
     )
 

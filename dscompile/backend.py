@@ -22,6 +22,7 @@ from dscompile.codegen.emit import emit_program
 from dscompile.codegen.lower import lower_regions
 from dscompile.codegen.regions import cut
 from dscompile.config import Config
+from dscompile.entry import watched
 from dscompile.equivalence import Snapshot, Verdict, prove_split, snapshot
 from dscompile.errors import UnsupportedError, VerifyError
 from dscompile.graph import GraphKind, InputKind, StepGraph
@@ -34,7 +35,7 @@ from dscompile.runtime.code import ProgramCode, loading_into
 from dscompile.runtime.gemm import GemmChoice
 from dscompile.sharding import Sharding
 from dscompile.source import source_line
-from dscompile.split import split
+from dscompile.split import borrowed, split
 from dscompile.torch_compat import aot_autograd, default_partition, donated_saved_values
 from dscompile.verify_comm import check_saved, listing
 
@@ -81,7 +82,7 @@ def dscompile(
         )(gm, example_inputs)
     if frame.seconds:  # not loaded from the cache
         files.record()
-    return compiled
+    return watched(compiled, example_inputs)
 
 
 def _check_devices(inputs: FrameInputs, example_inputs: Sequence[Any]) -> None:
@@ -114,6 +115,7 @@ class Frame:
         self.inputs = inputs
         self.name = name
         self.halves: dict[GraphKind, StepGraph] = {}
+        self.borrowed: frozenset[str] = frozenset()
         self.records: list[PassRecord] = []
         self.verdict = ""
         self.reference: Snapshot | None = None
@@ -153,6 +155,7 @@ class Frame:
             self._merge(proof.verdict.value)
         if self.config.limit is None:
             check_saved(halves.forward, halves.saved)
+        self.borrowed = borrowed(halves.forward, halves.saved)
         self.halves = {GraphKind.FORWARD: halves.forward, GraphKind.BACKWARD: halves.backward}
         return halves.forward.module, halves.backward.module
 
@@ -164,7 +167,7 @@ class Frame:
         """Compile the backward half; saved values that nothing else holds may be overwritten."""
         graph = self._half(GraphKind.BACKWARD, module)
         names = [p.name for p in graph.placeholders()]
-        return self.compile(graph, frozenset(names[i] for i in donated_saved_values()))
+        return self.compile(graph, frozenset(names[i] for i in donated_saved_values()) - self.borrowed)
 
     def compile_inference(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
         """Run the same pipeline on a graph without backward, and compile it."""

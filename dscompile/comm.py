@@ -28,6 +28,7 @@ UNSHARD = ours.unshard.default
 REDUCE_GRAD = ours.reduce_grad.default
 WAIT = c10d.wait_tensor.default
 REFRESH = ours.refresh.default
+START_REFRESH = ours.start_refresh.default
 
 ROLES: Mapping[Any, Role] = MappingProxyType(
     {
@@ -39,6 +40,7 @@ ROLES: Mapping[Any, Role] = MappingProxyType(
         c10d.all_reduce.default: Role.REDUCE,
         WAIT: Role.WAIT,
         REFRESH: Role.GATHER,
+        START_REFRESH: Role.GATHER,
         ours.pack_shards.default: Role.PACK,
         ours.pack_grads.default: Role.PACK,
         ours.unpack_params.default: Role.UNPACK,

@@ -53,6 +53,32 @@ class ZeroConfig(BaseModel):
     overlap_comm: bool = Field(True, description="Launch collectives early and wait for them late.")
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class PrecisionConfig(BaseModel):
+    """In which types a distributed model computes and communicates; FSDP2's ``MixedPrecisionPolicy`` has these names.
+
+    Masters, ``.grad`` and optimizer state are fp32 whatever is chosen here.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    param_dtype: Precision = Field("fp32", description="Type of the parameters that the model computes with.")
+    reduce_dtype: Precision | None = Field(
+        None, description="Type in which gradients travel (DeepSpeed's communication_data_type); default: param_dtype."
+    )
+    grad_dtype: Precision | None = Field(
+        None, description="Type of what no_sync() accumulates (DeepSpeed's grad_accum_dtype); default: the masters'."
+    )
+    buffer_dtype: Precision | None = Field(
+        None, description="Convert floating-point buffers to this type, once (DeepSpeed: param_dtype); default: none."
+    )
+    cast_forward_inputs: bool = Field(
+        True, description="Cast floating-point arguments of the distributed module's forward to param_dtype, as FSDP2."
+    )
+
+
 class Config(BaseModel):
     """Options of one compilation. Every field is an option of the same name in JSON and in ``options=``."""
 
@@ -83,6 +109,10 @@ class Config(BaseModel):
         False,
         description="Run every compiled region beside PyTorch's own kernels and stop at the first difference.",
     )
+    kernels: Literal["auto", "inductor"] = Field(
+        "auto",
+        description="On a GPU: 'auto' runs our Triton kernels in regions where they move fewer bytes than Inductor's.",
+    )
     gemm: Literal["auto", "onednn", "default"] = Field(
         "auto",
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",
@@ -95,8 +125,17 @@ class Config(BaseModel):
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
     )
+    fused_loss: Choice = Field(
+        "auto",
+        description="Cross-entropy of a projection in chunks, so that the logits of a batch never exist; 'auto': where "
+        "that holds fewer bytes.",
+    )
     zero: ZeroConfig = Field(
         default_factory=lambda: ZeroConfig.model_validate({}), description="Sharding of parameters over ranks (ZeRO)."
+    )
+    precision: PrecisionConfig = Field(
+        default_factory=lambda: PrecisionConfig.model_validate({}),
+        description="Types of distributed parameters and gradients.",
     )
     sparse_attention: SparseAttentionConfig | None = Field(
         None, description="Make attention block-sparse, in the keys of DeepSpeed's section; unset: leave it dense."

@@ -7,6 +7,7 @@ and a bisection count.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -242,6 +243,8 @@ def fake_value(node: fx.Node) -> Any:
     from dscompile.torch_compat import fake_like, fake_mode_of
 
     mode = fake_mode_of(node.graph)
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+        return fake_like(mode, node.args[0].meta["val"][node.args[1]])  # a bucket has many results
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: fake_like(mode, n.meta["val"]))
     with mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -27,7 +27,11 @@ from dscompile.slots import Slot, attribute_keys, slot_of
 from dscompile.world import World
 
 STATE = "_dscompile"
+FOREIGN = "_dscompile_foreign"
 _MARKER = torch.ops.dscompile.unshard.default
+
+Tail = tuple[Any, ...]
+"""``dim, size, world, group`` and, where they matter, ``dtype, wire``: the constants of a parameter's marker."""
 
 
 class Sync(enum.Enum):
@@ -53,6 +57,30 @@ class Shards:
         return Shards, (self.specs, self.config)
 
 
+class ParameterTable(dict[str, nn.Parameter | None]):
+    """A module's ``_parameters``: notes values that do not belong there, as ``torch.func.functional_call`` puts them.
+
+    Graphs read a parameter's slot, not this table, so a write that only the table sees would be ignored. Dynamo traces
+    the method below, so it holds for a ``functional_call`` inside compiled code as well as around it.
+    """
+
+    def __init__(self, values: dict[str, nn.Parameter | None], shards: Shards, foreign: dict[str, Any]) -> None:
+        dict.__init__(self, values)
+        self.shards = shards
+        self.foreign = foreign
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        dict.__setitem__(self, name, value)
+        slot = self.shards.slots.get(name)
+        if slot is None or slot.param is value:
+            self.foreign.pop(name, None)
+        else:
+            self.foreign[name] = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (list(self.items()),)
+
+
 def shards_of(module: nn.Module) -> Shards | None:
     """What a module knows of its own sharded parameters (not its children's), or None."""
     found = module.__dict__.get(STATE)
@@ -75,6 +103,7 @@ def adopt(module: nn.Module, name: str, param: DTensor, spec: ShardSpec, config:
     shards = shards_of(module)
     if shards is None:
         shards = module.__dict__[STATE] = Shards({}, config)
+        _tabulate(module, shards)
     module._parameters[name] = cast(nn.Parameter, param)
     for key in ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ():
         module.__dict__.pop(key, None)  # full copies; the class computes them
@@ -83,19 +112,33 @@ def adopt(module: nn.Module, name: str, param: DTensor, spec: ShardSpec, config:
     set_variant(module, Sync.REDUCE)
 
 
+def _tabulate(module: nn.Module, shards: Shards) -> None:
+    foreign: dict[str, Any] = {}
+    module.__dict__[FOREIGN] = foreign
+    module.__dict__["_parameters"] = ParameterTable(module._parameters, shards, foreign)
+
+
+def adopt_containers(model: nn.Module) -> None:
+    """Let the modules above sharded ones reach into these (:func:`container_class`)."""
+    for module in model.modules():
+        if shards_of(module) is None and slots_in(module) and not hasattr(type(module), "_dscompile_base"):
+            module.__class__ = cast(Any, container_class)(type(module))
+
+
 def _attach(module: nn.Module, name: str, param: DTensor) -> None:
     shards = cast(Shards, shards_of(module))
     slot = slot_of(param)
     if slot is None or slot.param is not param:
         slot = Slot(param, shards.specs[name], shards.config)
     shards.slots[name] = slot
+    module.__dict__[FOREIGN].pop(name, None)
     slot.own(module, name)
 
 
 def _release(module: nn.Module, name: str) -> None:
     """Forget a sharded parameter, which the user replaced by None or by a plain one."""
     shards = cast(Shards, shards_of(module))
-    for table in (shards.specs, shards.slots):
+    for table in (shards.specs, shards.slots, module.__dict__[FOREIGN]):
         table.pop(name, None)
     for key in attribute_keys(name):
         module.__dict__.pop(key, None)
@@ -107,8 +150,14 @@ def set_variant(module: nn.Module, sync: Sync) -> None:
     base = type(module)
     base = getattr(base, "_dscompile_base", base)
     specs = cast(Shards, shards_of(module)).specs
-    layout = tuple((name, spec.dim, spec.size, spec.world, spec.group) for name, spec in specs.items())
+    layout = tuple((name, _tail(spec)) for name, spec in specs.items())
     module.__class__ = cast(type[nn.Module], cast(Any, sharded_class)(base, layout, sync))
+
+
+def _tail(spec: ShardSpec) -> Tail:
+    """The marker's arguments after the tensors; without dtypes where the model computes in its masters' own."""
+    plain = (spec.dim, spec.size, spec.world, spec.group)
+    return plain if spec.dtype is None and spec.wire is None else (*plain, spec.dtype, spec.wire)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -135,28 +184,45 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
 def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
     """A value put there for a moment (``torch.func.functional_call``): a full tensor, or a DTensor placed alike."""
     if isinstance(param, DTensor):
-        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group)
-    return param
+        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group, dtype=spec.dtype, wire=spec.wire)
+    return param if spec.dtype is None else param.to(spec.dtype)
 
 
-def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync) -> property:
+def _property(name: str, tail: Tail, sync: Sync) -> property:
     """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
     compiling, marker = torch.compiler.is_compiling, _MARKER
-    shard, silent, leaf, accumulated = attribute_keys(name)
 
-    def reduce(self: nn.Module) -> Tensor | None:
+    dtype = tail[4] if len(tail) > 4 else None
+
+    def given(self: Any) -> Tensor | None:
+        value = self._dscompile_foreign[name]
+        if isinstance(value, DTensor):
+            return cast(Tensor, marker(value.to_local(), None, None, *tail))
+        return cast(Tensor, value) if dtype is None else cast(Tensor, value.to(dtype))
+
+    shard, silent, leaf, offered, taken = attribute_keys(name)
+
+    def reduce(self: Any) -> Tensor | None:
         if compiling():
-            return cast(Tensor, marker(getattr(self, shard), None, None, dim, size, world, group))
+            if self._dscompile_foreign and name in self._dscompile_foreign:
+                return given(self)
+            return cast(Tensor, marker(getattr(self, shard), None, None, *tail))
         return _read(self, name, sync)
 
-    def local(self: nn.Module) -> Tensor | None:
+    def local(self: Any) -> Tensor | None:
         if compiling():
-            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, dim, size, world, group))
+            if self._dscompile_foreign and name in self._dscompile_foreign:
+                return given(self)
+            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, *tail))
         return _read(self, name, sync)
 
-    def boundary(self: nn.Module) -> Tensor | None:
+    def boundary(self: Any) -> Tensor | None:
         if compiling():
-            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, accumulated), dim, size, world, group))
+            if self._dscompile_foreign and name in self._dscompile_foreign:
+                return given(self)
+            if getattr(self, taken):
+                return local(self)
+            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, offered), *tail))
         return _read(self, name, sync)
 
     def refuse(self: nn.Module, *_: Any) -> NoReturn:
@@ -175,22 +241,60 @@ def _where(module: nn.Module, name: str) -> str:
 
 # -- the class ---------------------------------------------------------------------------------------------------------
 
-Layout = tuple[tuple[str, int, int, int, str], ...]
+Layout = tuple[tuple[str, Tail], ...]
 
 
 @functools.cache
 def sharded_class(base: type[nn.Module], layout: Layout, sync: Sync) -> type[nn.Module]:
-    """The subclass of ``base`` whose parameters ``layout`` (name, dim, size, world, group) are sharded."""
+    """The subclass of ``base`` whose parameters ``layout`` (name, the marker's constants) are sharded."""
     if not layout:
         return base
     members: dict[str, Any] = {entry[0]: _property(*entry, sync) for entry in layout}
-    members |= _methods(base)
+    members |= _reaching_methods(base) | _methods(base)
     members |= {"_dscompile_base": base, "_dscompile_layout": layout, "_dscompile_sync": sync}
     members |= {"__module__": base.__module__}
     members |= {"__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if issubclass(base, nn.RNNBase):
         members |= _rnn_members()
     return type(base.__name__, (base,), members)
+
+
+@functools.cache
+def container_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` for a module that holds sharded parameters only through its children."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _revive_container, (base,), cast(Any, self).__getstate__()
+
+    members: dict[str, Any] = {**_reaching_methods(base), "__reduce_ex__": reduce, "_dscompile_base": base}
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), members)
+
+
+def _revive_container(base: type[nn.Module]) -> nn.Module:
+    cls: type[nn.Module] = cast(Any, container_class)(base)
+    return cls.__new__(cls)
+
+
+def _reaching_methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods of ``nn.Module`` that reach into children, for modules with sharded parameters anywhere below."""
+
+    def get_parameter(self: nn.Module, target: str) -> nn.Parameter:
+        path, _, name = target.rpartition(".")
+        owner = self.get_submodule(path)
+        shards = shards_of(owner)
+        if shards is not None and name in shards.slots:  # not the attribute, which is the gathered value
+            return cast(nn.Parameter, owner._parameters[name])
+        return base.get_parameter(self, target)
+
+    def requires_grad_(self: nn.Module, requires_grad: bool = True) -> nn.Module:
+        base.requires_grad_(self, requires_grad)
+        for slot in slots_in(self):
+            if slot.stale:
+                slot.renew()
+        return self
+
+    return {"get_parameter": get_parameter, "requires_grad_": requires_grad_}
 
 
 def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
@@ -235,6 +339,8 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         state = dict(cast(dict[str, Any], self.__getstate__()))
+        state.pop(FOREIGN, None)
+        state["_parameters"] = dict(self._parameters)
         for name in cast(Shards, shards_of(self)).specs:
             for key in attribute_keys(name):
                 state.pop(key, None)
@@ -242,6 +348,7 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def revive(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
+        _tabulate(self, cast(Shards, shards_of(self)))
         for name in cast(Shards, shards_of(self)).specs:
             param = cast(DTensor, self._parameters[name])
             World.of(param.device_mesh)

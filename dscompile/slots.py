@@ -8,6 +8,12 @@ stay the DTensor's own.
 
 A slot goes stale when its parameter is frozen, thawed or replaced. Eager reads notice and renew it; a compiled graph
 cannot, so ``Attach`` drops the gradient of a frozen parameter and the optimizer hook refuses a thawed one.
+
+At the end of an accumulation window exactly one reader may add what was accumulated to its own gradient, although
+several graphs, eager reads or calls of the model may read the parameter. The first reader takes the accumulator; the
+later ones send their gradients to the ``leaf``, and so into the accumulator's memory. Autograd runs backward in
+reverse order of creation, so the first reader's reduction comes last and carries them all. The accumulator is offered
+as a tensor that only the taker keeps alive: if its graph is dropped without a backward pass, it is offered again.
 """
 
 from __future__ import annotations
@@ -20,14 +26,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dscompile.config import Config
-from dscompile.ops import REPLICATED, unshard
+from dscompile.ops import REPLICATED, on_take, unshard
 from dscompile.placement import Mark, ShardSpec, mark_of, set_mark
 from dscompile.torch_compat import local_of, process_group, set_local, wrap_like
 
 
-def attribute_keys(name: str) -> tuple[str, str, str, str]:
-    """Module attributes behind parameter ``name``: a slot's ``shard``, ``silent``, ``leaf`` and ``accumulated``."""
-    return f"_shard_{name}", f"_silent_{name}", f"_leaf_{name}", f"_accumulated_{name}"
+def attribute_keys(name: str) -> tuple[str, str, str, str, str]:
+    """Module attributes behind parameter ``name``: a slot's ``shard``, ``silent``, ``leaf``, ``offered``, ``taken``."""
+    return f"_shard_{name}", f"_silent_{name}", f"_leaf_{name}", f"_accumulated_{name}", f"_taken_{name}"
 
 
 def alias(tensor: Tensor) -> Tensor:
@@ -73,6 +79,9 @@ class Slot:
             be none, so inside there must be no edge to the parameter at all.
         leaf: takes the unreduced gradient inside ``no_sync``: full shape, no memory (all strides are 0) until it has
             a gradient.
+        accumulated: that gradient, until it is reduced.
+        offered: the same memory for the reader that will reduce it; None once one has taken it.
+        taken: a reader has, and its backward pass has not run: others add to ``leaf``.
         owners: the modules that hold the parameter, and its name there.
         full: the gathered value while a ``gathered`` context is open.
         writable: that context writes ``full`` back.
@@ -86,6 +95,10 @@ class Slot:
         self.owners: list[tuple[weakref.ref[nn.Module], str]] = []
         self.leaf: Tensor | None = None
         self.accumulated: Tensor | None = None
+        self.offered: Tensor | None = None
+        self.taken = False
+        self._handed: weakref.ref[Tensor] | None = None
+        self._joining = False
         self.full: Tensor | None = None
         self.writable = False
         self.reads = 0
@@ -109,7 +122,8 @@ class Slot:
                 self.shard: Tensor = Attach.apply(param)  # type: ignore[no-untyped-call]
         else:
             self.shard = alias(self._local)
-        mark = Mark(self.spec, self.config, resident, weakref.ref(self))
+        known = mark_of(param)
+        mark = Mark(self.spec, self.config, resident, weakref.ref(self), known.copy if known is not None else None)
         set_mark(param, mark)
         set_mark(self.shard, mark)
         if not param.requires_grad:
@@ -121,7 +135,8 @@ class Slot:
     def _expect_writes(self, resident: Tensor | None) -> None:
         """A resident copy is stale from its first gradient on: an optimizer step follows."""
         self.fresh = None
-        if resident is not None and self.param.requires_grad and self._watched is not self.param:
+        kept = resident is not None or self.spec.keeps_copy
+        if kept and self.param.requires_grad and self._watched is not self.param:
             self._watched = self.param
             stale = weakref.WeakMethod(self._set_stale)
             self.param.register_post_accumulate_grad_hook(lambda _: (m := stale()) and m())
@@ -130,8 +145,11 @@ class Slot:
         self.fresh = None
 
     def _resident(self) -> Tensor | None:
-        """At stages 1 and 2 the shard must be a view of a full buffer: the one it already lies in, or a new one."""
-        if self.spec.stage not in (1, 2) or self.spec.dim == REPLICATED:
+        """At stages 1 and 2 the shard must be a view of a full buffer: the one it already lies in, or a new one.
+
+        Not if the model computes in another dtype: then the full value is a copy.
+        """
+        if self.spec.stage not in (1, 2) or self.spec.dim == REPLICATED or self.spec.dtype is not None:
             return None
         known = mark_of(self.param)
         if known is not None and known.resident is not None:
@@ -179,12 +197,16 @@ class Slot:
         for reference, name in self.owners:
             module = reference()
             if module is not None:
-                values = (self.shard, self.silent, self.leaf, self.accumulated)
+                values = (self.shard, self.silent, self.leaf, self.offered, self.taken)
                 module.__dict__.update(zip(attribute_keys(name), values, strict=True))
 
-    def gather(self, *, to_leaf: bool = False, boundary: bool = False) -> Tensor:
-        """The full value, by a collective, with autograd as the accumulation window wants it."""
+    def gather(self, *, to_leaf: bool = False, boundary: bool = False, master: bool = False) -> Tensor:
+        """The full value, by a collective, with autograd as the accumulation window wants it.
+
+        In the compute dtype, or in the ``master``'s.
+        """
         spec = self.spec
+        to_leaf = to_leaf or (boundary and self.taken)
         return unshard(
             self.silent if to_leaf else self.shard,
             spec.dim,
@@ -192,7 +214,9 @@ class Slot:
             spec.world,
             spec.group,
             self.leaf if to_leaf else None,
-            self.accumulated if boundary else None,
+            self.offered if boundary else None,
+            None if master else spec.dtype,
+            spec.wire,
         )
 
     # -- accumulation ------------------------------------------------------------------------------------------------
@@ -205,7 +229,8 @@ class Slot:
             return
         if self.leaf is None:
             strides = (0,) * len(self.spec.shape)
-            leaf = torch.empty_strided(self.spec.shape, strides, dtype=self.shard.dtype, device=self.shard.device)
+            dtype = self.spec.accumulate or self.shard.dtype
+            leaf = torch.empty_strided(self.spec.shape, strides, dtype=dtype, device=self.shard.device)
             self.leaf = leaf.requires_grad_()
             accumulated = weakref.WeakMethod(self._accumulated)
             self.leaf.register_post_accumulate_grad_hook(lambda leaf: (m := accumulated()) and m(leaf))
@@ -216,17 +241,48 @@ class Slot:
         self.publish()
 
     def _accumulated(self, leaf: Tensor) -> None:
-        self.accumulated = leaf.grad
+        grad = self.accumulated = leaf.grad
+        handed = self._handed() if self._handed is not None else None
+        if grad is not None and handed is not None and handed.data_ptr() != grad.data_ptr():
+            alias(handed).copy_(grad.detach())  # autograd adds out of place under create_graph
+        self._offer()
+
+    def _offer(self) -> None:
+        """Let the next reader outside ``no_sync`` have what was accumulated, unless one has it."""
+        self.offered = None
+        if self.accumulated is not None and not self.taken:
+            self.offered = alias(self.accumulated.detach())
+            take = weakref.WeakMethod(self.take)
+            on_take(self.offered, lambda: (m := take()) and m())
         self.publish()
 
+    def take(self) -> None:
+        """A reader that will reduce what was accumulated begins."""
+        if self.offered is None:
+            return
+        me = weakref.ref(self)
+        self._handed = weakref.ref(self.offered, lambda gone: (slot := me()) and slot._returned(gone))
+        self.offered, self.taken, self._joining = None, True, True
+        self.publish()
+
+    def _returned(self, gone: weakref.ref[Tensor]) -> None:
+        """Nothing holds the accumulator that was handed out: the taker is done, or was dropped."""
+        if gone is self._handed:
+            self._handed, self.taken = None, False
+            self._offer()
+
     def _reduced(self) -> None:
-        """The parameter got a gradient: outside ``no_sync`` that included what was accumulated."""
-        if self.accumulated is not None:
+        """The parameter got a gradient: if a reader took what was accumulated, that included it."""
+        if self._joining:
             self.close_window()
 
     def close_window(self) -> None:
         """Forget what was accumulated."""
-        self.accumulated = None
+        handed = self._handed() if self._handed is not None else None
+        if handed is not None:
+            alias(handed).zero_()  # a second backward pass through a retained graph must not add it again
+        self.accumulated = self.offered = self._handed = None
+        self.taken = self._joining = False
         if self.leaf is not None:
             self.leaf.grad = None
         self.publish()

@@ -14,6 +14,7 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import fx
+from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
@@ -424,3 +425,22 @@ def kernel_cache_directory() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return os.path.join(cache_dir(), "cpu_kernels")
+
+
+# -- decompositions --------------------------------------------------------------------------------------------------
+
+
+def tile_decompositions() -> dict[OpOverload, Any]:
+    """PyTorch's decompositions into core aten, and of the norms and softmaxes too: what tiles are built from.
+
+    Stands on ``torch._decomp``.
+    """
+    aten = torch.ops.aten
+    more = [
+        aten.native_layer_norm.default,
+        aten._softmax.default,
+        aten._log_softmax.default,
+        aten.native_dropout_backward.default,
+        aten.gelu_backward.default,
+    ]
+    return {**core_aten_decompositions(), **get_decompositions(more)}

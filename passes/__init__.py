@@ -11,18 +11,19 @@ from dscompile.config import Config, ZeroConfig
 from dscompile.errors import PipelineError
 from dscompile.passes import bucket as _bucket  # noqa: F401  (each registers itself)
 from dscompile.passes import canonicalise as _canonicalise  # noqa: F401
+from dscompile.passes import fuse_loss as _fuse_loss  # noqa: F401
 from dscompile.passes import prefetch as _prefetch  # noqa: F401
 from dscompile.passes import sparse_attention as _sparse_attention  # noqa: F401
 from dscompile.passes import unshard as _unshard  # noqa: F401
 from dscompile.passes import zero as _zero  # noqa: F401
 
 PIPELINES: dict[str, str] = {
-    "default": "canonicalise",
+    "default": "canonicalise,fuse_loss",
     "none": "",
-    "zero0": "canonicalise,merge_ties,zero0,bucket",
-    "zero1": "canonicalise,merge_ties,zero1,bucket",
-    "zero2": "canonicalise,merge_ties,zero2,bucket",
-    "zero3": "canonicalise,merge_ties,zero3,selective_unshard,bucket,prefetch",
+    "zero0": "canonicalise,fuse_loss,merge_ties,zero0,bucket",
+    "zero1": "canonicalise,fuse_loss,merge_ties,zero1,bucket,prefetch",
+    "zero2": "canonicalise,fuse_loss,merge_ties,zero2,bucket,prefetch",
+    "zero3": "canonicalise,fuse_loss,merge_ties,zero3,selective_unshard,bucket,prefetch",
 }
 """Named pipelines. ``default`` is what ``torch.compile(model, backend="dscompile")`` runs on an unsharded model; on a
 sharded one it is the pipeline of the ZeRO stage, with the sizes of the ``zero`` configuration."""

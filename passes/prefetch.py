@@ -7,9 +7,11 @@ awaited one block late. The order of launches never changes, so it stays the sam
 
 from __future__ import annotations
 
+import itertools
+
 from torch import fx
 
-from dscompile.comm import LAUNCHES, WAIT, c10d, ours
+from dscompile.comm import LAUNCHES, START_REFRESH, WAIT, c10d, ours
 from dscompile.graph import Phase, StepGraph, info
 from dscompile.manager import PassContext, graph_pass
 from dscompile.passes.markers import Sections
@@ -31,6 +33,7 @@ def prefetch(graph: StepGraph, ctx: PassContext, *, window: int = 1, elements: i
         sections = Sections(graph, phase)
         if sections.spans:
             _launch_early(graph, ctx, sections, phase, window, elements)
+    _refresh_early(graph, ctx, elements)
     sections = Sections(graph, Phase.BACKWARD)
     if sections.spans:
         _wait_late(graph, ctx, sections)
@@ -61,6 +64,27 @@ def _launch_early(
         target.prepend(launch)
         graph.touched.update((pack, launch))
         ctx.decide(launch, "prefetched", f"launched {min(window, block)} blocks before its use", elements=size)
+
+
+def _refresh_early(graph: StepGraph, ctx: PassContext, elements: int) -> None:
+    """Start each refresh of resident parameters before the one ahead of it is awaited: two are in flight at a time."""
+    starts = graph.graph.find_nodes(op="call_function", target=START_REFRESH, sort=True)
+    if starts:
+        ctx.decide(starts[0], "not prefetched", "nothing runs before it")
+    for ahead, start in itertools.pairwise(starts):
+        size = start.meta["val"].numel()
+        if size > elements:
+            ctx.decide(start, "not prefetched", f"{size} elements are more than the {elements} allowed ahead")
+            continue
+        if not all(operand.op == "placeholder" for operand in start.all_input_nodes):
+            ctx.decide(start, "not prefetched", "its shards are computed in the graph")
+            continue
+        if not graph.edit("start early", start, why="before the refresh ahead of it is awaited"):
+            return
+        (awaited,) = ahead.users
+        awaited.prepend(start)
+        graph.touched.add(start)
+        ctx.decide(start, "prefetched", "while the blocks of the refresh ahead of it compute", elements=size)
 
 
 def _block_after(sections: Sections, node: fx.Node) -> int | None:

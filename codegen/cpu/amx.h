@@ -86,8 +86,9 @@ inline Tiles tiles_of(float* memory, int64_t depth) {
 struct Ahead {
   const char *next, *end;
 
-  explicit Ahead(const uint32_t* words = nullptr, int64_t count = 0)
-      : next(reinterpret_cast<const char*>(words)), end(next + count * 4) {}
+  template <typename T>
+  Ahead(const T* from, int64_t count) : next(reinterpret_cast<const char*>(from)), end(next + count * sizeof(T)) {}
+  Ahead() : next(nullptr), end(nullptr) {}
   void fetch(int lines) {
     for (; lines > 0 && next < end; lines--, next += 64) __builtin_prefetch(next, 0, 2);
   }

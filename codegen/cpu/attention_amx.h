@@ -168,6 +168,7 @@ struct AmxGradients {  // of one task: the gradients of some key blocks, and the
   Tiles key, key_down, value, query, above, probability, score_grad, score_grad_down;
   float *scores, *grads, *key_grad, *value_grad, *shift, *delta;
   std::vector<std::pair<int64_t, int64_t>> list;  // the tiles of a key block: first query, queries
+  Ahead ahead[5];  // what the next of them reads
 
   AmxGradients(const Problem& p, const View& grad, const View& q, const View& k, const View& v, const View& dk,
                const View& dv, const Layout& layout)
@@ -226,9 +227,15 @@ struct AmxGradients {  // of one task: the gradients of some key blocks, and the
       pack_columns<PLANES, false>(q.at<T>(b, h, start), q.row, count, p.size, chunk, query);
       pack_columns<PLANES, false>(grad.at<T>(b, h, start), grad.row, count, p.size, chunk, above);
       hide(p, scores, TILE, used, b, begin, keys, padded, start);
-      const int64_t next = n + 1 < list.size() ? list[n + 1].first / 16 : -1;
-      softmax_backward(used, padded, next < 0 ? Ahead() : Ahead(queries.at(next, 0), used / 16 * queries.outer),
-                       next < 0 ? Ahead() : Ahead(grads_above.at(next, 0), used / 16 * queries.outer));
+      if (n + 1 < list.size()) {
+        const int64_t next = list[n + 1].first, words = used / 16 * queries.outer;
+        ahead[0] = Ahead(queries.at(next / 16, 0), words);
+        ahead[1] = Ahead(grads_above.at(next / 16, 0), words);
+        ahead[2] = Ahead(dq + next * width, used * width);
+        if (q.row == p.size) ahead[3] = Ahead(q.at<T>(b, h, next), used * p.size);
+        if (grad.row == p.size) ahead[4] = Ahead(grad.at<T>(b, h, next), used * p.size);
+      }
+      softmax_backward(used, padded);
       amx_product<PLANES>(padded / 16, width / 16, lanes, probability, above, value_grad, width, 16, true);
       amx_product<PLANES>(padded / 16, width / 16, lanes, score_grad, query, key_grad, width, 16, true);
       amx_product<PLANES>(width / 16, used / 16, key_chunks, key_down, score_grad_down, dq + start * width, 16,
@@ -240,33 +247,32 @@ struct AmxGradients {  // of one task: the gradients of some key blocks, and the
 
   // From scores and gradients of probabilities, [keys][TILE queries]: probabilities packed as a left operand summed by
   // query; gradients of scores (but for the factor `scale`) packed so too, and as a right operand summed over keys.
-  void softmax_backward(int64_t used, int64_t padded, Ahead first, Ahead second) {
+  void softmax_backward(int64_t used, int64_t padded) {
     for (int64_t i = 0; i < used; i += chunk) {
       const bool right = chunk == 32 && i + 16 < used;
       for (int64_t j = 0; j < padded; j += chunk) {
         const bool below = chunk == 32 && j + 16 < padded;
         if (right && below)
-          quarter<true, true>(i, j, first, second);
+          quarter<true, true>(i, j);
         else if (right)
-          quarter<true, false>(i, j, first, second);
+          quarter<true, false>(i, j);
         else if (below)
-          quarter<false, true>(i, j, first, second);
+          quarter<false, true>(i, j);
         else
-          quarter<false, false>(i, j, first, second);
+          quarter<false, false>(i, j);
       }
     }
   }
 
   // 16 or (BELOW) 32 keys from `j`, for 16 or (RIGHT) 32 queries from `i`.
   template <bool RIGHT, bool BELOW>
-  void quarter(int64_t i, int64_t j, Ahead& first, Ahead& second) {
+  void quarter(int64_t i, int64_t j) {
     const float factor = float(p.scale) * LOG2E;
     Vec minus[2], mean[2];
     for (int c = 0; c < 1 + RIGHT; c++) minus[c] = load(shift + i + 16 * c), mean[c] = load(delta + i + 16 * c);
     uint32_t* down = score_grad_down.at(i / 16, j / chunk);
     for (int64_t n = 0; n < 16; n++) {
-      first.fetch(2 * PLANES);
-      second.fetch(2 * PLANES);
+      for (int a = 0; a < 5; a++) ahead[a].fetch(a < 2 ? 2 * PLANES : 4);
       Ints s[2][2][PLANES];  // gradients of scores: key n or n + 16, query lanes i or i + 16
 #pragma GCC unroll 2
       for (int r = 0; r < 2; r++) {

@@ -81,6 +81,12 @@ def _query(node: fx.Node) -> Tensor:
     return value
 
 
+def _scale(node: fx.Node) -> float:
+    """What scores are multiplied with; PyTorch's default is ``size ** -0.5``."""
+    given: Any = node.kwargs.get("scale")
+    return float(_query(node).shape[-1] ** -0.5 if given is None else given)
+
+
 def _describe(node: fx.Node) -> str:
     q = _query(node)
     kind = "backward" if _first(node) else "forward"
@@ -98,8 +104,8 @@ def _choice(node: fx.Node, option: str) -> Choice:
         return Choice(False, "it has a mask")
     if free_symbol_names((q, k, v)):
         return Choice(False, "its shape is symbolic")
-    scale = node.kwargs.get("scale")
-    if q.dtype not in COMPILED or q.shape[-1] % HEAD_STEP or v.shape != k.shape or (scale is not None and scale <= 0):
+    scale = _scale(node)
+    if q.dtype not in COMPILED or q.shape[-1] % HEAD_STEP or v.shape != k.shape or not scale > 0:
         return Choice(False, "a dtype, head size or scale that the kernel does not take")
     if reason := no_kernel(q.dtype):
         return Choice(False, reason)
@@ -119,15 +125,12 @@ def _replace(node: fx.Node) -> None:
     backward = node.target is BACKWARD
     operands = list(node.args[: 6 if backward else 3])
     after = len(operands)
-    scale = node.kwargs.get("scale")
-    if scale is None:
-        scale = _query(node).shape[-1] ** -0.5
     causal = bool(argument(node, after + 1, "is_causal", False))
     target: OpOverload = (
         ours.block_sparse_attention_backward.default if backward else ours.block_sparse_attention.default
     )
     with node.graph.inserting_before(node):
-        arguments = (*operands, None, None, None, None, BLOCK, causal, None, scale)
+        arguments = (*operands, None, None, None, None, BLOCK, causal, None, _scale(node))
         new = node.graph.call_function(target, arguments)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)

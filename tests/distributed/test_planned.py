@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
-from dscompile.comm import REDUCE_GRAD, REFRESH, c10d
+from dscompile.comm import LAUNCHES, REDUCE_GRAD, REFRESH, START_REFRESH, c10d
 from dscompile.errors import VerifyError
-from dscompile.graph import Phase
+from dscompile.graph import Phase, Role, StepGraph, info
 from dscompile.shard_layout import ShardLayout
 from dscompile.text import print_graph
+from dscompile.tools.gpt import GPT, GPTConfig
 from dscompile.verify_comm import check_saved
 from tests.distributed.planned import Plan, fake_world, launches, markers, moved, plan
 
 GRAPHS = Path(__file__).parent.parent / "graphs"
+STARTS = LAUNCHES | {START_REFRESH}
 NOTHING_KEPT = {"stage3_param_persistence_threshold": 0}
 
 
@@ -222,3 +224,49 @@ def test_every_pass_is_proved_at_80_layers() -> None:
         found = plan(Net(width=8, layers=80), ids(), stage=3, **NOTHING_KEPT)
     assert [r.verdict for r in found.records] == ["proved"] * len(found.records)
     assert found.verdict == "proved"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resident_parameters_are_refreshed_while_blocks_compute(stage: int) -> None:
+    """Each bucket but the first is in flight while the blocks that read the one before it compute."""
+    cap = 4 * 1024
+    with fake_world(2):
+        found = plan(Net(layers=6), ids(), stage=stage, allgather_bucket_size=cap)
+    assert proved(found)
+    starts = found.joint.graph.find_nodes(op="call_function", target=START_REFRESH, sort=True)
+    assert len(starts) > 2
+    assert all(s.meta["val"].numel() <= cap + 64 for s in starts)
+    assert between(found.joint, starts[0]) == 0
+    assert all(between(found.joint, start) > 5 for start in starts[1:])
+    text = print_graph(found.joint)
+    assert text.count("dscompile.start_refresh.default(") == len(starts)
+
+
+def between(graph: StepGraph, launch: fx.Node) -> int:
+    """Compute nodes between a launch and its wait."""
+    (wait,) = launch.users
+    count, node = 0, launch.next
+    while node is not wait:
+        count += info(node).role is Role.COMPUTE
+        node = node.next
+    return count
+
+
+def test_every_collective_overlaps_what_dependencies_allow() -> None:
+    """A7 d on a 4-layer GPT: only what opens a phase, and what closes backward, has nothing to run beside it."""
+    size = GPTConfig(vocab=32, layers=4, width=16, heads=2, context=8)
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+    for stage in (2, 3):
+        with fake_world(2):
+            found = plan(GPT(size), tokens, stage=stage, allgather_bucket_size=4096, **NOTHING_KEPT)
+        for phase in (Phase.FORWARD, Phase.BACKWARD):
+            pairs = [n for n in found.joint.nodes if n.target in STARTS and info(n).phase is phase]
+            idle = [n for n in pairs if not between(found.joint, n)]
+            compute = [n for n in found.joint.nodes if info(n).phase is phase and info(n).role is Role.COMPUTE]
+            order = {n: i for i, n in enumerate(found.joint.nodes)}
+            for node in idle:  # its wait comes before any compute of the phase, or its launch after all of it
+                (wait,) = node.users
+                early = order[wait] < order[compute[len(compute) // (2 * size.layers)]]
+                late = order[node] > order[compute[-1]]
+                assert early or late, f"stage {stage}: {node.format_node()}"
+            assert len(pairs) - len(idle) >= size.layers - 1

@@ -30,8 +30,12 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/passes.md",
-    "docs/sparse_attention.md",
+    "docs/from_deepspeed.md",
+    "docs/training.md",
     "docs/zero.md",
+    "docs/precision.md",
+    "docs/attention.md",
+    "docs/sparse_attention.md",
 )
 
 
@@ -100,8 +104,9 @@ def test_links_lead_somewhere(document: str) -> None:
             assert ((ROOT / document).parent / target).exists(), target
 
 
-def test_zero_code_trains(tmp_path: Path) -> None:
-    (code,) = blocks("docs/zero.md", "python")
+@pytest.mark.parametrize("document", ["docs/zero.md", "docs/precision.md", "docs/training.md"])
+def test_code_trains(document: str, tmp_path: Path) -> None:
+    (code,) = blocks(document, "python")
     script = tmp_path / "example.py"
     script.write_text(code)
     python(str(script), cwd=ROOT)

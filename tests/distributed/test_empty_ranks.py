@@ -1,0 +1,65 @@
+"""No rank of a large world is left without its part of a large weight, as far as DTensor's ``Shard`` can say it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from torch import nn
+
+import dscompile
+from dscompile.placement import spec_of
+from dscompile.tools.gpt import GPT, SIZES
+from tests.distributed.planned import fake_world
+
+
+class Llama7B(nn.Module):
+    """The weights of Llama 2 7B: names and shapes only (Touvron et al., 2023: width 4096, 11008 hidden, 32 layers)."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32000, 4096)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            layer = nn.Module()
+            for name in ("q", "k", "v", "o"):
+                setattr(layer, name, nn.Linear(4096, 4096, bias=False))
+            layer.gate = nn.Linear(4096, 11008, bias=False)
+            layer.up = nn.Linear(4096, 11008, bias=False)
+            layer.down = nn.Linear(11008, 4096, bias=False)
+            layer.norm = nn.RMSNorm(4096)
+            self.layers.append(layer)
+        self.head = nn.Linear(4096, 32000, bias=False)
+
+
+def gpt() -> nn.Module:
+    return GPT(SIZES["gpt-30m"])
+
+
+# What torch.chunk along one dimension, and so DTensor's Shard on a mesh of one axis, cannot give to every rank: every
+# dimension is shorter than the world, or ceil(size / ceil(size / world)) is.
+NOT_FILLED = {
+    ("gpt", 1024): {"positions.weight", *(f"blocks.{i}.{w}.weight" for i in range(6) for w in ("qkv", "proj"))},
+}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world", [64, 1024])
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_no_rank_is_empty(name: str, world: int, stage: int) -> None:
+    with torch.device("meta"):
+        model = gpt() if name == "gpt" else Llama7B()
+    with fake_world(world, rank=world - 1):
+        dscompile.distribute(model, config={"zero": {"stage": stage}}, sync_init=False)
+        empty = set()
+        for fqn, param in model.named_parameters():
+            spec = spec_of(param)
+            assert spec is not None
+            if prod(spec.shape) >= world * 16:
+                parts = [prod(spec.local_shape(rank)) for rank in range(world)]
+                assert sum(parts) == prod(spec.shape)
+                assert param.to_local().numel() == parts[-1]  # DTensor's own rule agrees, for the last rank
+                if 0 in parts:
+                    empty.add(fqn)
+    assert empty == NOT_FILLED.get((name, world), set())

@@ -246,8 +246,8 @@ def run_pipeline(
         graph.current_pass = ctx.current_pass = spec.name
         graph.touched.clear()
         ctx.changes.clear()
-        approximate = spec.numerics is not Numerics.BITWISE
-        terms = terms_of(reference, graph) if approximate and rules is not None and reference is not None else {}
+        inexact = spec.numerics is not Numerics.BITWISE
+        terms = terms_of(reference, graph) if inexact and rules is not None and reference is not None else {}
         before, edits, decided = len(graph.graph.nodes), len(graph.edits), len(ctx.decisions)
         start = time.perf_counter()
         spec.function(graph, ctx, **{**spec.options, **call.options})
@@ -256,10 +256,10 @@ def run_pipeline(
         verdict = Verdict.UNCHECKED
         start = time.perf_counter()
         # A pass that changes numbers sets what the later ones are proved equal to, whenever they are checked.
-        due = when == "each" or last or approximate
+        due = when == "each" or last or inexact
         if rules is not None and reference is not None and due:
             verdict = check(graph, spec, rules, reference)
-            if verdict is not Verdict.PROVED and approximate:
+            if verdict is not Verdict.PROVED and inexact:
                 if ctx.changes:
                     check_apart(graph, spec, reference, terms, ctx.changes)
                 reference = snapshot(graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,7 +140,7 @@ def test_scale_and_autocast() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor", "dscompile"])
 @pytest.mark.parametrize("built", [False, True], ids=["tensor", "built"])
-def test_it_compiles_as_one_graph(backend: str, built: bool) -> None:
+def test_it_compiles_as_one_graph(backend: str, built: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layout: Any = LAYOUTS["bigbird"]().make_layout(96)
     if built:
         layout = BlockLayout.of(layout, 16, causal=True)
@@ -149,10 +150,13 @@ def test_it_compiles_as_one_graph(backend: str, built: bool) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return dscompile.sparse_attention(q * 2, k, v, layout, 16, causal=True, key_padding_mask=mask) + 1
 
-    torch.compiler.reset()
     qkv, grad = inputs(90)
+    expected = results(attend(*qkv, padding), qkv, grad)
+    torch.compiler.reset()
+    if backend == "inductor":  # its cache does not know when an operator of ours returns other strides than before
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     compiled = results(torch.compile(attend, backend=backend, fullgraph=True)(*qkv, padding), qkv, grad)
-    for got, want in zip(compiled, results(attend(*qkv, padding), qkv, grad), strict=True):
+    for got, want in zip(compiled, expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -444,3 +446,32 @@ def test_it_stands_in_every_named_pipeline() -> None:
     spelt = Config.load({"pipeline": "canonicalise,sparse_attention", "sparse_attention": LOCAL})
     assert with_sparse_attention(spelt.pipeline, spelt) == spelt.pipeline
     assert with_sparse_attention("zero3", Config()) == PIPELINES["zero3"]
+
+
+ZERO = """
+import torch.distributed as dist, dscompile
+from tests.sparse.test_sparse_pass import BIGBIRD, gpt, ids, masked_by_hand, step
+from dscompile.report import REPORTS
+import sys, torch
+dist.init_process_group("gloo", rank=0, world_size=1, init_method="file://" + sys.argv[1])
+model, plain = gpt(), gpt()
+options = {"zero": {"stage": 3}, "sparse_attention": BIGBIRD, "regions": "aten", "cache": False, "summary": False}
+dscompile.distribute(model, config=options)
+loss = torch.compile(model, backend="dscompile", fullgraph=True)(*ids())
+loss.backward()
+with masked_by_hand(BIGBIRD):
+    expected = step(plain, plain, ids())
+for got, want in zip([loss.detach(), *(p.grad.full_tensor() for p in model.parameters())], expected, strict=True):
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+calls = [p["call"].partition("(")[0] for p in REPORTS.all()[0].passes]
+assert calls.index("sparse_attention") < calls.index("zero3"), calls
+dist.destroy_process_group()
+"""
+
+
+def test_it_runs_before_zero_3(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ZERO, str(tmp_path / "store")],
+        cwd=GRAPHS.parent.parent, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ _PUBLIC = {
     "check_plain": "accumulate",
     "deferred_init": "deferred",
     "is_deferred": "deferred",
+    "linear_cross_entropy": "cross_entropy",
     "materialise": "deferred",
 }
 

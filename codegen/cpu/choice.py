@@ -20,7 +20,7 @@ from dscompile.attention_ops import COMPILED, HEAD_STEP, no_kernel
 from dscompile.codegen.cpu.builder import attention_kernels
 from dscompile.config import Config
 from dscompile.effects import argument
-from dscompile.torch_compat import OpOverload, free_symbol_names, no_modes
+from dscompile.torch_compat import OpOverload, free_symbol_names, no_autocast, no_modes
 
 aten = torch.ops.aten
 ours = torch.ops.dscompile
@@ -146,7 +146,7 @@ def _gains(
     assert kernels is not None, "no_kernel() said there is one"
     generator = torch.Generator().manual_seed(0)
     blocks = Blocks(None, None, None, None, BLOCK, causal, None, size**-0.5)
-    with no_modes(), torch.no_grad():
+    with no_modes(), torch.no_grad(), no_autocast():
         q, k, v, grad = (
             torch.randn(1, n, heads, size, generator=generator).transpose(1, 2).to(dtype)
             for n in (rows, columns, columns, rows)

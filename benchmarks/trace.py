@@ -1,10 +1,10 @@
 """What sharding adds to compilation: ``python -m benchmarks.trace`` times tracing and planning of a 292-parameter GPT.
 
 CPU seconds of the first step of a model that is deep and otherwise tiny, less those of a later step, in fresh
-processes: one process without sharding, and two gloo ranks at each stage, in turn. No kernel is compiled
-(``regions="aten"``), nothing is cached, and a small model is compiled first, so that imports do not count. Other work
-on the machine only ever adds CPU seconds, by taking caches and clock: the ratio is that of the smallest of all rounds,
-beside the range of the rounds' own.
+processes: two that know nothing of each other without sharding, and two gloo ranks at each stage, in turn. No kernel is
+compiled (``regions="aten"``), nothing is cached, and a small model is compiled first, so that imports do not count.
+Other work on the machine only ever adds CPU seconds, by taking caches and clock: the ratio is that of the smallest of
+all rounds, beside the range of the rounds' own.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _worker(arguments: list[str]) -> None:
 
 
 def measure(stage: int | None, layers: int) -> dict[str, float]:
-    """One run in fresh processes; of two ranks, the first one's figures."""
-    ranks = 1 if stage is None else 2
+    """One run in two fresh processes, so that both sides share the machine alike; the first one's figures."""
+    ranks = 2
     with tempfile.TemporaryDirectory() as folder:
         given = [str(-1 if stage is None else stage), "", f"{folder}/store", str(layers)]
         processes = []

@@ -12,7 +12,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from dscompile.torch_compat import TRUNC_NORMAL
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 _LIBRARY.define(
@@ -37,7 +39,7 @@ def truncated_normal_(
 ) -> Tensor:
     """Fill ``tensor`` (contiguous, at least 16 elements) as ``trunc_normal_`` does: normal values in ``[lo, hi]``.
 
-    Source: the loop of ``torch.nn.init._no_grad_trunc_normal_`` (torch 2.13) for bounds that keep most values.
+    Source: the loop of ``torch.nn.init.trunc_normal_`` (torch 2.13) for bounds that keep most values.
     """
     flat = tensor.view(-1)
     flat.normal_(mean, std, generator=generator)
@@ -75,7 +77,7 @@ def rejection_loop(tensor: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | N
     for _ in range(8):
         if frame is None:
             return None
-        if frame.f_code is nn.init._no_grad_trunc_normal_.__code__:
+        if frame.f_code is TRUNC_NORMAL:
             found = frame.f_locals
             if found["tensor"] is not tensor or "result" in found:
                 return None

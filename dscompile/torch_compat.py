@@ -45,6 +45,10 @@ pytree = _pytree
 # -- fake tensors ----------------------------------------------------------------------------------------------------
 
 
+TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_.__code__
+"""The code of ``trunc_normal_``'s rejection loop, by which a frame that runs it is known."""
+
+
 def fake_mode_of(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
     """The fake tensor mode that a traced graph's ``meta["val"]`` tensors belong to, ready to be entered."""
     for node in graph.nodes:

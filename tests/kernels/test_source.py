@@ -45,7 +45,9 @@ def test_the_source_stands_alone_and_uses_triton_language_only(name: str) -> Non
     """No libdevice and no inline assembly, which Triton's interpreter does not have; imports of triton alone."""
     for kernel in kernels(name):
         tree = ast.parse(kernel.source)
-        imported = {a.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+        imported = {
+            a.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names
+        }
         assert imported == {"triton", "triton.language"}
         assert "libdevice" not in kernel.source
         assert "inline_asm" not in kernel.source

@@ -28,8 +28,10 @@ def kernel(name: str = "bias_gelu") -> Kernel:
 
 
 def test_importing_the_backend_imports_no_triton() -> None:
-    code = "import sys, dscompile.codegen.gpu, dscompile.codegen.triton_backend.aot, dscompile.tools.kernels\n"
-    code += "import dscompile.codegen.triton_backend.launch; assert 'triton' not in sys.modules"
+    """PyTorch itself imports Triton where it is installed, so it is hidden: any import of it fails."""
+    code = "import sys; sys.modules['triton'] = None\n"
+    code += "import dscompile.codegen.gpu, dscompile.codegen.triton_backend.aot, dscompile.tools.kernels\n"
+    code += "import dscompile.codegen.triton_backend.launch"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -93,11 +93,9 @@ def test_rows_of_different_lengths_do_not_share_a_kernel() -> None:
 
 def test_a_sum_over_columns_ends_before_it_is_read() -> None:
     found = fused(lambda x: x - x.mean(0), (256, 32))
-    assert [tile.space.kind for _, tile, _, _ in found.kernels] == [
-        SpaceKind.ROWS,
-        SpaceKind.FINISH,
-        SpaceKind.FLAT,
-    ] or [tile.space.kind for _, tile, _, _ in found.kernels] == [SpaceKind.ROWS, SpaceKind.FINISH, SpaceKind.ROWS]
+    kinds = [tile.space.kind for _, tile, _, _ in found.kernels]
+    assert kinds[:2] == [SpaceKind.ROWS, SpaceKind.FINISH]
+    assert len(kinds) == 3
     assert "a reduction over all rows must end before its result is read" in reasons(found)
 
 
@@ -152,7 +150,10 @@ def test_a_cheap_value_is_computed_twice_rather_than_stored() -> None:
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
-CLASSIC = {name: 1.0 for name in entries() if not name.endswith("backward")} | {
+SCALARS = 4096
+"""Bytes of scalar operands, and of the partial results of two scalars, written and read."""
+
+MOST = {name: 1.0 for name in entries() if not name.endswith("backward")} | {
     "bias_gelu_backward": 1.05, "bias_silu_backward": 1.05, "bias_dropout_residual_backward": 1.05,
     "layer_norm_backward": 1.05, "rms_norm_backward": 1.05, "softmax_backward": 1.0, "cross_entropy_backward": 1.0,
     "cross_entropy": 1.0, "cross_entropy_both": 1.51, "lamb": 1.45,
@@ -160,7 +161,7 @@ CLASSIC = {name: 1.0 for name in entries() if not name.endswith("backward")} | {
 """The most of the ideal. LAMB stores its update between norms and step; the fused loss reads long rows twice."""
 
 
-@pytest.mark.parametrize("name", sorted(CLASSIC))
+@pytest.mark.parametrize("name", sorted(MOST))
 def test_bytes_are_the_ideal_ones_but_for_partial_results(name: str) -> None:
     """The ideal is counted here from the graph's inputs and outputs alone; 8192 x 1024 in bf16."""
     rows, cols = {"rotary": (1024, 64)}.get(name, (1024, 50304) if name.startswith("cross") else (8192, 1024))
@@ -169,10 +170,8 @@ def test_bytes_are_the_ideal_ones_but_for_partial_results(name: str) -> None:
     outputs = graph.output_node().args[0]
     ends = {*graph.find_nodes(op="placeholder"), *(outputs if isinstance(outputs, (list, tuple)) else [outputs])}
     ideal = sum(n.meta["val"].numel() * n.meta["val"].dtype.itemsize for n in ends)
-    left = sum(
-        n.meta["val"].nbytes for n in graph.nodes if n in {i for i in found.order if isinstance(i, torch.fx.Node)}
-    )
-    assert ideal * 0.99 - left <= found.bytes <= CLASSIC[name] * ideal + 1024
+    left = sum(n.meta["val"].nbytes for n in found.order if isinstance(n, torch.fx.Node))
+    assert ideal * 0.99 - left <= found.bytes <= MOST[name] * ideal + SCALARS
     inductors = {"bias_gelu_backward": 3, "layer_norm_backward": 3}  # kernels.md, section 3; forward and backward
     assert len(found.kernels) <= inductors.get(name, 3)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import fx
@@ -36,7 +35,8 @@ class Flow:
         self.left: dict[fx.Node, str] = {}
         self.inputs = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
         self.output = graph.output_node()
-        self._reads: dict[tuple[fx.Node, bool], frozenset[fx.Node]] = {}
+        self._sources: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._reads: dict[tuple[frozenset[Part], frozenset[fx.Node]], frozenset[fx.Node]] = {}
         for node in graph.nodes:
             if node.op != "call_function" or is_view(node) or operator_name(node) in CONSTANTS:
                 continue
@@ -66,6 +66,12 @@ class Flow:
 
     def sources(self, node: fx.Node) -> frozenset[fx.Node]:
         """The operators and inputs that a node reads, looking through views and constants."""
+        known = self._sources.get(node)
+        if known is None:
+            known = self._sources[node] = self._find_sources(node)
+        return known
+
+    def _find_sources(self, node: fx.Node) -> frozenset[fx.Node]:
         found: set[fx.Node] = set()
         stack = list(node.all_input_nodes)
         while stack:
@@ -76,10 +82,14 @@ class Flow:
                 found.add(read)
         return frozenset(found)
 
-    def reads(self, parts: Iterable[Part], copies: Iterable[fx.Node] = ()) -> frozenset[fx.Node]:
+    def reads(self, parts: frozenset[Part], copies: frozenset[fx.Node] = frozenset()) -> frozenset[fx.Node]:
         """What a kernel of these parts loads: sources that it does not make itself."""
-        parts, copies = list(parts), set(copies)
-        made = {p.node for p in parts if not p.partial} | copies
+        known = self._reads.get((parts, copies))
+        if known is None:
+            known = self._reads[parts, copies] = self._find_reads(parts, copies)
+        return known
+
+    def _find_reads(self, parts: frozenset[Part], copies: frozenset[fx.Node]) -> frozenset[fx.Node]:
         found: set[fx.Node] = set()
         for part in parts:
             finishes = part.node in self.reductions and self.reductions[part.node].partial and not part.partial
@@ -87,7 +97,7 @@ class Flow:
                 found |= self.sources(part.node)
         for node in copies:
             found |= self.sources(node)
-        return frozenset(found - made)
+        return frozenset(found - {p.node for p in parts if not p.partial} - copies)
 
     def touched(self, parts: frozenset[Part]) -> frozenset[object]:
         """Everything that a kernel reads or makes: two kernels are neighbours if they have one in common."""

@@ -158,21 +158,15 @@ class _Fusion:
 
     def _after(self, item: Group | fx.Node) -> list[Group | fx.Node]:
         """Groups and left operators that read what ``item`` makes."""
-        readers: list[Group | fx.Node] = []
-        made = {p.node for p in item.parts} if isinstance(item, Group) else {item}
-        for group in self.groups:
-            if group is item:
-                continue
-            reads = self.flow.reads(group.parts, group.copies)
-            finishes = isinstance(item, Group) and any(
-                p.partial and Part(p.node, False, p.order) in group.parts for p in item.parts
-            )
-            if finishes or any(n in reads for n in made if self._makes(item, n)):
-                readers.append(group)
-        readers += [
-            n for n in self.flow.left if n is not item and any(self._makes(item, s) for s in self.flow.sources(n))
+        made = {p.node for p in item.parts if not p.partial} if isinstance(item, Group) else {item}
+        halves = {Part(p.node, False, p.order) for p in item.parts if p.partial} if isinstance(item, Group) else set()
+        readers: list[Group | fx.Node] = [
+            group
+            for group in self.groups
+            if group is not item
+            and (halves & group.parts or not made.isdisjoint(self.flow.reads(group.parts, group.copies)))
         ]
-        return readers
+        return readers + [n for n in self.flow.left if n is not item and not made.isdisjoint(self.flow.sources(n))]
 
     def _makes(self, item: Group | fx.Node, node: fx.Node) -> bool:
         if isinstance(item, fx.Node):

@@ -151,9 +151,8 @@ def _number(size: Any) -> int:
 
 def bind(assembled: Assembled, launcher: Callable[[Kernel], Callable[..., None]]) -> Callable[[list[Any]], Any]:
     """The function, with each kernel made launchable by ``launcher``."""
-    scope: dict[str, Any] = {"torch": torch, "operator": operator} | {
-        f"launch_{k.name}": launcher(k) for k in assembled.kernels
-    }
+    scope: dict[str, Any] = {"torch": torch, "operator": operator}
+    scope |= {f"launch_{kernel.name}": launcher(kernel) for kernel in assembled.kernels}
     exec(compile(assembled.source, "<dscompile kernels>", "exec"), scope)
     function: Callable[[list[Any]], Any] = scope["run"]
     return function

@@ -10,22 +10,22 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import time  # noqa: E402
-from typing import Any  # noqa: E402
+import time
+from typing import Any
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-from dscompile.codegen.emit import emit_aten  # noqa: E402
-from dscompile.codegen.gpu import choose  # noqa: E402
-from dscompile.codegen.regions import cut, region_module  # noqa: E402
-from dscompile.codegen.triton_backend.assemble import bind  # noqa: E402
-from dscompile.codegen.triton_backend.launch import Launcher  # noqa: E402
-from dscompile.config import Config  # noqa: E402
-from dscompile.runtime.execute import define  # noqa: E402
-from tests.build import random_inputs, trace  # noqa: E402
-from tests.kernels.interpret import main  # noqa: E402
+from dscompile.codegen.emit import emit_aten
+from dscompile.codegen.gpu import choose
+from dscompile.codegen.regions import cut, region_module
+from dscompile.codegen.triton_backend.assemble import bind
+from dscompile.codegen.triton_backend.launch import Launcher
+from dscompile.config import Config
+from dscompile.runtime.execute import define
+from tests.build import random_inputs, trace
+from tests.kernels.interpret import main
 
 
 class Block(nn.Module):
@@ -49,11 +49,12 @@ class Llama(nn.Module):
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.first, self.norm = nn.Linear(width, width), nn.RMSNorm(width)
         self.gate, self.up, self.down = (nn.Linear(width, 40, bias=False), nn.Linear(width, 40, bias=False),
                                          nn.Linear(40, width, bias=False))  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
         y = self.norm(x)
         return x + self.down(functional.silu(self.gate(y)) * self.up(y))
 

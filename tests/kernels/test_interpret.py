@@ -101,6 +101,26 @@ def test_attention_is_right_for_every_block_size_and_mask() -> None:
     assert not wrong
 
 
+# -- whole graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def regions() -> dict[str, Any]:
+    return work("interpret_region", ["block", "llama"])
+
+
+@pytest.mark.parametrize("model", ["block", "llama"])
+def test_a_models_joint_graph_is_right_with_kernels_and_operators_mixed(regions: dict[str, Any], model: str) -> None:
+    found = regions[model]
+    assert not isinstance(found, str), found
+    assert max(found["errors"]) < 1e-5, "fp32, against PyTorch's own kernels"
+    assert found["strides"]
+    assert all(name.startswith(("%addmm", "%bmm", "%mm")) for name in found["left"]), (
+        "only products are left to PyTorch"
+    )
+    assert found["kernels"] <= {"block": 13, "llama": 8}[model]
+
+
 # -- the shim ----------------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,6 @@ _PUBLIC = {
     "finish_gradients": "precision",
     "deferred_init": "deferred",
     "is_deferred": "deferred",
-    "linear_cross_entropy": "cross_entropy",
     "materialise": "deferred",
     "initialize": "engine.initialize",
     "Engine": "engine.engine",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.memory import allocation_peak
 from dscompile import linear_cross_entropy, loss_ops
 
 ROWS, WIDTH, CLASSES = 37, 16, 101
@@ -63,24 +64,18 @@ def test_batched_input_and_other_ignored_class() -> None:
     )
 
 
-def test_peak_is_a_quarter_of_eagers(monkeypatch) -> None:
-    """Counted in rows of the tensors made: eager makes three of all logits, we two of a chunk."""
-    monkeypatch.setattr(loss_ops, "CHUNK_BYTES", 4 * CLASSES * 4)
-    leaves, target = problem(torch.float32, False)
-    largest = 0
+def test_a_quarter_of_the_memory_at_a_vocabulary_of_128k() -> None:
+    x = torch.randn(512, 8, requires_grad=True)
+    weight = torch.randn(128_000, 8, requires_grad=True)
+    target = torch.randint(128_000, (512,))
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for value in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(value, Tensor) and value.shape[1:] == (CLASSES,) and value.is_contiguous():
-                    largest = max(largest, value.shape[0])
-            return out
+    def eager() -> None:
+        torch.autograd.grad(F.cross_entropy(F.linear(x, weight), target), (x, weight))
 
-    with Watch():
-        loss_ops._kernel(*[leaf.detach() for leaf in leaves], None, target, loss_ops.MEAN, -100, True)
-    assert 0 < largest <= 4
+    def chunked() -> None:
+        torch.autograd.grad(linear_cross_entropy(x, weight, target), (x, weight))
+
+    assert allocation_peak(chunked) <= allocation_peak(eager) / 4
 
 
 def test_errors() -> None:

@@ -171,6 +171,8 @@ def _conjunction(node: fx.Node, visible: bool) -> Iterator[Part]:
             yield from _conjunction(operand, visible)  # type: ignore[arg-type]
     elif node.target in _NOT:
         yield from _conjunction(node.args[0], not visible)  # type: ignore[arg-type]
+    elif node.meta["val"].dtype is not torch.bool:
+        raise UnknownMaskError(f"a mask is made of numbers, no booleans (%{node.name})")
     else:
         yield Part.of(node, visible=visible)
 

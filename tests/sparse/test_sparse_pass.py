@@ -374,6 +374,11 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str]] = {
         (torch.ones(2, 1, 64, 64, dtype=torch.bool),),
         "differs from query to query",
     ),
+    "numbers as a mask": (
+        lambda q, k, v, m: sdpa(q, k, v, torch.logical_and(torch.zeros(64), m)),
+        (torch.ones(2, 1, 1, 64, dtype=torch.bool),),
+        "no booleans",
+    ),
     "head size": (lambda q, k, v: sdpa(q[..., :4], k[..., :4], v[..., :4]).repeat(1, 1, 1, 2), (), "head size 4"),
     "too short": (
         lambda q, k, v: sdpa(q[:, :, :32], k[:, :, :32], v[:, :, :32]).repeat(1, 1, 2, 1), (), "has 2 blocks"

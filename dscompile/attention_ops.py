@@ -104,6 +104,25 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> None:
             )
 
 
+def check_transposed(blocks: Blocks) -> None:
+    """Refuse a backward without a transposed layout that fits the layout.
+
+    Raises:
+        UnsupportedError: it is missing, or has other heads or another number of blocks.
+    """
+    for name, one, other in (
+        ("row_ptr", blocks.row_ptr, blocks.t_row_ptr),
+        ("col_idx", blocks.col_idx, blocks.t_col_idx),
+    ):
+        if one is None and other is None:
+            continue
+        if one is None or other is None or one.shape[0] != other.shape[0]:
+            raise UnsupportedError(
+                f"block-sparse attention: the backward needs {name} and t_{name} of one layout; their first dimensions "
+                f"are {None if one is None else one.shape[0]} and {None if other is None else other.shape[0]}."
+            )
+
+
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +144,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = Blocks(*layout)
     check_attention(q, k, v, blocks)
+    check_transposed(blocks)
     return gathered_backward(grad_out, q, k, v, out, lse, blocks)
 
 
@@ -133,6 +153,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = Blocks(*layout)
     check_attention(q, k, v, blocks)
+    check_transposed(blocks)
     kernels = _compiled(q.dtype)
     if kernels is None:
         return gathered_backward(grad_out, q, k, v, out, lse, blocks)

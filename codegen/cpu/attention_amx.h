@@ -10,7 +10,7 @@
 #ifdef HAVE_AMX
 namespace {
 
-constexpr int64_t PACKED = 16 << 20;    // bytes of packed operands that stay in cache and cost few page faults
+constexpr int64_t PACKED = 16 << 20;       // bytes of packed operands that stay in cache and cost few page faults
 constexpr int64_t PACKED_MOST = 96 << 20;  // what they may take to give each thread a head, unless one head needs more
 
 template <typename T>
@@ -29,8 +29,7 @@ inline int64_t heads_at_once(const Problem& p, int64_t bytes_a_head) {
 // meanwhile.
 template <int PLANES>
 bool softmax_packed(const float* scores, int64_t lanes, int64_t used, int64_t rows, int64_t chunk, float factor,
-                    float* top, float* total, float* fade, const Tiles& to, Ahead values,
-                    Ahead keys) {
+                    float* top, float* total, float* fade, const Tiles& to, Ahead values, Ahead keys) {
   Ints moved{};
   for (int64_t i = 0; i < used; i += L) {
     Vec high = load(scores + i);

@@ -6,6 +6,8 @@ namespace {
 
 template <typename T>
 int forward(const Problem& p, const View& q, const View& k, const View& v, const View& out, float* lse, bool tiles) {
+  const int64_t rows = (p.seq_q + p.block - 1) / p.block, columns = (p.seq_k + p.block - 1) / p.block;
+  if (!valid(p.row_ptr, p.col_idx, p.nnz, p.layout_heads, rows, columns)) return 2;
 #ifdef HAVE_AMX
   if (tiles) return forward_amx<T>(p, q, k, v, out, lse);
 #endif
@@ -16,6 +18,8 @@ int forward(const Problem& p, const View& q, const View& k, const View& v, const
 template <typename T>
 int backward(const Problem& p, const View& grad, const View& q, const View& k, const View& v, const View& out,
              const float* lse, const View& dq, const View& dk, const View& dv, bool tiles) {
+  const int64_t rows = (p.seq_k + p.block - 1) / p.block, columns = (p.seq_q + p.block - 1) / p.block;
+  if (!valid(p.t_row_ptr, p.t_col_idx, p.t_nnz, p.layout_heads, rows, columns)) return 2;
 #ifdef HAVE_AMX
   if (tiles) return backward_amx<T>(p, grad, q, k, v, out, lse, dq, dk, dv);
 #endif
@@ -34,7 +38,7 @@ extern "C" int attention_has_tiles() {
 #endif
 }
 
-// Each returns 0, or 1 if there was no memory for scratch. `tiles`: on AMX tiles; needs attention_has_tiles().
+// Each returns 0; 1 if there was no memory for scratch; 2 for an invalid layout. `tiles`: on AMX tiles; needs attention_has_tiles().
 #define ENTRIES(name, type)                                                                                            \
   extern "C" int attention_forward_##name(const Problem* p, const View* q, const View* k, const View* v,               \
                                           const View* out, float* lse, int tiles) {                                    \

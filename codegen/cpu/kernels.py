@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from dscompile.attention_gathered import Blocks, lse_like, result_like
+from dscompile.errors import UnsupportedError
 
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Dtypes that the kernels take, with the suffix of their entries."""
+
+
+_INVALID = 2
+"""What an entry returns for a layout that would read outside the tensors."""
 
 
 class _View(ctypes.Structure):
@@ -27,7 +32,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "heads", "seq_q", "seq_k", "size", "block", "layout_heads")),
         *((name, ctypes.c_void_p) for name in ("row_ptr", "col_idx", "t_row_ptr", "t_col_idx", "key_padding")),
-        *((name, ctypes.c_int64) for name in ("causal", "threads")),
+        *((name, ctypes.c_int64) for name in ("nnz", "t_nnz", "causal", "threads")),
         ("scale", ctypes.c_double),
     )
 
@@ -75,6 +80,12 @@ class AttentionKernels:
 
     def _call(self, direction: str, dtype: torch.dtype, *arguments: Any) -> None:
         failed = getattr(self.library, f"attention_{direction}_{NAMES[dtype]}")(*arguments)
+        if failed == _INVALID:
+            name = "t_" if direction == "backward" else ""
+            raise UnsupportedError(
+                f"block-sparse attention {direction}: {name}row_ptr must ascend inside {name}col_idx, and each row's "
+                "columns must ascend inside the sequence's blocks."
+            )
         if failed:
             raise MemoryError(f"block-sparse attention {direction}: no memory for scratch buffers")
 
@@ -101,6 +112,7 @@ def _problem(q: Tensor, k: Tensor, blocks: Blocks) -> tuple[_Problem, list[Tenso
     problem = _Problem(
         *(batch, heads, seq, k.shape[2], size, blocks.block, shared),
         *map(_data, held),
+        *(0 if x is None else x.numel() for x in (blocks.col_idx, blocks.t_col_idx)),
         *(int(blocks.causal), torch.get_num_threads(), blocks.scale),
     )
     return problem, held

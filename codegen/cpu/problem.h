@@ -31,6 +31,19 @@ struct View {  // [batch, heads, seq, size], elements of `size` adjacent
   }
 };
 
+// Whether a layout's rows lie inside its list of `nnz` columns, and each row's columns ascend inside [0, width).
+inline bool valid(const int32_t* offsets, const int32_t* columns, int64_t nnz, int64_t heads, int64_t rows,
+                  int64_t width) {
+  for (int64_t h = 0; offsets && h < heads; h++)
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t begin = offsets[h * (rows + 1) + r], end = offsets[h * (rows + 1) + r + 1];
+      if (begin < 0 || end < begin || end > nnz) return false;
+      for (int64_t i = begin; i < end; i++)
+        if (columns[i] < 0 || columns[i] >= width || (i > begin && columns[i] <= columns[i - 1])) return false;
+    }
+  return true;
+}
+
 struct Columns {  // the column blocks of one row of a layout; no list means all
   const int32_t* list;
   int64_t count;
@@ -54,6 +67,7 @@ extern "C" struct Problem {
   int64_t batch, heads, seq_q, seq_k, size, block, layout_heads;
   const int32_t *row_ptr, *col_idx, *t_row_ptr, *t_col_idx;
   const uint8_t* key_padding;  // [batch, seq_k], or null
+  int64_t nnz, t_nnz;          // lengths of col_idx and t_col_idx
   int64_t causal, threads;
   double scale;
 };

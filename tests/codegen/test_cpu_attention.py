@@ -73,7 +73,8 @@ def random_layout(heads: int, rows: int, columns: int, density: float = 0.5) -> 
 
 def error(found: Tensor, exact: Tensor) -> float:
     """Largest difference over the largest value."""
-    return float((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+    found, exact = found.detach().double(), exact.detach()
+    return float((found - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
 @pytest.fixture(scope="module")
@@ -347,3 +348,34 @@ def test_what_the_kernel_cannot_do_stays_with_pytorch(arguments: dict[str, objec
     torch.compile(attend, backend="dscompile", options={"attention": "kernel", "cache": False})(x)
     (choice,) = dscompile.last_report()[-1].facts["attention"] or [f"not one operator: {reason}"]
     assert reason in choice
+
+
+@pytest.mark.parametrize(
+    ("pointers", "columns"),
+    [
+        ([0, 1, 3], [0, 0, 2]),
+        ([0, 1, 3], [0, 1, 1]),
+        ([0, 2, 1], [0, 1, 1]),
+        ([0, 1, 4], [0, 0, 1]),
+        ([0, 1, 2], [-1, 0]),
+    ],
+    ids=["past the end", "twice", "descending", "past the list", "negative"],
+)
+def test_a_layout_that_would_read_outside_is_refused(
+    kernels: AttentionKernels, pointers: list[int], columns: list[int]
+) -> None:
+    q, k, v, grad = tensors((1, 1, 32, 32, 16), torch.float32)
+    bad = torch.tensor([pointers], dtype=torch.int32), torch.tensor(columns, dtype=torch.int32)
+    good = csr(torch.ones(1, 2, 2, dtype=torch.bool))
+    with pytest.raises(UnsupportedError, match=r"forward: row_ptr must ascend"):
+        kernels.forward(q, k, v, Blocks(*bad, *good, 16, False, None, 1.0))
+    out, lse = kernels.forward(q, k, v, Blocks(*good, *bad, 16, False, None, 1.0))
+    with pytest.raises(UnsupportedError, match=r"backward: t_row_ptr must ascend"):
+        kernels.backward(grad, q, k, v, out, lse, Blocks(*good, *bad, 16, False, None, 1.0))
+
+
+def test_a_backward_without_its_transposed_layout_is_refused() -> None:
+    q, k, v, _ = tensors((1, 1, 32, 32, 16), torch.float32)
+    out, _ = OP(q.requires_grad_(), k, v, *csr(torch.eye(2, dtype=torch.bool)[None]), None, None, 16, False, None, 1.0)
+    with pytest.raises(UnsupportedError, match="backward needs row_ptr and t_row_ptr"):
+        out.sum().backward()

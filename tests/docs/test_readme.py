@@ -35,6 +35,9 @@ DOCUMENTS = (
     "docs/zero.md",
     "docs/precision.md",
     "docs/attention.md",
+    "docs/checkpoints.md",
+    "docs/fused_loss.md",
+    "docs/kernels.md",
     "docs/sparse_attention.md",
 )
 

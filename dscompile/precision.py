@@ -268,7 +268,8 @@ def _norm(gradient: Tensor) -> Tensor:
     whole = flat.numel() // _PIECE * _PIECE
     pieces = torch.linalg.vector_norm(flat[:whole].view(-1, _PIECE), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
-    return (pieces.double().square().sum() + rest.square()).sqrt()
+    squares: Tensor = pieces.double().square().sum() + rest.square()
+    return squares.sqrt()
 
 
 def _local(tensor: Tensor) -> Tensor:

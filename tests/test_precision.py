@@ -149,6 +149,17 @@ def test_the_square_of_a_large_gradient_is_no_overflow() -> None:
     report = finish_gradients(given(torch.full((4,), 1e30)))
     assert not report.overflow
     assert report.norm == pytest.approx(2e30, rel=1e-6)
+    report = finish_gradients(given(torch.full((4 * 4096,), 1e30)))
+    assert not report.overflow
+    assert report.norm == pytest.approx(128e30, rel=1e-6)
+
+
+def test_the_norm_of_a_large_gradient_is_exact() -> None:
+    """A sum in fp32 alone would be wrong in the fourth digit."""
+    value = torch.randn(3_000_001)
+    report = finish_gradients(given(value.clone(), value[:5].clone()))
+    expected = (value.double().square().sum() + value[:5].double().square().sum()).sqrt()
+    assert report.norm == pytest.approx(float(expected), rel=1e-7)
 
 
 def test_no_gradients_at_all() -> None:

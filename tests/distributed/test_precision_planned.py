@@ -16,6 +16,8 @@ from dscompile.errors import VerifyError
 from dscompile.graph import StepGraph
 from dscompile.manager import Numerics
 from dscompile.sharding import Sharding
+from dscompile.text import print_graph
+from dscompile.text_parse import parse_graph
 from tests.distributed.planned import Plan, fake_world, launches, markers, plan
 
 
@@ -110,6 +112,13 @@ def test_casts_happen_while_packing() -> None:
             assert node.meta["val"].dtype is torch.bfloat16
     casts = found.joint.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default)
     assert not [n for n in casts if any(_is_parameter(o) for o in n.all_input_nodes)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_text_of_a_typed_graph_parses_back(stage: int) -> None:
+    text = print_graph(planned(stage, "bf16").joint)
+    assert "bf16" in text
+    assert print_graph(parse_graph(text)) == text
 
 
 def _is_parameter(node: fx.Node) -> bool:

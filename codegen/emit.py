@@ -191,7 +191,7 @@ def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dic
 
     A view computes none, wherever it stands.
     """
-    compiled = {key for key, code in program.codes.items() if code.kind == "inductor"}
+    compiled = {key for key, code in program.codes.items() if code.kind in ("inductor", "triton")}
     inside = total = 0
     for region in regions:
         made = sum(_bytes(n) for n in region.nodes if not _is_gemm(n))
@@ -201,11 +201,14 @@ def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dic
         "nodes": len(graph.graph.nodes),
         "regions": sum(not r.inline for r in regions),
         "compiled_regions": len(compiled),
+        "triton_regions": sum(code.kind == "triton" for code in program.codes.values()),
+        "choices": sorted({code.choice for code in program.codes.values() if code.choice}),
         "aten_regions": sum(r.key not in compiled and not r.inline for r in regions),
         "inline_nodes": sum(len(r.nodes) for r in regions if r.inline),
         "donated_inputs": sum(len(r.donated) for r in regions),
         "bytes": total,
         "bytes_compiled": inside,
+        "attention": list(dict.fromkeys(choice for code in program.codes.values() for choice in code.attention)),
     }
 
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from dscompile.codegen.cpu.choice import choose_attention
 from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
+from dscompile.codegen.gpu import TritonRegion, choose, on_gpu
 from dscompile.codegen.regions import Region, region_module
 from dscompile.config import Config
 from dscompile.errors import UnsupportedError
@@ -37,6 +39,17 @@ def lower_region(region: Region, config: Config) -> RegionCode:
     if config.regions == "aten":
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reference=source)
+    reference = _reference(module)
+    why = ""
+    if config.kernels == "auto" and on_gpu(region):
+        choice = choose(module, region.key)
+        why = choice.why
+        log.info("GPU region %s: %s, so %s", _where(region), why, "ours" if choice.assembled else "Inductor's")
+        if choice.assembled is not None:
+            source = choice.assembled.source
+            ours = TritonRegion(choice.assembled.kernels)
+            return RegionCode(region.key, "triton", source, reference=reference, artifact=ours, choice=why)
+    attention, fallbacks = choose_attention(module, config)
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()
@@ -46,7 +59,14 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing)
-    return RegionCode(region.key, "inductor", artifact.source_code, reference=_reference(module), artifact=artifact)
+    return RegionCode(
+        *(region.key, "inductor", artifact.source_code),
+        reference=reference,
+        artifact=artifact,
+        choice=why,
+        attention=tuple(attention),
+        fallbacks=tuple(fallbacks),
+    )
 
 
 def _reference(module: fx.GraphModule) -> str:

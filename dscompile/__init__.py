@@ -37,17 +37,41 @@ _PUBLIC = {
     "reduce_pending": "accumulate",
     "discard_accumulation": "accumulate",
     "check_plain": "accumulate",
+    "LossScaler": "precision",
+    "finish_gradients": "precision",
     "deferred_init": "deferred",
     "is_deferred": "deferred",
     "materialise": "deferred",
+    "initialize": "engine.initialize",
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.ds_config",
+    "init_distributed": "engine.processes",
+    "add_config_arguments": "engine.command_line",
+    "RepeatingLoader": "engine.data",
+    "save_checkpoint": "engine.checkpoint",
+    "load_checkpoint": "engine.checkpoint",
+    "export_safetensors": "engine.export",
+    "load_weights": "engine.export",
+    "linear_cross_entropy": "loss_ops",
+    "sparse_attention": "block_sparse",
+    "SparseSelfAttention": "block_sparse",
+    "SparseAttentionUtils": "block_sparse",
+    "BlockLayout": "block_layout",
+    "evoformer_attention": "evoformer",
+    "DS4Sci_EvoformerAttention": "evoformer",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+_MODULES = {"zero": "engine.zero", "checkpointing": "engine.checkpointing"}
+"""DeepSpeed's names that are modules: ``dscompile.zero.Init``, ``dscompile.checkpointing.checkpoint``."""
+
+__all__ = ["__version__", *sorted({**_PUBLIC, **_MODULES})]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"dscompile.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dscompile.{_MODULES[name]}")
     raise AttributeError(f"module 'dscompile' has no attribute {name!r}")
 
 

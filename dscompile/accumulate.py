@@ -7,9 +7,10 @@
     model(last).backward()           # reduces both together, then fills .grad; hooks fire
     optimizer.step()
 
-The accumulator is full-sized on every rank, in the parameter's dtype, from the first backward pass inside ``no_sync``
-to the one at the boundary. ``optimizer.zero_grad()`` does not touch it: :func:`discard_accumulation` does.
-``zero.reduce_micro_batches`` (stages 2 and 3) trades it for a reduction in every micro-batch.
+The accumulator is full-sized on every rank, in ``precision.grad_dtype`` (by default the master's dtype), from the first
+backward pass inside ``no_sync`` to the one at the boundary. ``optimizer.zero_grad()`` does not touch it:
+:func:`discard_accumulation` does. ``zero.reduce_micro_batches`` (stages 2 and 3) trades it for a reduction in every
+micro-batch.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def reduce_pending(model: nn.Module) -> None:
 def _reduce(slot: Slot) -> None:
     spec, full = slot.spec, cast(Tensor, slot.accumulated)
     with torch.no_grad():
-        local = reduce_grad(full, spec.dim, spec.rows(slot.rank)[1], spec.world, spec.group)
+        rows, out = spec.rows(slot.rank)[1], slot.shard.dtype
+        local = reduce_grad(full, spec.dim, rows, spec.world, spec.group, spec.wire, out)
         grad = wrap_like(slot.param, local)
         slot.param.grad = grad if slot.param.grad is None else slot.param.grad + grad
     slot.close_window()
@@ -127,6 +129,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _check_slot(slot: Slot) -> None:
+    slot.fresh = None  # a fused optimizer writes unseen by version counters
     if slot.accumulated is not None:
         raise ShardingError(
             f"optimizer.step() in the middle of an accumulation window: {slot.spec.fqn} holds gradients that were "

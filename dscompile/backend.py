@@ -35,7 +35,7 @@ from dscompile.runtime.code import ProgramCode, loading_into
 from dscompile.runtime.gemm import GemmChoice
 from dscompile.sharding import Sharding
 from dscompile.source import source_line
-from dscompile.split import split
+from dscompile.split import borrowed, split
 from dscompile.torch_compat import aot_autograd, default_partition, donated_saved_values
 from dscompile.verify_comm import check_saved, listing
 
@@ -115,6 +115,7 @@ class Frame:
         self.inputs = inputs
         self.name = name
         self.halves: dict[GraphKind, StepGraph] = {}
+        self.borrowed: frozenset[str] = frozenset()
         self.records: list[PassRecord] = []
         self.verdict = ""
         self.reference: Snapshot | None = None
@@ -154,6 +155,7 @@ class Frame:
             self._merge(proof.verdict.value)
         if self.config.limit is None:
             check_saved(halves.forward, halves.saved)
+        self.borrowed = borrowed(halves.forward, halves.saved)
         self.halves = {GraphKind.FORWARD: halves.forward, GraphKind.BACKWARD: halves.backward}
         return halves.forward.module, halves.backward.module
 
@@ -165,7 +167,7 @@ class Frame:
         """Compile the backward half; saved values that nothing else holds may be overwritten."""
         graph = self._half(GraphKind.BACKWARD, module)
         names = [p.name for p in graph.placeholders()]
-        return self.compile(graph, frozenset(names[i] for i in donated_saved_values()))
+        return self.compile(graph, frozenset(names[i] for i in donated_saved_values()) - self.borrowed)
 
     def compile_inference(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> OutputCode:
         """Run the same pipeline on a graph without backward, and compile it."""
@@ -191,18 +193,19 @@ class Frame:
         self.seconds["passes"] = sum(r.seconds for r in self.records)
         self.seconds["check"] += sum(r.check_seconds for r in self.records)
         for record in self.records:
+            self.notes += [f"{d.pass_name}: %{d.node} {d.choice}: {d.reason}" for d in record.decisions if d.fallback]
             proved = record.verdict in (Verdict.PROVED.value, Verdict.UNCHECKED.value)
             self._merge(record.verdict if proved else record.numerics)
         graph.module.recompile()
 
     def _pipeline(self) -> str:
         """The configured pipeline; the default one of a sharded model is that of its ZeRO stage."""
-        stage = self.sharding.stage
-        if self.config.pipeline != "default" or stage is None:
-            return self.config.pipeline
-        from dscompile.passes import zero_pipeline
+        from dscompile.passes import with_sparse_attention, zero_pipeline
 
-        return zero_pipeline(stage, self.config.zero)
+        stage, text = self.sharding.stage, self.config.pipeline
+        if text == "default" and stage is not None:
+            text = zero_pipeline(stage, self.config.zero)
+        return with_sparse_attention(text, self.config)
 
     def _merge(self, verdict: str) -> None:
         """The weakest verdict of a compilation is its verdict."""
@@ -235,7 +238,8 @@ class Frame:
             seconds={k: v for k, v in self.seconds.items() if "compile" not in k or str(graph.kind) in k},
             gemm=GemmChoice.of(self.config.gemm).reason,
             verdict=self.verdict,
-            fallbacks=[code.reason for code in codes.values() if code.reason] + self.notes,
+            fallbacks=[reason for code in codes.values() for reason in (code.reason, *code.fallbacks) if reason]
+            + self.notes,
             summary=self.config.summary,
         )
         last = graph.kind is not GraphKind.FORWARD
@@ -270,5 +274,6 @@ def _record(record: PassRecord) -> dict[str, Any]:
         "nodes": [record.nodes_before, record.nodes_after],
         "edits": record.edits,
         "verdict": record.verdict,
+        "apart_from": record.apart_from,
         "decisions": len(record.decisions),
     }

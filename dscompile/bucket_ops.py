@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dscompile.placement import resident_of
+from dscompile.collectives import COLLECTIVES
+from dscompile.ops import mean_of_parts
+from dscompile.placement import compute_copy, resident_of
 from dscompile.resident import is_fresh, set_fresh
-from dscompile.shard_layout import ShardLayout, decode
+from dscompile.shard_layout import ShardLayout, decode, stays_local
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 
@@ -55,10 +57,16 @@ def _offsets(layouts: Sequence[ShardLayout]) -> list[tuple[ShardLayout, int, int
 # -- gathers ---------------------------------------------------------------------------------------------------------
 
 
-def pack_shards(shards: Sequence[Tensor], layouts: Sequence[int], world: int, new: New = new_empty) -> Tensor:
-    """Copy this rank's shards, padded, into one flat buffer: ``[sum of piece_numel]``, dtype of the shards."""
+def pack_shards(
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    dtype: torch.dtype | None = None,
+    new: New = new_empty,
+) -> Tensor:
+    """Copy this rank's shards, padded, into one flat buffer: ``[sum of piece_numel]``, of ``dtype`` or the shards'."""
     found = decode(layouts, world)
-    flat = new(shards[0], (total(found),))
+    flat = new(_like(shards[0], dtype), (total(found),))
     for shard, (layout, start, stop) in zip(shards, _offsets(found), strict=True):
         piece = flat[start:stop].view(layout.piece)
         source = shard.reshape(layout.grid) if layout.dim < 0 else shard
@@ -69,17 +77,34 @@ def pack_shards(shards: Sequence[Tensor], layouts: Sequence[int], world: int, ne
     return flat
 
 
-def _pack_shards_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
-    return shards[0].new_empty(total(decode(layouts, world)))
+def _pack_shards_fake(
+    shards: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return shards[0].new_empty(total(decode(layouts, world)), dtype=dtype)
 
 
-def unpack_params(gathered: Tensor, layouts: Sequence[int], world: int, new: New = new_empty) -> list[Tensor]:
-    """The full tensors of a gathered flat buffer ``[world * sum of piece_numel]``, each in memory of its own."""
+def _like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What a new buffer takes its dtype and device from."""
+    return tensor if dtype in (None, tensor.dtype) else tensor.new_empty(0, dtype=dtype)
+
+
+def unpack_params(
+    gathered: Tensor,
+    layouts: Sequence[int],
+    world: int,
+    dtype: torch.dtype | None = None,
+    new: New = new_empty,
+) -> list[Tensor]:
+    """The full tensors of a gathered flat buffer ``[world * sum of piece_numel]``, each in memory of its own.
+
+    They are of ``dtype``, or of the buffer's.
+    """
     found = decode(layouts, world)
     ranks = gathered.view(world, -1)
+    like = _like(gathered, dtype)
     fulls = []
     for layout, start, stop in _offsets(found):
-        fulls.append(new(gathered, layout.shape))
+        fulls.append(new(like, layout.shape))
         _fill(fulls[-1], ranks[:, start:stop], layout)
     return fulls
 
@@ -98,17 +123,28 @@ def _fill(full: Tensor, pieces: Tensor, layout: ShardLayout) -> None:
             grid.narrow(layout.axis, first, stop - first).copy_(pieces[rank].narrow(layout.axis, 0, stop - first))
 
 
-def _unpack_params_fake(gathered: Tensor, layouts: Sequence[int], world: int) -> list[Tensor]:
-    return [gathered.new_empty(layout.shape) for layout in decode(layouts, world)]
+def _unpack_params_fake(
+    gathered: Tensor, layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    return [gathered.new_empty(layout.shape, dtype=dtype) for layout in decode(layouts, world)]
 
 
 # -- reductions ------------------------------------------------------------------------------------------------------
 
 
-def pack_grads(grads: Sequence[Tensor], layouts: Sequence[int], world: int, new: New = new_empty) -> Tensor:
-    """Copy full gradients into one flat buffer, rank-major and padded: ``[world * sum of piece_numel]``."""
+def pack_grads(
+    grads: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    dtype: torch.dtype | None = None,
+    new: New = new_empty,
+) -> Tensor:
+    """Copy full gradients into one flat buffer, rank-major and padded: ``[world * sum of piece_numel]``.
+
+    It is of ``dtype``, or of the gradients'.
+    """
     found = decode(layouts, world)
-    flat = new(grads[0], (world * total(found),))
+    flat = new(_like(grads[0], dtype), (world * total(found),))
     ranks = flat.view(world, -1)
     for grad, (layout, start, stop) in zip(grads, _offsets(found), strict=True):
         pieces = ranks[:, start:stop].view(world, *layout.piece)
@@ -126,67 +162,87 @@ def pack_grads(grads: Sequence[Tensor], layouts: Sequence[int], world: int, new:
     return flat
 
 
-def _pack_grads_fake(grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
-    return grads[0].new_empty(world * total(decode(layouts, world)))
+def _pack_grads_fake(
+    grads: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return grads[0].new_empty(world * total(decode(layouts, world)), dtype=dtype)
 
 
 def sum_ranks(exchanged: Tensor, world: int, new: New = new_empty) -> Tensor:
     """The mean over ranks of a buffer that holds one part from each rank, ``[world * n] -> [n]``.
 
     Parts are added in the order of ranks and the sum is multiplied by ``1 / world``: every rank, and every run, gets
-    the same bits.
+    the same bits (:func:`dscompile.ops.mean_of_parts`).
     """
     parts = exchanged.view(world, -1)
-    mean = new(exchanged, (parts.shape[1],))
-    torch.add(parts[0], parts[1], out=mean)
-    for rank in range(2, world):
-        mean += parts[rank]
-    return mean.mul_(1.0 / world)
+    return mean_of_parts(parts, out=new(exchanged, (parts.shape[1],)))
 
 
 def _sum_ranks_fake(exchanged: Tensor, world: int) -> Tensor:
     return exchanged.new_empty(exchanged.shape[0] // world)
 
 
-def unpack_shards(flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
-    """Take this rank's pieces of a reduced flat buffer ``[sum of piece_numel]`` without padding, as fresh tensors."""
+def unpack_shards(
+    flat: Tensor, layouts: Sequence[int], world: int, rank: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Take this rank's pieces of a reduced flat buffer ``[sum of piece_numel]`` without padding, as fresh tensors.
+
+    They are of ``dtype``, or of the buffer's.
+    """
     shards = []
     for layout, start, stop in _offsets(decode(layouts, world)):
         first, stop_row = layout.rows(rank)
         piece = flat[start:stop].view(layout.piece).narrow(layout.axis, 0, stop_row - first)
-        shards.append(piece.clone(memory_format=torch.contiguous_format))
+        shards.append(piece.to(dtype or flat.dtype, copy=True, memory_format=torch.contiguous_format))
     return shards
 
 
-def _unpack_shards_fake(flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
-    return [flat.new_empty(layout.local_shape(rank)) for layout in decode(layouts, world)]
+def _unpack_shards_fake(
+    flat: Tensor, layouts: Sequence[int], world: int, rank: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    return [flat.new_empty(layout.local_shape(rank), dtype=dtype) for layout in decode(layouts, world)]
 
 
 # -- resident parameters ---------------------------------------------------------------------------------------------
 
 
 def start_refresh(
-    shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, new: New = new_empty
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    group: str,
+    dtype: torch.dtype | None = None,
+    new: New = new_empty,
 ) -> Tensor:
     """Launch the gather that :func:`refresh` will wait for, ``[world * sum of piece_numel]``; empty if none is needed.
 
     It is, if a shard was written since its resident copy was gathered. Whether ranks agree that a bucket is stale is
     the optimizer's doing: all of them step.
     """
-    if all_fresh(shards):
-        return shards[0].new_empty(0)
-    flat = pack_shards(shards, layouts, world, new)
-    launched: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(flat, world, group)
+    if all_fresh(shards, dtype):
+        return shards[0].new_empty(0, dtype=dtype)
+    flat = pack_shards(shards, layouts, world, dtype, new)
+    launched: Tensor = COLLECTIVES.all_gather_into_tensor(flat, world, group)
     return launched
 
 
-def all_fresh(shards: Sequence[Tensor]) -> bool:
+def _buffer(shard: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Where a parameter's full value stays: the buffer that the shard is a view of, or the copy in another dtype."""
+    return resident_of(shard) if dtype is None else compute_copy(shard)
+
+
+def all_fresh(shards: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
     """Whether nothing was written to any shard since its resident copy was gathered."""
-    return all(resident_of(shard) is not None and is_fresh(shard) for shard in shards)
+    return all(_buffer(shard, dtype) is not None and is_fresh(shard) for shard in shards)
 
 
 def refresh(
-    shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, pending: Tensor | None = None
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    group: str,
+    pending: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The full parameters whose rows the shards are, other ranks' rows gathered if the shards were written since.
 
@@ -199,51 +255,90 @@ def refresh(
         world: ranks in the group.
         group: its logical name.
         pending: what :func:`start_refresh` of the same arguments returned; without it the gather runs here.
+        dtype: the buffer is the parameter's copy in this dtype, which is the wire's too. Parameters that every rank
+            holds whole are only cast; they are never in a bucket with others.
     """
+    if stays_local(layouts, world):
+        return _cast_residents(shards, layouts, world, dtype)
     if pending is None:
-        pending = start_refresh(shards, layouts, world, group)
+        pending = start_refresh(shards, layouts, world, group, dtype)
     if not pending.numel():
-        return [full for full in map(resident_of, shards) if full is not None]
-    return fill_residents(shards, layouts, world, torch.ops._c10d_functional.wait_tensor(pending))
+        return [full for shard in shards if (full := _buffer(shard, dtype)) is not None]
+    return fill_residents(shards, layouts, world, COLLECTIVES.wait_tensor(pending), dtype)
 
 
-def fill_residents(shards: Sequence[Tensor], layouts: Sequence[int], world: int, gathered: Tensor) -> list[Tensor]:
+def _cast_residents(
+    shards: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None
+) -> list[Tensor]:
+    fresh = all_fresh(shards, dtype)
+    fulls = [_held(shard, layout, dtype) for shard, layout in zip(shards, decode(layouts, world), strict=True)]
+    for shard, full in zip(shards, fulls, strict=True):
+        if not fresh:
+            full.copy_(shard)
+    return fulls
+
+
+def _held(shard: Tensor, layout: ShardLayout, dtype: torch.dtype | None) -> Tensor:
+    """The buffer behind a shard, about to be filled; without one, fresh memory."""
+    full = _buffer(shard, dtype)
+    if full is None:
+        return shard.new_empty(layout.shape, dtype=dtype)
+    set_fresh(shard)
+    return full
+
+
+def fill_residents(
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    gathered: Tensor,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
     """Copy a gathered flat buffer into the resident buffers behind the shards; these, and that they are fresh."""
     ranks = gathered.view(world, -1)
     results = []
     for shard, (layout, start, stop) in zip(shards, _offsets(decode(layouts, world)), strict=True):
-        full = resident_of(shard)
-        if full is None:
-            full = shard.new_empty(layout.shape)
-        else:
-            set_fresh(shard)
-        _fill(full, ranks[:, start:stop], layout)
-        results.append(full)
+        results.append(_held(shard, layout, dtype))
+        _fill(results[-1], ranks[:, start:stop], layout)
     return results
 
 
-def _start_refresh_fake(shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> Tensor:
-    return shards[0].new_empty(world * total(decode(layouts, world)))
+def _start_refresh_fake(
+    shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    return shards[0].new_empty(world * total(decode(layouts, world)), dtype=dtype)
 
 
 def _refresh_fake(
-    shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, pending: Tensor | None = None
+    shards: Sequence[Tensor],
+    layouts: Sequence[int],
+    world: int,
+    group: str,
+    pending: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    return [shard.new_empty(layout.shape) for shard, layout in zip(shards, decode(layouts, world), strict=True)]
+    found = decode(layouts, world)
+    return [shard.new_empty(layout.shape, dtype=dtype) for shard, layout in zip(shards, found, strict=True)]
 
 
+_TYPED = "int[] layouts, int world, ScalarType? dtype=None"
+_GROUPED = "int[] layouts, int world, str group"
 _define(
-    "start_refresh(Tensor[] shards, int[] layouts, int world, str group) -> Tensor", start_refresh, _start_refresh_fake
+    f"start_refresh(Tensor[] shards, {_GROUPED}, ScalarType? dtype=None) -> Tensor",
+    start_refresh,
+    _start_refresh_fake,
 )
 _define(
-    "refresh(Tensor(a)[] shards, int[] layouts, int world, str group, Tensor? pending=None) -> Tensor(a)[]",
+    f"refresh(Tensor(a)[] shards, {_GROUPED}, Tensor? pending=None, ScalarType? dtype=None) -> Tensor(a)[]",
     refresh,
     _refresh_fake,
 )
-_define("pack_shards(Tensor[] shards, int[] layouts, int world) -> Tensor", pack_shards, _pack_shards_fake)
-_define("unpack_params(Tensor gathered, int[] layouts, int world) -> Tensor[]", unpack_params, _unpack_params_fake)
-_define("pack_grads(Tensor[] grads, int[] layouts, int world) -> Tensor", pack_grads, _pack_grads_fake)
+_define(f"pack_shards(Tensor[] shards, {_TYPED}) -> Tensor", pack_shards, _pack_shards_fake)
+_define(f"unpack_params(Tensor gathered, {_TYPED}) -> Tensor[]", unpack_params, _unpack_params_fake)
+_define(f"pack_grads(Tensor[] grads, {_TYPED}) -> Tensor", pack_grads, _pack_grads_fake)
 _define("sum_ranks(Tensor exchanged, int world) -> Tensor", sum_ranks, _sum_ranks_fake)
 _define(
-    "unpack_shards(Tensor flat, int[] layouts, int world, int rank) -> Tensor[]", unpack_shards, _unpack_shards_fake
+    "unpack_shards(Tensor flat, int[] layouts, int world, int rank, ScalarType? dtype=None) -> Tensor[]",
+    unpack_shards,
+    _unpack_shards_fake,
 )

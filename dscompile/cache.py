@@ -33,9 +33,8 @@ def key(config: Config, placements: str = "") -> str:
 def source_digest() -> str:
     """SHA-256 of every source file of the package: an edited pass never meets programs of its older self."""
     digest = hashlib.sha256()
-    for folder in sorted({Path(p) for p in _folders()}):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted({path for folder in _folders() for path in folder.rglob("*.py")}):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from dscompile.comm import REDUCE_GRAD, REFRESH, START_REFRESH, UNSHARD, WAIT, c10d, ours
@@ -42,37 +43,68 @@ def _layouts(key: Key, world: Key) -> list[ShardLayout] | None:
     return None if numbers is None else decode(numbers, world[1])
 
 
-def _gathered_term(table: TermTable, shard: Key, layout: ShardLayout, group: Key, node: fx.Node, value: Any) -> Key:
+def _full_term(
+    table: TermTable, shard: Key, dim: int, size: int, world: int, group: Key, dtype: Any, node: fx.Node, value: Any
+) -> Key:
+    """A full parameter, read as ``dtype`` (None: as it is). A cast before the gather is one after it."""
+    if dtype is None and _head(shard) == "cast":
+        shard, dtype = shard.op[1], shard.op[2]
+    if dim == REPLICATED:
+        return shard if dtype is None else table.intern(("cast", shard, dtype), node, value)
+    return table.intern(("unshard", shard, dim, size, world, group, dtype), node, value)
+
+
+def cast_term(table: TermTable, source: Key, dtype: torch.dtype, node: fx.Node) -> Key:
+    """``source`` in another dtype, and in the same layout."""
+    if _head(source) == "unshard" and source.op[6] is None:
+        return table.intern((*source.op[:6], dtype), node)
+    return table.intern(("cast", source, dtype), node)
+
+
+def _gathered_term(
+    table: TermTable, shard: Key, layout: ShardLayout, group: Key, dtype: Any, node: fx.Node, value: Any
+) -> Key:
     size = layout.shape[layout.dim] if layout.dim != REPLICATED else 0
-    return table.intern(("unshard", shard, layout.dim, size, layout.world, group), node, value)
+    return _full_term(table, shard, layout.dim, size, layout.world, group, dtype, node, value)
 
 
 def _reduced_term(
-    table: TermTable, grad: Key, layout: ShardLayout, rows: int, group: Key, node: fx.Node, value: Any
+    table: TermTable,
+    grad: Key,
+    layout: ShardLayout,
+    rows: int,
+    group: Key,
+    dtypes: tuple[Any, Any],
+    node: fx.Node,
+    value: Any,
 ) -> Key:
-    return table.intern(("reduce_grad", grad, layout.dim, rows, layout.world, group), node, value)
+    return table.intern(("reduce_grad", grad, layout.dim, rows, layout.world, group, *dtypes), node, value)
+
+
+def _typed(args: tuple[Key, ...], position: int) -> Any:
+    """An optional dtype argument: a ``torch.dtype`` or None."""
+    return args[position][1] if len(args) > position else None
 
 
 def _unshard(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    """``unshard``: who takes the gradient (a leaf, an accumulator) does not change the value."""
-    shard, _, _, dim, size, world, group = args
-    if dim[1] == REPLICATED:
-        return shard
-    return table.intern(("unshard", shard, dim[1], size[1], world[1], group), node)
+    """``unshard``: who takes the gradient (a leaf, an accumulator), and how it travels, does not change the value."""
+    shard, _, _, dim, size, world, group, *_ = args
+    return _full_term(table, shard, dim[1], size[1], world[1], group, _typed(args, 7), node, None)
 
 
 def _reduce_grad(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    grad, dim, local, world, group = args
+    grad, dim, local, world, group, *_ = args
     rows = 0 if dim[1] == REPLICATED else local[1]
-    return table.intern(("reduce_grad", grad, dim[1], rows, world[1], group), node)
+    key = ("reduce_grad", grad, dim[1], rows, world[1], group, _typed(args, 5), _typed(args, 6))
+    return table.intern(key, node)
 
 
 def _pack_shards(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    return table.intern(("pack_shards", args[0], args[1], args[2]), node)
+    return table.intern(("pack_shards", args[0], args[1], args[2], _typed(args, 3)), node)
 
 
 def _pack_grads(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    return table.intern(("pack_grads", args[0], args[1], args[2]), node)
+    return table.intern(("pack_grads", args[0], args[1], args[2], _typed(args, 3)), node)
 
 
 def _all_gather(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
@@ -117,52 +149,54 @@ def _reduce_scatter(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str
 
 def _unpack_params(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
     """The gathered tensors; of a whole reduced buffer, the reduced gradients of replicated parameters."""
-    whole, numbers, world = args
+    whole, numbers, world, *_ = args
     layouts = _layouts(numbers, world)
     if layouts is None:
         return None
-    values = node.meta["val"]
-    if _head(whole) == "gathered" and whole.op[1].op[2] == numbers and whole.op[2] == world:
-        return _gathered(table, whole.op[1].op[1], layouts, whole.op[3], node)
+    values, out = node.meta["val"], _typed(args, 3)
+    if _head(whole) == "gathered" and whole.op[1].op[2] == numbers and whole.op[2] == world and out is None:
+        return _gathered(table, whole.op[1].op[1], layouts, whole.op[3], whole.op[1].op[4], node)
     if _head(whole) == "reduced whole":
         packed, group = whole.op[1].op[1], whole.op[1].op[3]
         if packed.op[2] != numbers or any(layout.dim != REPLICATED for layout in layouts):
             return None
         grads = zip(packed.op[1], layouts, values, strict=True)
-        return Several(_reduced_term(table, grad, layout, 0, group, node, v) for grad, layout, v in grads)
+        dtypes = packed.op[4], out
+        return Several(_reduced_term(table, grad, layout, 0, group, dtypes, node, v) for grad, layout, v in grads)
     return None
 
 
-def _gathered(table: TermTable, shards: Key, layouts: list[ShardLayout], group: Key, node: fx.Node) -> Key:
+def _gathered(table: TermTable, shards: Key, layouts: list[ShardLayout], group: Key, dtype: Any, node: fx.Node) -> Key:
     parts = zip(shards, layouts, node.meta["val"], strict=True)
-    return Several(_gathered_term(table, shard, layout, group, node, value) for shard, layout, value in parts)
+    return Several(_gathered_term(table, shard, layout, group, dtype, node, value) for shard, layout, value in parts)
 
 
 def _start_refresh(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    return table.intern(("refreshing", *args), node)
+    return table.intern(("refreshing", *args[:4], _typed(args, 4)), node)
 
 
 def _refresh(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
     """Resident copies, brought up to date, are what a gather would give: here, or by the very one that was started."""
     shards, numbers, world, group = args[:4]
-    pending = args[4] if len(args) > 4 else kwargs.get("pending")
+    pending = args[4] if len(args) > 4 and args[4] != (type(None), None) else None
     if pending is not None and _head(pending) != "refreshing":
         return None
-    if pending is not None and pending.op[1:] != (shards, numbers, world, group):
+    if pending is not None and pending.op[1:] != (shards, numbers, world, group, _typed(args, 5)):
         return None
     layouts = _layouts(numbers, world)
-    return None if layouts is None else _gathered(table, shards, layouts, group, node)
+    return None if layouts is None else _gathered(table, shards, layouts, group, _typed(args, 5), node)
 
 
 def _unpack_shards(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
-    reduced, numbers, world, rank = args
+    reduced, numbers, world, rank, *_ = args
     layouts = _layouts(numbers, world)
     if layouts is None or _head(reduced) != "reduced" or reduced.op[1].op[2] != numbers or reduced.op[2] != world:
         return None
     terms = []
     for grad, layout, value in zip(reduced.op[1].op[1], layouts, node.meta["val"], strict=True):
         first, stop = layout.rows(rank[1])
-        terms.append(_reduced_term(table, grad, layout, stop - first, reduced.op[3], node, value))
+        dtypes = reduced.op[1].op[4], _typed(args, 4)
+        terms.append(_reduced_term(table, grad, layout, stop - first, reduced.op[3], dtypes, node, value))
     return Several(terms)
 
 

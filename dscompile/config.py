@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dscompile.errors import ConfigError, nearest
+from dscompile.sparse_section import SparseAttentionConfig
 
 Choice = Literal["auto", "on", "off"]
 
@@ -43,9 +44,6 @@ class ZeroConfig(BaseModel):
     stage3_param_persistence_threshold: Elements = Field(
         100_000, description="Parameters of fewer elements stay gathered between forward and backward."
     )
-    stage3_max_live_parameters: Elements = Field(
-        1_000_000_000, description="Most gathered elements alive at once per rank."
-    )
     keep_elements: Elements = Field(
         0, description="Gathered elements that may stay between forward and backward, beyond the small and last ones."
     )
@@ -54,6 +52,32 @@ class ZeroConfig(BaseModel):
         False,
         description="Stages 2 and 3: reduce every micro-batch's gradients, inside no_sync() too. No rank then holds "
         "whole gradients, and a window moves as many times the bytes as it has micro-batches.",
+    )
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class PrecisionConfig(BaseModel):
+    """In which types a distributed model computes and communicates; FSDP2's ``MixedPrecisionPolicy`` has these names.
+
+    Masters, ``.grad`` and optimizer state are fp32 whatever is chosen here.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    param_dtype: Precision = Field("fp32", description="Type of the parameters that the model computes with.")
+    reduce_dtype: Precision | None = Field(
+        None, description="Type in which gradients travel (DeepSpeed's communication_data_type); default: param_dtype."
+    )
+    grad_dtype: Precision | None = Field(
+        None, description="Type of what no_sync() accumulates (DeepSpeed's grad_accum_dtype); default: the masters'."
+    )
+    buffer_dtype: Precision | None = Field(
+        None, description="Convert floating-point buffers to this type, once (DeepSpeed: param_dtype); default: none."
+    )
+    cast_forward_inputs: bool = Field(
+        True, description="Cast floating-point arguments of the distributed module's forward to param_dtype, as FSDP2."
     )
 
 
@@ -87,16 +111,36 @@ class Config(BaseModel):
         False,
         description="Run every compiled region beside PyTorch's own kernels and stop at the first difference.",
     )
+    kernels: Literal["auto", "inductor"] = Field(
+        "auto",
+        description="On a GPU: 'auto' runs our Triton kernels in regions where they move fewer bytes than Inductor's.",
+    )
     gemm: Literal["auto", "onednn", "default"] = Field(
         "auto",
         description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",
+    )
+    attention: Literal["auto", "kernel", "aten"] = Field(
+        "auto",
+        description="Dense attention on CPU: 'auto' takes our kernel where it was measured faster than PyTorch's.",
     )
     buffers: Choice = Field(
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
     )
+    fused_loss: Choice = Field(
+        "auto",
+        description="Cross-entropy of a projection in chunks, so that the logits of a batch never exist; 'auto': where "
+        "that holds fewer bytes.",
+    )
     zero: ZeroConfig = Field(
         default_factory=lambda: ZeroConfig.model_validate({}), description="Sharding of parameters over ranks (ZeRO)."
+    )
+    precision: PrecisionConfig = Field(
+        default_factory=lambda: PrecisionConfig.model_validate({}),
+        description="Types of distributed parameters and gradients.",
+    )
+    sparse_attention: SparseAttentionConfig | None = Field(
+        None, description="Make attention block-sparse, in the keys of DeepSpeed's section; unset: leave it dense."
     )
     rank_timeout: float = Field(
         30.0,
@@ -156,9 +200,10 @@ def _reject_unknown(where: str, prefix: str, values: dict[str, Any], model: type
                 f"{where}: unknown option {prefix + str(key)!r}.{nearest(prefix + str(key), valid)} "
                 f"Valid options: {', '.join(valid)}."
             )
-        section = model.model_fields[key].annotation
-        if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, dict):
-            _reject_unknown(where, f"{prefix}{key}.", value, section)
+        annotation = model.model_fields[key].annotation
+        for section in get_args(annotation) or (annotation,):
+            if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, dict):
+                _reject_unknown(where, f"{prefix}{key}.", value, section)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

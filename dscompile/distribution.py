@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from dscompile.accumulate import watch_optimizers
 from dscompile.config import Config
 from dscompile.deferred import build_deferred, is_deferred, materialise
+from dscompile.dtypes import cast_inputs, convert_buffers, parameter_dtypes
 from dscompile.errors import ConfigError, ShardingError, UnsupportedError
 from dscompile.ops import REPLICATED
 from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
@@ -50,7 +51,8 @@ def distribute(
     on the same mesh and configuration.
 
     Args:
-        model: the model; changed in place. Its buffers stay whole on every rank.
+        model: the model; changed in place. Its buffers stay whole on every rank. Floating-point parameters become fp32
+            masters if ``config`` computes in another type.
         mesh: a device mesh with a dimension named ``axis``; by default one axis over all ranks.
         config: options (``zero.stage``, ...); remembered, so that ``torch.compile`` needs none.
         model_fn: builds the model instead of ``model``, with deferred initialisation.
@@ -89,6 +91,9 @@ def distribute(
         for module, name in planned.owners:
             adopt(module, name, cast(DTensor, planned.sharded), planned.spec, settings)
     adopt_containers(model)
+    if not known:
+        convert_buffers(model, settings.precision)
+        cast_inputs(model, settings.precision)
     watch_optimizers()
     return model
 
@@ -128,7 +133,8 @@ def _plan(model: nn.Module, config: Config, world: int, group: str) -> list[_Pla
                 raise UnsupportedError(f"parameter {fqn} has no shape yet; run one forward pass before distribute().")
             shape = tuple(param.shape)
             dim = choose_dim(shape, world, stage) if param.is_floating_point() else REPLICATED
-            plan[id(param)] = _Planned(param, ShardSpec(fqn, shape, dim, world, group, stage), [])
+            dtypes = parameter_dtypes(config.precision) if param.is_floating_point() else ()
+            plan[id(param)] = _Planned(param, ShardSpec(fqn, shape, dim, world, group, stage, *dtypes), [])
     for module in model.modules():
         for name, held in module._parameters.items():  # named_parameters() leaves out the other names of a tied one
             if held is not None and id(held) in plan:
@@ -186,6 +192,8 @@ class _Placer:
         self.broadcast(full)
         rank = self.mesh.get_local_rank(self.axis)
         value = full.detach()
+        if spec.dtype is not None and value.dtype.itemsize < torch.float32.itemsize:
+            value = value.float()  # a 16-bit model gets fp32 masters
         local = spec.shard_of(value, rank).clone(memory_format=torch.contiguous_format)
         placements: list[Placement] = [Replicate()] * self.mesh.ndim
         if spec.dim != REPLICATED:
@@ -195,7 +203,7 @@ class _Placer:
         param = nn.Parameter(wrapped, requires_grad=full.requires_grad)
         param.__dict__.update(full.__dict__)  # what libraries note on parameters
         resident = None
-        if spec.stage in (1, 2) and spec.dim != REPLICATED:
+        if spec.stage in (1, 2) and spec.dim != REPLICATED and spec.dtype is None:
             resident = value.clone(memory_format=torch.contiguous_format)
             set_local(cast(DTensor, param), window(resident, spec, rank))
         set_mark(param, Mark(spec, self.config, resident))

@@ -7,7 +7,7 @@ values. It does not see lifetimes, strides of outputs or aliasing: those are rul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -39,6 +39,18 @@ class Snapshot:
     effects: tuple[Term, ...]
     kinds: tuple[GraphOutput, ...]
     forward_outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A declared change of meaning: ``new`` stands where ``old`` stood, on the same operands.
+
+    ``operands`` are what corresponds to the first operands of ``old``: positions in ``new.args``, or nodes further up.
+    """
+
+    new: fx.Node
+    old: fx.Node
+    operands: tuple[int | fx.Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +101,35 @@ def snapshot(graph: StepGraph) -> Snapshot:
 def prove(reference: Snapshot, graph: StepGraph) -> Proof:
     """Compare what ``graph`` means with ``reference``: all outputs, the draws and the effects, each in order."""
     evaluator = Evaluator(reference.table)
+    outputs = evaluator.run(graph)
+    return _compare(reference, outputs, evaluator)
+
+
+def terms_of(reference: Snapshot, graph: StepGraph) -> dict[fx.Node, Key]:
+    """The term of every node, in the table of ``reference``."""
+    evaluator = Evaluator(reference.table)
+    evaluator.run(graph)
+    return evaluator.terms
+
+
+def prove_apart(
+    reference: Snapshot, graph: StepGraph, before: Mapping[fx.Node, Key], changes: Sequence[StandIn]
+) -> Proof:
+    """Prove that ``graph`` means ``reference`` apart from declared changes.
+
+    Each new node is read as the old one, provided that its operands mean what the old one's meant. What the new
+    nodes compute is not looked at: that is the change.
+
+    Args:
+        reference: what the graph meant before.
+        graph: the graph after the pass.
+        before: :func:`terms_of` the graph before the pass.
+        changes: what the pass declared.
+    """
+    evaluator = Evaluator(
+        reference.table,
+        {c.new: (before[c.old], [c.new.args[o] if isinstance(o, int) else o for o in c.operands]) for c in changes},
+    )
     outputs = evaluator.run(graph)
     return _compare(reference, outputs, evaluator)
 

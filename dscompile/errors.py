@@ -68,6 +68,10 @@ def _rank_error(message: str, kind: str, ranks: tuple[int, ...]) -> RankError:
     return RankError(message, kind=kind, ranks=ranks)
 
 
+class CheckpointError(DscompileError, RuntimeError):
+    """A checkpoint that cannot be written, found, trusted or fitted to this model. Raised on every rank alike."""
+
+
 class DeferredError(DscompileError, RuntimeError):
     """A tensor of :func:`dscompile.deferred_init` was used for its values before ``materialise`` gave it any."""
 

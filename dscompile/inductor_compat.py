@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import errno
 import os
 import threading
@@ -31,7 +32,8 @@ from torch._guards import TracingContext as TracingContext
 from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
 from torch._inductor import config as inductor_config
-from torch._inductor.codecache import FxGraphCache
+from torch._inductor import inductor_prims as inductor_prims  # registers its operators
+from torch._inductor.codecache import CppCodeCache, FxGraphCache
 from torch._inductor.codegen import cpp as inductor_cpp
 from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.compile_fx import compile_fx_inner
@@ -55,6 +57,15 @@ from torch.utils._filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from dscompile.torch_compat import no_autocast
+
+
+def uniform(shape: list[int], seed: torch.Tensor) -> torch.Tensor:
+    """Uniform fp32 numbers in [0, 1) that are a function of ``seed`` (int64 ``[]``) and the place.
+
+    Stands on the operator ``prims.inductor_random``, which Inductor and our kernels draw with the same generator.
+    """
+    drawn: torch.Tensor = torch.ops.prims.inductor_random.default(shape, seed, "rand")
+    return drawn
 
 
 class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an error a user meets)
@@ -248,6 +259,17 @@ def try_build_lock(root: Path, key: str) -> Iterator[bool]:
         return
     with lock:
         yield True
+
+
+def load_cpp_library(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """Build a C++ library for this CPU, or find it in Inductor's cache, and load it.
+
+    ``flags`` come after Inductor's, which leave loops alone (its own are vectorised already) and keep ``errno``.
+
+    Stands on ``CppCodeCache.load``: its flags, its lock, its place on disk. Raises Inductor's error if the build fails.
+    """
+    library: ctypes.CDLL = CppCodeCache.load(source, needs_vec_isa=True, extra_flags=tuple(flags))
+    return library
 
 
 def unloaded(artifact: CompiledFxGraph) -> CompiledFxGraph:

@@ -10,7 +10,7 @@ import ast
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -19,9 +19,10 @@ from torch import fx
 
 from dscompile.comm import Group
 from dscompile.config import Config
-from dscompile.equivalence import Snapshot, Verdict, prove, snapshot
+from dscompile.equivalence import Snapshot, StandIn, Verdict, prove, prove_apart, snapshot, terms_of
 from dscompile.errors import PipelineError, VerifyError, nearest
 from dscompile.graph import StepGraph
+from dscompile.term_rules import Key
 from dscompile.verify import Baseline, baseline, verify
 
 
@@ -35,13 +36,17 @@ class Numerics(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One choice a pass made, and why: ``facts`` are the numbers the reason rests on."""
+    """One choice a pass made, and why: ``facts`` are the numbers the reason rests on.
+
+    A ``fallback`` is less than the user asked for: reports count it.
+    """
 
     pass_name: str
     node: str
     choice: str
     reason: str
     facts: dict[str, Any]
+    fallback: bool = False
 
 
 @dataclass
@@ -57,15 +62,24 @@ class PassContext:
     current_pass: str = ""
     groups: Mapping[str, Group] = field(default_factory=dict)
     reference: Snapshot | None = None
+    changes: list[StandIn] = field(default_factory=list)
 
     def group(self, name: str, size: int) -> Group:
         """The process group of that name; for a graph read from text, a gloo group seen from rank 0."""
         return self.groups.get(name) or Group(name, size)
 
-    def decide(self, node: fx.Node | str, choice: str, reason: str, **facts: Any) -> None:
-        """Record a choice about ``node`` with its reason."""
+    def decide(self, node: fx.Node | str, choice: str, reason: str, *, fallback: bool = False, **facts: Any) -> None:
+        """Record a choice about ``node`` with its reason; a ``fallback`` is less than the user asked for."""
         name = node if isinstance(node, str) else node.name
-        self.decisions.append(Decision(self.current_pass, name, choice, reason, facts))
+        self.decisions.append(Decision(self.current_pass, name, choice, reason, facts, fallback))
+
+    def replaces(self, new: fx.Node, old: fx.Node, *operands: int | fx.Node) -> None:
+        """Declare that ``new`` means something else than ``old``, in its place, on the same operands.
+
+        For passes that change the meaning on purpose: all else is then proved unchanged, and ``operands`` (positions
+        in ``new.args``, or nodes further up) to be the first operands of ``old``'s call.
+        """
+        self.changes.append(StandIn(new, old, operands))
 
 
 PassFunction = Callable[..., None]
@@ -101,7 +115,10 @@ class PassCall:
 
 @dataclass
 class PassRecord:
-    """What happened when a pass ran. Times are in seconds."""
+    """What happened when a pass ran. Times are in seconds.
+
+    ``apart_from`` counts the changes of meaning that the pass declared, apart from which its result was proved.
+    """
 
     name: str
     call: str
@@ -113,6 +130,7 @@ class PassRecord:
     verdict: str
     numerics: str
     decisions: list[Decision]
+    apart_from: int = 0
 
 
 REGISTRY: dict[str, PassSpec] = {}
@@ -227,6 +245,9 @@ def run_pipeline(
         spec = call.spec
         graph.current_pass = ctx.current_pass = spec.name
         graph.touched.clear()
+        ctx.changes.clear()
+        inexact = spec.numerics is not Numerics.BITWISE
+        terms = terms_of(reference, graph) if inexact and rules is not None and reference is not None else {}
         before, edits, decided = len(graph.graph.nodes), len(graph.edits), len(ctx.decisions)
         start = time.perf_counter()
         spec.function(graph, ctx, **{**spec.options, **call.options})
@@ -234,9 +255,13 @@ def run_pipeline(
         last = position == len(calls) - 1 or spec.name == stop_after
         verdict = Verdict.UNCHECKED
         start = time.perf_counter()
-        if rules is not None and reference is not None and (when == "each" or last):
+        # A pass that changes numbers sets what the later ones are proved equal to, whenever they are checked.
+        due = when == "each" or last or inexact
+        if rules is not None and reference is not None and due:
             verdict = check(graph, spec, rules, reference)
-            if verdict is not Verdict.PROVED and spec.numerics is not Numerics.BITWISE:
+            if verdict is not Verdict.PROVED and inexact:
+                if ctx.changes:
+                    check_apart(graph, spec, reference, terms, ctx.changes)
                 reference = snapshot(graph)
         record = PassRecord(
             name=spec.name,
@@ -249,6 +274,7 @@ def run_pipeline(
             verdict=verdict.value,
             numerics=spec.numerics.value,
             decisions=ctx.decisions[decided:],
+            apart_from=len(ctx.changes) if verdict not in (Verdict.PROVED, Verdict.UNCHECKED) else 0,
         )
         records.append(record)
         if on_pass is not None:
@@ -268,6 +294,15 @@ def check(graph: StepGraph, spec: PassSpec, rules: Baseline, reference: Snapshot
     if proof.verdict is not Verdict.PROVED and spec.numerics is Numerics.BITWISE:
         raise VerifyError(proof.explain(spec.name))
     return proof.verdict
+
+
+def check_apart(
+    graph: StepGraph, spec: PassSpec, reference: Snapshot, terms: Mapping[fx.Node, Key], changes: Sequence[StandIn]
+) -> None:
+    """Prove that a pass changed nothing beyond what it declared; anything else is an error."""
+    proof = prove_apart(reference, graph, terms, changes)
+    if proof.verdict is not Verdict.PROVED:
+        raise VerifyError(f"beyond the {len(changes)} changes it declared, {proof.explain(spec.name)}")
 
 
 def _split_top_level(text: str) -> list[str]:

@@ -18,17 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.collectives import COLLECTIVES
 from dscompile.shard_layout import REPLICATED as REPLICATED
 from dscompile.shard_layout import chunk_rows, local_rows
 from dscompile.torch_compat import FakeTensor, FakeTensorMode, group_backend, process_group
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 LIBRARY.define(
-    "unshard(Tensor shard, Tensor? leaf, Tensor? accumulated, int dim, SymInt size, int world, str group) -> Tensor"
+    "unshard(Tensor shard, Tensor? leaf, Tensor? accumulated, int dim, SymInt size, int world, str group, "
+    "ScalarType? dtype=None, ScalarType? wire=None) -> Tensor"
 )
-LIBRARY.define("reduce_grad(Tensor grad, int dim, SymInt local, int world, str group) -> Tensor")
+LIBRARY.define(
+    "reduce_grad(Tensor grad, int dim, SymInt local, int world, str group, "
+    "ScalarType? wire=None, ScalarType? out=None) -> Tensor"
+)
 
-_c10d = torch.ops._c10d_functional
+_c10d = COLLECTIVES
 
 
 def unshard(
@@ -39,6 +44,8 @@ def unshard(
     group: str,
     leaf: Tensor | None = None,
     accumulated: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    wire: torch.dtype | None = None,
 ) -> Tensor:
     """The full value of a sharded parameter, contiguous and in fresh memory.
 
@@ -51,19 +58,31 @@ def unshard(
         leaf: a tensor of the full shape that takes the *unreduced* gradient instead (``no_sync``); never read.
         accumulated: unreduced gradient of earlier micro-batches, full shape, that joins this one's reduction. However
             often a parameter is used in one backward pass, it joins once.
+        dtype: the shard is cast to it before it is gathered, so it is the value's and the wire's; None: as it is.
+        wire: in which dtype the gradient travels. It arrives in the shard's.
     """
-    out: Tensor = torch.ops.dscompile.unshard.default(shard, leaf, accumulated, dim, size, world, group)
+    out: Tensor = torch.ops.dscompile.unshard.default(shard, leaf, accumulated, dim, size, world, group, dtype, wire)
     return out
 
 
-def reduce_grad(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+def reduce_grad(
+    grad: Tensor,
+    dim: int,
+    local: int,
+    world: int,
+    group: str,
+    wire: torch.dtype | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:
     """Mean over the group's ranks of ``grad`` (full shape), of which this rank keeps its ``local`` rows along ``dim``.
 
     On gloo the sum runs in rank order whatever the layout, so it is reproducible to the last bit, equal on every rank,
-    and the same at every ZeRO stage; elsewhere the order is the library's own. It is computed in ``grad``'s dtype.
+    and the same at every ZeRO stage; elsewhere the order is the library's own. Addends and mean are of dtype ``wire``
+    (``grad``'s if None), 16-bit ones added in fp32; the result is of dtype ``out`` (``wire`` if None). A group of one
+    sends nothing, so it rounds nothing to ``wire``.
     """
-    out: Tensor = torch.ops.dscompile.reduce_grad.default(grad, dim, local, world, group)
-    return out
+    mean: Tensor = torch.ops.dscompile.reduce_grad.default(grad, dim, local, world, group, wire, out)
+    return mean
 
 
 # -- whose reduction an accumulated gradient joins -------------------------------------------------------------------
@@ -92,12 +111,25 @@ def take(accumulated: Tensor | None) -> None:
 
 
 def _unshard_kernel(
-    shard: Tensor, leaf: Tensor | None, accumulated: Tensor | None, dim: int, size: int, world: int, group: str
+    shard: Tensor,
+    leaf: Tensor | None,
+    accumulated: Tensor | None,
+    dim: int,
+    size: int,
+    world: int,
+    group: str,
+    dtype: torch.dtype | None = None,
+    wire: torch.dtype | None = None,
 ) -> Tensor:
     take(accumulated)
     if world == 1 or dim == REPLICATED:
-        return shard.clone(memory_format=torch.contiguous_format)
-    return _gather(shard, dim, size, world, group)
+        return _copied(shard, dtype)
+    return _gather(shard if dtype is None else shard.to(dtype), dim, size, world, group)
+
+
+def _copied(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Fresh contiguous memory, in another dtype if one is given."""
+    return value.to(dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _gather(shard: Tensor, dim: int, size: int, world: int, group: str) -> Tensor:
@@ -115,9 +147,22 @@ def _gather(shard: Tensor, dim: int, size: int, world: int, group: str) -> Tenso
     return torch.cat([parts[r].narrow(dim, 0, local_rows(size, world, r)) for r in range(world)], dim)
 
 
-def _reduce_kernel(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+def _reduce_kernel(
+    grad: Tensor,
+    dim: int,
+    local: int,
+    world: int,
+    group: str,
+    wire: torch.dtype | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:
     if world == 1:
-        return grad.clone(memory_format=torch.contiguous_format)
+        return _copied(grad, out or wire)
+    mean = _mean(grad if wire is None else grad.to(wire), dim, local, world, group)
+    return mean if out is None else mean.to(out)
+
+
+def _mean(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
     ordered = group_backend(group, grad.device) == "gloo"
     if dim == REPLICATED:
         return _all_reduce_in_order(grad, world, group) if ordered else _all_reduce(grad, world, group)
@@ -137,11 +182,24 @@ def _sum_in_order(grad: Tensor, dim: int, local: int, world: int, group: str) ->
     got: Tensor = _c10d.wait_tensor(_c10d.all_to_all_single(flat, receive, send, group))
     shape = list(grad.shape)
     shape[dim] = local
-    parts = got.view(world, *shape)
-    total = parts[0] + parts[1]
-    for rank in range(2, world):
-        total += parts[rank]
-    return total.mul_(1 / world)
+    return mean_of_parts(got.view(world, *shape))
+
+
+def mean_of_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
+    """Mean over the first dimension, added in its order; 16-bit addends in fp32, of which the mean is rounded once.
+
+    ``out``: where it goes, of the dtype of ``parts``.
+    """
+    if parts.dtype.itemsize < 4:
+        total = parts[0].float()
+        for part in parts[1:]:
+            total += part
+        total *= 1 / len(parts)
+        return total.to(parts.dtype) if out is None else out.copy_(total)
+    total = torch.add(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        total += part
+    return total.mul_(1 / len(parts))
 
 
 def _all_reduce_in_order(grad: Tensor, world: int, group: str) -> Tensor:
@@ -176,19 +234,35 @@ LIBRARY.impl("reduce_grad", _reduce_kernel, "CompositeExplicitAutograd")
 
 
 def _unshard_fake(
-    shard: Tensor, leaf: Tensor | None, accumulated: Tensor | None, dim: int, size: int, world: int, group: str
+    shard: Tensor,
+    leaf: Tensor | None,
+    accumulated: Tensor | None,
+    dim: int,
+    size: int,
+    world: int,
+    group: str,
+    dtype: torch.dtype | None = None,
+    wire: torch.dtype | None = None,
 ) -> Tensor:
     shape = list(shard.shape)
     if dim != REPLICATED:
         shape[dim] = size
-    return shard.new_empty(shape)
+    return shard.new_empty(shape, dtype=dtype)
 
 
-def _reduce_fake(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
+def _reduce_fake(
+    grad: Tensor,
+    dim: int,
+    local: int,
+    world: int,
+    group: str,
+    wire: torch.dtype | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:
     shape = list(grad.shape)
     if dim != REPLICATED:
         shape[dim] = local
-    return grad.new_empty(shape)
+    return grad.new_empty(shape, dtype=out or wire)
 
 
 torch.library.register_fake("dscompile::unshard", _unshard_fake, lib=LIBRARY)
@@ -201,7 +275,9 @@ def _shape_quickly(mode: FakeTensorMode, func: Any, types: Any, args: tuple[Any,
     A model has one marker for each parameter, and each is traced four times: this halves what sharding adds to it.
     """
     source = args[0]
-    dim, size = (args[3], args[4]) if func is torch.ops.dscompile.unshard.default else (args[1], args[2])
+    reads = func is torch.ops.dscompile.unshard.default
+    dim, size = (args[3], args[4]) if reads else (args[1], args[2])
+    dtypes = args[7:8] if reads else args[6:4:-1]  # the first that is given counts
     shape = list(source.shape)
     if dim != REPLICATED:
         shape[dim] = size
@@ -212,7 +288,8 @@ def _shape_quickly(mode: FakeTensorMode, func: Any, types: Any, args: tuple[Any,
         or any(type(n) is not int for n in shape)
     ):
         return mode.__torch_dispatch__(func, types, args, kwargs)
-    return FakeTensor(mode, torch.empty(shape, dtype=source.dtype, device="meta"), source.fake_device)
+    dtype = next((d for d in dtypes if d is not None), source.dtype)
+    return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), source.fake_device)
 
 
 for _name in ("unshard", "reduce_grad"):
@@ -223,7 +300,9 @@ for _name in ("unshard", "reduce_grad"):
 
 
 def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    shard, leaf, accumulated, ctx.dim, _, ctx.world, ctx.group = inputs
+    shard, leaf, accumulated, ctx.dim, _, ctx.world, ctx.group, dtype, ctx.wire = inputs
+    ctx.typed = dtype is not None or ctx.wire is not None
+    ctx.dtype = shard.dtype if leaf is None else leaf.dtype
     ctx.local = 0 if ctx.dim == REPLICATED else shard.shape[ctx.dim]
     ctx.to_leaf = leaf is not None
     # No saved tensor: a checkpointed block reads again in backward, when another reader may have the accumulator, and
@@ -232,9 +311,9 @@ def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    nothing = (None,) * 4
+    nothing = (None,) * 6
     if ctx.to_leaf:
-        return None, grad, None, *nothing
+        return None, grad.to(ctx.dtype), None, *nothing
     accumulated = ctx.accumulated
     # A tied parameter has several unshard nodes, and autograd sums their gradients: the accumulated one must join only
     # one of them. The mark lives on the tensor, so it holds for one backward pass in eager mode (the accumulator is
@@ -242,21 +321,23 @@ def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if accumulated is not None and not getattr(accumulated, _JOINED, False):
         setattr(accumulated, _JOINED, True)
         grad = grad + accumulated
-    return reduce_grad(grad, ctx.dim, ctx.local, ctx.world, ctx.group), None, None, *nothing
+    out = ctx.dtype if ctx.typed else None
+    return reduce_grad(grad, ctx.dim, ctx.local, ctx.world, ctx.group, ctx.wire, out), None, None, *nothing
 
 
 _JOINED = "dscompile_joined"
 
 
 def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, ctx.dim, _, ctx.world, ctx.group = inputs
+    grad, ctx.dim, _, ctx.world, ctx.group, _, _ = inputs
+    ctx.dtype = grad.dtype
     ctx.size = 0 if ctx.dim == REPLICATED else grad.shape[ctx.dim]
 
 
 def _reduce_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # No 1/world: a rank's own value has gradients of that rank's loss, a shard those of the mean loss (so unshard
     # averages), and the mean over ranks here divides by as many as that average will.
-    return unshard(grad, ctx.dim, ctx.size, ctx.world, ctx.group), None, None, None, None
+    return unshard(grad, ctx.dim, ctx.size, ctx.world, ctx.group).to(ctx.dtype), *(None,) * 6
 
 
 torch.library.register_autograd("dscompile::unshard", _unshard_backward, setup_context=_unshard_setup, lib=LIBRARY)

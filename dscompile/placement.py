@@ -6,6 +6,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dscompile.shard_layout import REPLICATED, chunk_rows, rank_rows
@@ -30,6 +31,9 @@ class ShardSpec:
         world: ranks in the group.
         group: logical group name (:mod:`dscompile.world`).
         stage: ZeRO stage, 0 to 3.
+        dtype: what the model reads it as; None: as its master is.
+        wire: in which dtype its gradient travels; None: as it comes.
+        accumulate: dtype of its accumulated gradient; None: its master's.
     """
 
     fqn: str
@@ -38,6 +42,14 @@ class ShardSpec:
     world: int
     group: str
     stage: int
+    dtype: torch.dtype | None = None
+    wire: torch.dtype | None = None
+    accumulate: torch.dtype | None = None
+
+    @property
+    def keeps_copy(self) -> bool:
+        """Whether a copy in the compute dtype stays beside the master (stages 0 to 2)."""
+        return self.dtype is not None and self.stage < 3
 
     @property
     def size(self) -> int:
@@ -84,13 +96,15 @@ def choose_dim(shape: tuple[int, ...], world: int, stage: int) -> int:
 class Mark:
     """What ``distribute`` attaches to a parameter, and to the local tensor that graphs read in its place.
 
-    Only the description is pickled: buffers and slots are rebuilt where the model is loaded.
+    Only the description is pickled: buffers and slots are rebuilt where the model is loaded. ``resident`` is the full
+    buffer that the shard is a view of, ``copy`` the full value in the compute dtype, made when a program first asks.
     """
 
     spec: ShardSpec
     config: Config
     resident: Tensor | None = None
     slot: weakref.ref[Slot] | None = None
+    copy: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Mark, (self.spec, self.config)
@@ -124,6 +138,19 @@ def resident_of(tensor: Tensor) -> Tensor | None:
     """
     mark = mark_of(tensor)
     return mark.resident if mark is not None else None
+
+
+def compute_copy(tensor: Tensor) -> Tensor | None:
+    """The copy of a parameter in its compute dtype (stages 0 to 2), full shape; its values may be stale.
+
+    Made on the first call. None for a tensor without a mark, or that keeps none.
+    """
+    mark = mark_of(tensor)
+    if mark is None or not mark.spec.keeps_copy:
+        return None
+    if mark.copy is None or mark.copy.device != tensor.device:
+        mark.copy = tensor.new_empty(mark.spec.shape, dtype=mark.spec.dtype)
+    return mark.copy
 
 
 def config_of(tensors: Iterable[Tensor]) -> Config | None:

@@ -20,11 +20,14 @@ class RegionCode:
     """The code behind one structural key.
 
     Attributes:
-        key: structural hash of the region. kind: ``"inductor"`` (compiled) or ``"aten"`` (PyTorch's own kernels, one
-        call a node). source: Python source of what runs; for ``aten`` it defines ``run(args)``. reference: source of
-        ``run(args)`` with PyTorch's own kernels ("" if it cannot be printed): what a check compares to. reason: why
-        the region was not compiled ("" if it was). passing: that reason was the machine's state (a full disk), so the
-        program must not be kept. artifact: the compiled object, bound again after loading from disk.
+        key: structural hash of the region. kind: ``"inductor"`` (compiled), ``"triton"`` (our kernels, on a GPU) or
+        ``"aten"`` (PyTorch's own kernels, one call a node). source: Python source of what runs; for ``triton`` and
+        ``aten`` it defines ``run(args)``. reference: source of ``run(args)`` with PyTorch's own kernels ("" if it
+        cannot be printed): what a check compares to. reason: why the region was not compiled ("" if it was). passing:
+        that reason was the machine's state (a full disk), so the program must not be kept. artifact: the compiled
+        object, bound again after loading from disk. choice: on a GPU, why our kernels or Inductor's run it. attention:
+        on a CPU, which kernel runs each attention node, and why. fallbacks: parts of the region that run slower than
+        they should, and why.
     """
 
     key: str
@@ -34,6 +37,9 @@ class RegionCode:
     reference: str = ""
     passing: bool = False
     artifact: Any = None
+    choice: str = ""
+    attention: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -23,16 +23,23 @@ def gathered(module: nn.Module, *, write: bool = False, source: int | None = Non
     Args:
         module: every rank enters with the same module: gathering is a collective.
         write: the values may be written in place (initialisation, surgery); on exit each rank keeps its rows. Reads
-            then have no autograd.
+            then have no autograd, and are the masters, in their own dtype rather than the compute dtype.
         source: with ``write``, the rank of the parameter's group whose values all ranks take.
 
     Without ``write``, reads that autograd must see still gather for themselves. A graph compiled earlier reads the
     shards, so it sees writes after the context has ended. Nothing is written back if the body raises.
     """
-    slots = [slot for slot in slots_in(module) if slot.full is None]
+    with gathered_slots(slots_in(module), write=write, source=source):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_slots(slots: Sequence[Slot], *, write: bool = False, source: int | None = None) -> Iterator[None]:
+    """:func:`gathered` for some parameters; those gathered already belong to the outer context."""
+    slots = [slot for slot in slots if slot.full is None]
     with torch.no_grad():
         for slot in slots:
-            slot.full, slot.writable = slot.gather(), write
+            slot.full, slot.writable = slot.gather(master=write), write
     try:
         yield
         if write:
@@ -53,6 +60,7 @@ def _write_back(slot: Slot, source: int | None) -> None:
             resident.copy_(full)
         else:
             local_of(slot.param).copy_(slot.spec.shard_of(full, slot.rank))
+            slot.fresh = None
 
 
 def access_count(module: nn.Module) -> int:

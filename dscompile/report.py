@@ -36,6 +36,8 @@ class GraphReport:
         compiled = f"{facts.get('compiled_regions', 0)} compiled"
         if facts.get("bytes"):
             compiled += f", {100 * facts['bytes_compiled'] / facts['bytes']:.1f} % of non-GEMM bytes"
+        if facts.get("triton_regions"):
+            compiled += f", {facts['triton_regions']} of them with our Triton kernels"
         parts.append(f"{facts.get('regions', 0)} regions ({compiled})")
         if self.verdict:
             parts.append(self.verdict)

@@ -97,3 +97,8 @@ def decode(numbers: Sequence[int], world: int) -> list[ShardLayout]:
         layouts.append(ShardLayout(tuple(numbers[position + 2 : position + 2 + length]), dim, world))
         position += 2 + length
     return layouts
+
+
+def stays_local(numbers: Sequence[int], world: int) -> bool:
+    """Whether no rank needs another's part of these encoded layouts: all replicated, or a group of one."""
+    return world == 1 or all(layout.dim == REPLICATED for layout in decode(numbers, world))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -28,7 +27,11 @@ from dscompile.slots import Slot, attribute_keys, slot_of
 from dscompile.world import World
 
 STATE = "_dscompile"
+FOREIGN = "_dscompile_foreign"
 _MARKER = torch.ops.dscompile.unshard.default
+
+Tail = tuple[Any, ...]
+"""``dim, size, world, group`` and, where they matter, ``dtype, wire``: the constants of a parameter's marker."""
 
 
 class Sync(enum.Enum):
@@ -55,26 +58,24 @@ class Shards:
 
 
 class ParameterTable(dict[str, nn.Parameter | None]):
-    """A module's ``_parameters``: notices values that do not belong there, as ``torch.func.functional_call`` puts them.
+    """A module's ``_parameters``: notes values that do not belong there, as ``torch.func.functional_call`` puts them.
 
-    Graphs read a parameter's slot, not this table, so a write that only the table sees would be ignored: while it holds
-    another value, the module's attributes for graphs are None, and its property looks here. Dynamo traces the method
-    below, so this holds for a ``functional_call`` inside compiled code as well as around it.
+    Graphs read a parameter's slot, not this table, so a write that only the table sees would be ignored. Dynamo traces
+    the method below, so it holds for a ``functional_call`` inside compiled code as well as around it.
     """
 
-    def __init__(self, module: nn.Module, shards: Shards) -> None:
-        dict.__init__(self, module._parameters)
-        self.module = weakref.ref(module)
+    def __init__(self, values: dict[str, nn.Parameter | None], shards: Shards, foreign: dict[str, Any]) -> None:
+        dict.__init__(self, values)
         self.shards = shards
+        self.foreign = foreign
 
     def __setitem__(self, name: str, value: Any) -> None:
         dict.__setitem__(self, name, value)
-        slot, module = self.shards.slots.get(name), self.module()
-        if slot is not None and module is not None:
-            own = slot.param is value
-            shard, silent, *_ = attribute_keys(name)
-            setattr(module, shard, slot.shard if own else None)
-            setattr(module, silent, slot.silent if own else None)
+        slot = self.shards.slots.get(name)
+        if slot is None or slot.param is value:
+            self.foreign.pop(name, None)
+        else:
+            self.foreign[name] = value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (list(self.items()),)
@@ -102,13 +103,19 @@ def adopt(module: nn.Module, name: str, param: DTensor, spec: ShardSpec, config:
     shards = shards_of(module)
     if shards is None:
         shards = module.__dict__[STATE] = Shards({}, config)
-        module.__dict__["_parameters"] = ParameterTable(module, shards)
+        _tabulate(module, shards)
     module._parameters[name] = cast(nn.Parameter, param)
     for key in ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ():
         module.__dict__.pop(key, None)  # full copies; the class computes them
     shards.specs[name] = spec
     _attach(module, name, param)
     set_variant(module, Sync.REDUCE)
+
+
+def _tabulate(module: nn.Module, shards: Shards) -> None:
+    foreign: dict[str, Any] = {}
+    module.__dict__[FOREIGN] = foreign
+    module.__dict__["_parameters"] = ParameterTable(module._parameters, shards, foreign)
 
 
 def adopt_containers(model: nn.Module) -> None:
@@ -124,13 +131,14 @@ def _attach(module: nn.Module, name: str, param: DTensor) -> None:
     if slot is None or slot.param is not param:
         slot = Slot(param, shards.specs[name], shards.config)
     shards.slots[name] = slot
+    module.__dict__[FOREIGN].pop(name, None)
     slot.own(module, name)
 
 
 def _release(module: nn.Module, name: str) -> None:
     """Forget a sharded parameter, which the user replaced by None or by a plain one."""
     shards = cast(Shards, shards_of(module))
-    for table in (shards.specs, shards.slots):
+    for table in (shards.specs, shards.slots, module.__dict__[FOREIGN]):
         table.pop(name, None)
     for key in attribute_keys(name):
         module.__dict__.pop(key, None)
@@ -142,8 +150,14 @@ def set_variant(module: nn.Module, sync: Sync) -> None:
     base = type(module)
     base = getattr(base, "_dscompile_base", base)
     specs = cast(Shards, shards_of(module)).specs
-    layout = tuple((name, spec.dim, spec.size, spec.world, spec.group) for name, spec in specs.items())
+    layout = tuple((name, _tail(spec)) for name, spec in specs.items())
     module.__class__ = cast(type[nn.Module], cast(Any, sharded_class)(base, layout, sync))
+
+
+def _tail(spec: ShardSpec) -> Tail:
+    """The marker's arguments after the tensors; without dtypes where the model computes in its masters' own."""
+    plain = (spec.dim, spec.size, spec.world, spec.group)
+    return plain if spec.dtype is None and spec.wire is None else (*plain, spec.dtype, spec.wire)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -157,8 +171,7 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
     shards = cast(Shards, shards_of(module))
     slot = shards.slots.get(name)
     if slot is None or slot.param is not cast(Tensor, param):
-        spec = shards.specs[name]
-        return _foreign(param, spec.dim, spec.size, spec.world, spec.group)
+        return _foreign(param, shards.specs[name])
     if slot.full is not None and (slot.writable or not torch.is_grad_enabled()):
         return slot.full if slot.writable else slot.full.as_subclass(Gathered)
     if slot.stale:
@@ -168,43 +181,48 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
     return value.as_subclass(Gathered)
 
 
-def _foreign(param: Tensor, dim: int, size: int, world: int, group: str) -> Tensor:
+def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
     """A value put there for a moment (``torch.func.functional_call``): a full tensor, or a DTensor placed alike."""
     if isinstance(param, DTensor):
-        return unshard(param.to_local(), dim, size, world, group)
-    return param
+        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group, dtype=spec.dtype, wire=spec.wire)
+    return param if spec.dtype is None else param.to(spec.dtype)
 
 
-def _property(name: str, dim: int, size: int, world: int, group: str, sync: Sync) -> property:
+def _property(name: str, tail: Tail, sync: Sync) -> property:
     """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
     compiling, marker = torch.compiler.is_compiling, _MARKER
 
+    dtype = tail[4] if len(tail) > 4 else None
+
+    def given(self: Any) -> Tensor | None:
+        value = self._dscompile_foreign[name]
+        if isinstance(value, DTensor):
+            return cast(Tensor, marker(value.to_local(), None, None, *tail))
+        return cast(Tensor, value) if dtype is None else cast(Tensor, value.to(dtype))
+
     shard, silent, leaf, offered, taken = attribute_keys(name)
 
-    def given(self: nn.Module) -> Tensor:
-        value = self._parameters[name]
-        return _foreign(cast(Tensor, value), dim, size, world, group)
-
-    def reduce(self: nn.Module) -> Tensor | None:
+    def reduce(self: Any) -> Tensor | None:
         if compiling():
-            value = getattr(self, shard)
-            return given(self) if value is None else marker(value, None, None, dim, size, world, group)
+            if self._dscompile_foreign and name in self._dscompile_foreign:
+                return given(self)
+            return cast(Tensor, marker(getattr(self, shard), None, None, *tail))
         return _read(self, name, sync)
 
-    def local(self: nn.Module) -> Tensor | None:
+    def local(self: Any) -> Tensor | None:
         if compiling():
-            value = getattr(self, silent)
-            return given(self) if value is None else marker(value, getattr(self, leaf), None, dim, size, world, group)
+            if self._dscompile_foreign and name in self._dscompile_foreign:
+                return given(self)
+            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, *tail))
         return _read(self, name, sync)
 
-    def boundary(self: nn.Module) -> Tensor | None:
+    def boundary(self: Any) -> Tensor | None:
         if compiling():
+            if self._dscompile_foreign and name in self._dscompile_foreign:
+                return given(self)
             if getattr(self, taken):
                 return local(self)
-            value = getattr(self, shard)
-            return (
-                given(self) if value is None else marker(value, None, getattr(self, offered), dim, size, world, group)
-            )
+            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, offered), *tail))
         return _read(self, name, sync)
 
     def refuse(self: nn.Module, *_: Any) -> NoReturn:
@@ -223,12 +241,12 @@ def _where(module: nn.Module, name: str) -> str:
 
 # -- the class ---------------------------------------------------------------------------------------------------------
 
-Layout = tuple[tuple[str, int, int, int, str], ...]
+Layout = tuple[tuple[str, Tail], ...]
 
 
 @functools.cache
 def sharded_class(base: type[nn.Module], layout: Layout, sync: Sync) -> type[nn.Module]:
-    """The subclass of ``base`` whose parameters ``layout`` (name, dim, size, world, group) are sharded."""
+    """The subclass of ``base`` whose parameters ``layout`` (name, the marker's constants) are sharded."""
     if not layout:
         return base
     members: dict[str, Any] = {entry[0]: _property(*entry, sync) for entry in layout}
@@ -321,6 +339,7 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         state = dict(cast(dict[str, Any], self.__getstate__()))
+        state.pop(FOREIGN, None)
         state["_parameters"] = dict(self._parameters)
         for name in cast(Shards, shards_of(self)).specs:
             for key in attribute_keys(name):
@@ -329,7 +348,7 @@ def _methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     def revive(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
-        self.__dict__["_parameters"] = ParameterTable(self, cast(Shards, shards_of(self)))
+        _tabulate(self, cast(Shards, shards_of(self)))
         for name in cast(Shards, shards_of(self)).specs:
             param = cast(DTensor, self._parameters[name])
             World.of(param.device_mesh)

@@ -83,11 +83,14 @@ class Sharding:
             while source.op == "call_function" and source.all_input_nodes:  # DTensor leaves views of the local tensor
                 source = source.all_input_nodes[0]
             spec = self.specs.get(names.get(source.name, ""))
-            found = (node.args[3], node.args[4], node.args[5], node.args[6])
-            if spec is not None and found != (spec.dim, spec.size, spec.world, spec.group):
+            if spec is None:
+                continue
+            found = (*node.args[3:], *(None,) * (9 - len(node.args)))
+            placed = (spec.dim, spec.size, spec.world, spec.group, spec.dtype, spec.wire)
+            if found != placed:
                 raise VerifyError(
-                    f"rule placement: %{node.name} gathers {spec.fqn!r} as (dim, size, world, group) {found}, but it "
-                    f"is placed as {(spec.dim, spec.size, spec.world, spec.group)}.\n  {describe(node)}"
+                    f"rule placement: %{node.name} gathers {spec.fqn!r} as (dim, size, world, group, dtype, wire) "
+                    f"{found}, but it is placed as {placed}.\n  {describe(node)}"
                 )
 
 

@@ -122,7 +122,8 @@ class Slot:
                 self.shard: Tensor = Attach.apply(param)  # type: ignore[no-untyped-call]
         else:
             self.shard = alias(self._local)
-        mark = Mark(self.spec, self.config, resident, weakref.ref(self))
+        known = mark_of(param)
+        mark = Mark(self.spec, self.config, resident, weakref.ref(self), known.copy if known is not None else None)
         set_mark(param, mark)
         set_mark(self.shard, mark)
         if not param.requires_grad:
@@ -134,7 +135,8 @@ class Slot:
     def _expect_writes(self, resident: Tensor | None) -> None:
         """A resident copy is stale from its first gradient on: an optimizer step follows."""
         self.fresh = None
-        if resident is not None and self.param.requires_grad and self._watched is not self.param:
+        kept = resident is not None or self.spec.keeps_copy
+        if kept and self.param.requires_grad and self._watched is not self.param:
             self._watched = self.param
             stale = weakref.WeakMethod(self._set_stale)
             self.param.register_post_accumulate_grad_hook(lambda _: (m := stale()) and m())
@@ -143,8 +145,11 @@ class Slot:
         self.fresh = None
 
     def _resident(self) -> Tensor | None:
-        """At stages 1 and 2 the shard must be a view of a full buffer: the one it already lies in, or a new one."""
-        if self.spec.stage not in (1, 2) or self.spec.dim == REPLICATED:
+        """At stages 1 and 2 the shard must be a view of a full buffer: the one it already lies in, or a new one.
+
+        Not if the model computes in another dtype: then the full value is a copy.
+        """
+        if self.spec.stage not in (1, 2) or self.spec.dim == REPLICATED or self.spec.dtype is not None:
             return None
         known = mark_of(self.param)
         if known is not None and known.resident is not None:
@@ -195,8 +200,11 @@ class Slot:
                 values = (self.shard, self.silent, self.leaf, self.offered, self.taken)
                 module.__dict__.update(zip(attribute_keys(name), values, strict=True))
 
-    def gather(self, *, to_leaf: bool = False, boundary: bool = False) -> Tensor:
-        """The full value, by a collective, with autograd as the accumulation window wants it."""
+    def gather(self, *, to_leaf: bool = False, boundary: bool = False, master: bool = False) -> Tensor:
+        """The full value, by a collective, with autograd as the accumulation window wants it.
+
+        In the compute dtype, or in the ``master``'s.
+        """
         spec = self.spec
         to_leaf = to_leaf or (boundary and self.taken)
         return unshard(
@@ -207,6 +215,8 @@ class Slot:
             spec.group,
             self.leaf if to_leaf else None,
             self.offered if boundary else None,
+            None if master else spec.dtype,
+            spec.wire,
         )
 
     # -- accumulation ------------------------------------------------------------------------------------------------
@@ -219,7 +229,8 @@ class Slot:
             return
         if self.leaf is None:
             strides = (0,) * len(self.spec.shape)
-            leaf = torch.empty_strided(self.spec.shape, strides, dtype=self.shard.dtype, device=self.shard.device)
+            dtype = self.spec.accumulate or self.shard.dtype
+            leaf = torch.empty_strided(self.spec.shape, strides, dtype=dtype, device=self.shard.device)
             self.leaf = leaf.requires_grad_()
             accumulated = weakref.WeakMethod(self._accumulated)
             self.leaf.register_post_accumulate_grad_hook(lambda leaf: (m := accumulated()) and m(leaf))

@@ -9,7 +9,7 @@ rules; the result says so.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -61,6 +61,17 @@ def split(graph: StepGraph, *, static_inputs: Sequence[int] = ()) -> Split:
     _sink_independent(bw)
     saved = tuple(i.name for i in bw.inputs if i.kind not in (InputKind.TANGENT, InputKind.TOKEN))
     return Split(fw, bw, saved, reason or "save all")
+
+
+def borrowed(forward: StepGraph, saved: Iterable[str]) -> frozenset[str]:
+    """The saved values that live in memory of forward's inputs: backward must not overwrite them.
+
+    AOTAutograd tells aliases by fake storages, so it takes a resident parameter, which ``refresh`` returns, for a value
+    that only backward holds.
+    """
+    names, storages = set(saved), Storages(forward)
+    inputs = {storages.root(p) for p in forward.placeholders()}
+    return frozenset(n.name for n in forward.nodes if n.name in names and storages.root(n) in inputs)
 
 
 def _erase_unused(module: fx.GraphModule, phase: Phase) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dscompile.comm_terms import COMM_RULES, Several
+from dscompile.comm_terms import COMM_RULES, Several, cast_term
 from dscompile.effects import is_plain
 from dscompile.torch_compat import OpOverload, is_backed, symbolic_expression
 
@@ -194,6 +194,19 @@ def _same_layout(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, K
     return None
 
 
+def _to_copy(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
+    """``_to_copy(x)`` that changes nothing is x; a change of dtype alone commutes with gathering a parameter."""
+    source, made = args[0], node.meta.get("val")
+    same = _same_layout(table, args, {}, node)
+    if same is not None or set(kwargs) != {"dtype"} or not isinstance(source, Term):
+        return same
+    if not isinstance(source.value, torch.Tensor) or not isinstance(made, torch.Tensor):
+        return None
+    if source.value.layout is not torch.strided or table.strides(source.value) != table.strides(made):
+        return None
+    return cast_term(table, source, kwargs["dtype"][1], node)
+
+
 def _view(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
     """A view of a view is one view; a view to the own shape is no view. Values in order do not change."""
     base, size = args[0], args[1] if len(args) > 1 else kwargs.get("size", kwargs.get("shape"))
@@ -311,7 +324,7 @@ RULES: Mapping[OpOverload, Rule] = MappingProxyType(
         aten.lift_fresh.default: _identity,
         aten.clone.default: _same_layout,
         aten.contiguous.default: _same_layout,
-        aten._to_copy.default: _same_layout,
+        aten._to_copy.default: _to_copy,
         aten.expand.default: _same_layout,
         aten.view.default: _view,
         aten._unsafe_view.default: _view,

@@ -7,7 +7,7 @@ after its storage was written is another term than reading it before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,13 @@ class Evaluator:
         effects: terms of the effects in execution order.
     """
 
-    def __init__(self, table: TermTable) -> None:
-        """Terms are interned in ``table``."""
+    def __init__(self, table: TermTable, stand_ins: Mapping[fx.Node, tuple[Key, Sequence[Any]]] | None = None) -> None:
+        """Terms are interned in ``table``.
+
+        A node of ``stand_ins`` takes the given term, if the first operands of that term are what its operands mean.
+        """
         self.table = table
+        self._stand_ins = stand_ins or {}
         self.terms: dict[fx.Node, Key] = {}
         self.draws: list[Term] = []
         self.effects: list[Term] = []
@@ -92,6 +96,8 @@ class Evaluator:
         op = node.op
         if op == "call_function":
             self.terms[node] = self._call(node)
+            if node in self._stand_ins:
+                self._stand_in(node)
         elif op == "placeholder":
             self.terms[node] = bound[node.name] if node.name in bound else self._input(node)
         elif op == "get_attr":
@@ -102,6 +108,12 @@ class Evaluator:
             writes = self._writes.get(self.root(node))
             if writes:
                 self._born[node] = len(writes)
+
+    def _stand_in(self, node: fx.Node) -> None:
+        term, operands = self._stand_ins[node]
+        found = [self.key(operand, node) for operand in operands]
+        if isinstance(term, Term) and all(map(same, term.op[1 : 1 + len(found)], found)):
+            self.terms[node] = term
 
     def _input(self, node: fx.Node) -> Key:
         value = node.meta.get("val")

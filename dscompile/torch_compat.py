@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx
+from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
@@ -417,3 +419,32 @@ def default_store() -> Store:
     """The c10d store of the default process group. Stands on ``distributed_c10d._get_default_store``."""
     store: Store = distributed_c10d._get_default_store()
     return store
+
+
+def kernel_cache_directory() -> str:
+    """Where our own compiled kernels are kept: a folder in Inductor's cache directory.
+
+    Stands on ``torch._inductor.runtime.cache_dir_utils.cache_dir``.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return os.path.join(cache_dir(), "cpu_kernels")
+
+
+# -- decompositions --------------------------------------------------------------------------------------------------
+
+
+def tile_decompositions() -> dict[OpOverload, Any]:
+    """PyTorch's decompositions into core aten, and of the norms and softmaxes too: what tiles are built from.
+
+    Stands on ``torch._decomp``.
+    """
+    aten = torch.ops.aten
+    more = [
+        aten.native_layer_norm.default,
+        aten._softmax.default,
+        aten._log_softmax.default,
+        aten.native_dropout_backward.default,
+        aten.gelu_backward.default,
+    ]
+    return {**core_aten_decompositions(), **get_decompositions(more)}

@@ -10,7 +10,7 @@ from dscompile.comm import LAUNCHES, REDUCE_GRAD, REFRESH, START_REFRESH, UNSHAR
 from dscompile.effects import execution_order, written
 from dscompile.errors import VerifyError
 from dscompile.graph import StepGraph, info
-from dscompile.shard_layout import REPLICATED
+from dscompile.shard_layout import REPLICATED, stays_local
 from dscompile.source import describe
 from dscompile.torch_compat import tensor_bytes
 from dscompile.verify import Check
@@ -88,15 +88,19 @@ def listing(graph: StepGraph) -> list[str]:
     for node in [*forward, *backward]:
         if node.op != "call_function" or (node.target not in _STARTS and node.target not in _MARKERS):
             continue
-        if node.target is REFRESH and len(node.args) > 4:
-            continue  # only waits for what was started
-        group = node.args[-1]
+        if node.target is REFRESH and (_waits(node) or stays_local(node.args[1], node.args[2])):  # type: ignore[arg-type]
+            continue  # waits for what was started, or sends nothing
+        group = next(a for a in reversed(node.args) if isinstance(a, str))  # dtypes may follow it
         whole = node.args[0] if node.target is REDUCE_GRAD else node
         value = whole.meta["val"]  # type: ignore[union-attr]
         elements = sum(v.numel() for v in value) if isinstance(value, (list, tuple)) else _whole(node)
         name = str(node.target).removeprefix("_c10d_functional.").removesuffix(".default")
         lines.append(f"{name} {group} {elements} {info(node).fqn}")
     return lines
+
+
+def _waits(refresh: fx.Node) -> bool:
+    return len(refresh.args) > 4 and refresh.args[4] is not None
 
 
 _MARKERS = frozenset({REFRESH, REDUCE_GRAD, UNSHARD})

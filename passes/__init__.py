@@ -5,20 +5,25 @@ A pipeline is one readable line. Order matters and is checked against each pass'
 
 from __future__ import annotations
 
-from dscompile.config import ZeroConfig
+import re
+
+from dscompile.config import Config, ZeroConfig
+from dscompile.errors import PipelineError
 from dscompile.passes import bucket as _bucket  # noqa: F401  (each registers itself)
 from dscompile.passes import canonicalise as _canonicalise  # noqa: F401
+from dscompile.passes import fuse_loss as _fuse_loss  # noqa: F401
 from dscompile.passes import prefetch as _prefetch  # noqa: F401
+from dscompile.passes import sparse_attention as _sparse_attention  # noqa: F401
 from dscompile.passes import unshard as _unshard  # noqa: F401
 from dscompile.passes import zero as _zero  # noqa: F401
 
 PIPELINES: dict[str, str] = {
-    "default": "canonicalise",
+    "default": "canonicalise,fuse_loss",
     "none": "",
-    "zero0": "canonicalise,merge_ties,zero0,bucket",
-    "zero1": "canonicalise,merge_ties,zero1,bucket,prefetch",
-    "zero2": "canonicalise,merge_ties,zero2,bucket,prefetch",
-    "zero3": "canonicalise,merge_ties,zero3,selective_unshard,bucket,prefetch",
+    "zero0": "canonicalise,fuse_loss,merge_ties,zero0,bucket",
+    "zero1": "canonicalise,fuse_loss,merge_ties,zero1,bucket,prefetch",
+    "zero2": "canonicalise,fuse_loss,merge_ties,zero2,bucket,prefetch",
+    "zero3": "canonicalise,fuse_loss,merge_ties,zero3,selective_unshard,bucket,prefetch",
 }
 """Named pipelines. ``default`` is what ``torch.compile(model, backend="dscompile")`` runs on an unsharded model; on a
 sharded one it is the pipeline of the ZeRO stage, with the sizes of the ``zero`` configuration."""
@@ -32,3 +37,21 @@ def zero_pipeline(stage: int, zero: ZeroConfig) -> str:
         "prefetch": f"(elements={zero.stage3_prefetch_bucket_size if zero.overlap_comm else 0})",
     }
     return ",".join(name + options.get(name, "") for name in PIPELINES[f"zero{stage}"].split(","))
+
+
+def with_sparse_attention(pipeline: str, config: Config) -> str:
+    """``pipeline`` with the pass that the ``sparse_attention`` section asks for, right after ``canonicalise``.
+
+    Raises:
+        PipelineError: a pipeline that the user spelt out lacks the pass: where it belongs is for them to say.
+    """
+    text = PIPELINES.get(pipeline, pipeline)
+    if config.sparse_attention is None or re.search(r"\bsparse_attention\b", text):
+        return text
+    if config.pipeline not in PIPELINES:
+        raise PipelineError(
+            f"pipeline: {text!r} lacks 'sparse_attention', which the option 'sparse_attention' asks for. "
+            "Add the pass after 'canonicalise', or use a named pipeline."
+        )
+    first, _, rest = text.partition(",")
+    return ",".join(filter(None, (first, "sparse_attention", rest)))

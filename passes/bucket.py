@@ -18,9 +18,9 @@ from torch import fx
 from dscompile.comm import REDUCE_GRAD, REFRESH, ROLES, START_REFRESH, WAIT, Group, c10d, ours
 from dscompile.graph import Phase, StepGraph, annotate, info
 from dscompile.manager import PassContext, graph_pass
-from dscompile.passes.markers import Marker, Sections, is_local, reduces, unshards
+from dscompile.passes.markers import Marker, Sections, is_local, reduces, typed, unshards
 from dscompile.passes.zero import take
-from dscompile.shard_layout import REPLICATED, decode, encode
+from dscompile.shard_layout import REPLICATED, decode, encode, stays_local
 
 
 @graph_pass("bucket", after={"zero0", "zero1", "zero2", "zero3", "selective_unshard"}, provides={"collectives"})
@@ -85,7 +85,8 @@ def _kind(marker: Marker, alone: int) -> tuple[object, ...]:
     """What members of a bucket have in common; a tensor that travels alone has its own name in it."""
     value, layout = marker.operand.meta["val"], marker.layout
     name = marker.node.name if marker.elements >= alone and layout.is_consecutive else ""
-    return value.dtype, value.device, layout.world, marker.group, layout.dim == REPLICATED, name
+    dtypes = value.dtype, marker.dtype, marker.out
+    return *dtypes, value.device, layout.world, marker.group, layout.dim == REPLICATED, name
 
 
 def _lower_gather(graph: StepGraph, ctx: PassContext, members: list[Marker], before: fx.Node) -> None:
@@ -93,7 +94,8 @@ def _lower_gather(graph: StepGraph, ctx: PassContext, members: list[Marker], bef
     if not graph.edit("bucket gather", first.node, why=f"{len(members)} parameters, one collective"):
         return
     world, layouts = first.layout.world, encode([m.layout for m in members])
-    flat = _insert(graph, before, ours.pack_shards.default, ([m.operand for m in members], layouts, world), first)
+    packed = ([m.operand for m in members], layouts, world, *typed(first.dtype))
+    flat = _insert(graph, before, ours.pack_shards.default, packed, first)
     launch = _insert(graph, before, c10d.all_gather_into_tensor.default, (flat, world, first.group), first)
     ready = _insert(graph, before, WAIT, (launch,), first)
     fulls = _insert(graph, before, ours.unpack_params.default, (ready, layouts, world), first)
@@ -118,10 +120,11 @@ def _refresh_all(graph: StepGraph, ctx: PassContext, sections: Sections, cap: in
     groups: dict[tuple[object, ...], list[list[fx.Node]]] = {}
     sizes: dict[int, int] = {}
     for node in graph.graph.find_nodes(op="call_function", target=REFRESH, sort=True):
-        shards, _, world, group = node.args
+        shards, layouts, world, group, *rest = node.args
         value = shards[0].meta["val"]
         elements = sum(full.numel() for full in node.meta["val"])
-        open_ = groups.setdefault((value.dtype, value.device, world, group, info(node).phase), [])
+        key = value.dtype, *rest[1:], value.device, world, group, stays_local(layouts, world)
+        open_ = groups.setdefault((*key, info(node).phase), [])
         if not open_ or sizes[id(open_[-1])] + elements > cap:
             open_.append([])
             sizes[id(open_[-1])] = 0
@@ -135,12 +138,17 @@ def _merge_refreshes(graph: StepGraph, ctx: PassContext, sections: Sections, nod
     first = nodes[0]
     if not graph.edit("bucket refresh", first, why=f"{len(nodes)} resident parameters, one collective"):
         return
-    _, _, world, group = first.args
+    _, _, world, group, *rest = first.args
+    dtype = rest[1:]
     shards = [s for n in nodes for s in n.args[0]]  # type: ignore[union-attr]
     layouts = [number for n in nodes for number in n.args[1]]  # type: ignore[union-attr]
     before = _refresh_place(sections, nodes)
-    pending = graph.insert_call(before, START_REFRESH, (shards, layouts, world, group), like=first)
-    merged = graph.insert_call(before, REFRESH, (shards, layouts, world, group, pending), like=first)
+    if stays_local(layouts, world):  # type: ignore[arg-type]
+        merged = graph.insert_call(before, REFRESH, (shards, layouts, world, group, None, *dtype), like=first)
+        pending = merged
+    else:
+        pending = graph.insert_call(before, START_REFRESH, (shards, layouts, world, group, *dtype), like=first)
+        merged = graph.insert_call(before, REFRESH, (shards, layouts, world, group, pending, *dtype), like=first)
     index = 0
     for node in nodes:
         count = len(decode(node.args[1], world))  # type: ignore[arg-type]
@@ -202,14 +210,16 @@ def _lower_reduce(graph: StepGraph, ctx: PassContext, members: list[Marker], bef
         return
     group = ctx.group(first.group, first.layout.world)
     world, layouts = group.size, encode([m.layout for m in members])
-    flat = _insert(graph, before, ours.pack_grads.default, ([m.operand for m in members], layouts, world), first)
+    packed = ([m.operand for m in members], layouts, world, *typed(first.dtype))
+    flat = _insert(graph, before, ours.pack_grads.default, packed, first)
     reduced = _launch_reduce(graph, before, flat, group, first)
     if first.layout.dim == REPLICATED:  # every rank needs the whole: gather what was reduced in pieces
         launch = _insert(graph, before, c10d.all_gather_into_tensor.default, (reduced, world, group.name), first)
         whole = _insert(graph, before, WAIT, (launch,), first)
-        grads = _insert(graph, before, ours.unpack_params.default, (whole, layouts, world), first)
+        grads = _insert(graph, before, ours.unpack_params.default, (whole, layouts, world, *typed(first.out)), first)
     else:
-        grads = _insert(graph, before, ours.unpack_shards.default, (reduced, layouts, world, group.rank), first)
+        arguments = (reduced, layouts, world, group.rank, *typed(first.out))
+        grads = _insert(graph, before, ours.unpack_shards.default, arguments, first)
     for index, marker in enumerate(members):
         graph.replace(marker.node, take(graph, grads, index, marker.node, before=before))
     elements = sum(m.elements for m in members)

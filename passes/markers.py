@@ -21,12 +21,17 @@ from dscompile.shard_layout import REPLICATED, ShardLayout
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """One marker node with its arguments read: ``operand`` is the shard of an ``unshard``, the gradient of a reduce."""
+    """One marker node with its arguments read: ``operand`` is the shard of an ``unshard``, the gradient of a reduce.
+
+    ``dtype`` is what it is cast to before it travels, ``out`` what the result is cast to; None: as it is.
+    """
 
     node: fx.Node
     operand: fx.Node
     layout: ShardLayout
     group: str
+    dtype: torch.dtype | None = None
+    out: torch.dtype | None = None
 
     @property
     def fqn(self) -> str:
@@ -54,19 +59,26 @@ def reduces(graph: StepGraph) -> list[Marker]:
 
 
 def _unshard(node: fx.Node) -> Marker:
-    shard, _, _, dim, _, world, group = node.args
-    return _marker(node, shard, node, dim, world, group)
+    shard, _, _, dim, _, world, group, *rest = node.args
+    return _marker(node, shard, node, dim, world, group, rest[0] if rest else None)
 
 
 def _reduce(node: fx.Node) -> Marker:
-    grad, dim, _, world, group = node.args
-    return _marker(node, grad, grad, dim, world, group)
+    grad, dim, _, world, group, *rest = node.args
+    return _marker(node, grad, grad, dim, world, group, *rest)
 
 
-def _marker(node: fx.Node, operand: Any, full: Any, dim: Any, world: Any, group: Any) -> Marker:
+def _marker(
+    node: fx.Node, operand: Any, full: Any, dim: Any, world: Any, group: Any, dtype: Any = None, out: Any = None
+) -> Marker:
     assert isinstance(operand, fx.Node)
     shape = tuple(int(s) for s in full.meta["val"].shape)
-    return Marker(node, operand, ShardLayout(shape, dim, world), group)
+    return Marker(node, operand, ShardLayout(shape, dim, world), group, dtype, out)
+
+
+def typed(dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:
+    """The last argument of a buffer operator: left out where nothing is cast."""
+    return () if dtype is None else (dtype,)
 
 
 def is_local(marker: Marker) -> bool:

@@ -4,7 +4,8 @@ A sharded model is traced with ``unshard(shard)`` where it reads a parameter and
 autograd delivers one. The stages differ in what lies between forward and backward (Rajbhandari et al., ZeRO, 2020):
 
 - stage 0 and 1 keep gradients whole until the end of backward, stage 2 and 3 reduce them as they are made;
-- stage 1 and 2 read a resident copy that is refreshed after each optimizer step, stage 3 gathers for forward, lets go,
+- stage 1 and 2 (and 0, if it computes in another dtype than its masters') read a resident copy that is refreshed after
+  each optimizer step, stage 3 gathers for forward, lets go,
   and gathers again for backward. Nothing derived only from gathered parameters is saved between them.
 
 No pass here emits a collective: :mod:`dscompile.passes.bucket` does.
@@ -48,6 +49,7 @@ def merge_ties(graph: StepGraph, ctx: PassContext) -> None:
 def zero0(graph: StepGraph, ctx: PassContext) -> None:
     """Replicated parameters: gradients are averaged over ranks at the end of backward."""
     drop_identity_views(graph)
+    read_resident(graph, ctx)
     reduce_at_end(graph, ctx)
 
 
@@ -145,15 +147,20 @@ def _copy_for_backward(graph: StepGraph, node: fx.Node, before: fx.Node, copies:
 
 
 def read_resident(graph: StepGraph, ctx: PassContext) -> None:
-    """Read parameters from their resident copies: an ``unshard`` becomes a refresh, which gathers only after a step."""
+    """Read parameters from their resident copies: an ``unshard`` becomes a refresh, which gathers only after a step.
+
+    A parameter that is whole on every rank has a copy only if it is read in another dtype than its master's.
+    """
     for marker in unshards(graph):
-        if is_local(marker):
+        if is_local(marker) and marker.dtype is None:
             continue
-        if not graph.edit("resident", marker.node, why="stage 1 and 2 keep a resident copy"):
+        if not graph.edit("resident", marker.node, why="stages 0 to 2 keep a resident copy"):
             return
         layouts = encode([marker.layout])
         world, group = marker.layout.world, marker.group
-        fulls = graph.insert_call(marker.node, REFRESH, ([marker.operand], layouts, world, group), like=marker.node)
+        dtype = () if marker.dtype is None else (None, marker.dtype)  # nothing is pending
+        arguments = ([marker.operand], layouts, world, group, *dtype)
+        fulls = graph.insert_call(marker.node, REFRESH, arguments, like=marker.node)
         graph.replace(marker.node, take(graph, fulls, 0, marker.node, before=marker.node))
 
 

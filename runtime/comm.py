@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dscompile import bucket_ops
 from dscompile.bucket_ops import New
-from dscompile.shard_layout import ShardLayout, decode
+from dscompile.collectives import COLLECTIVES, LOG
+from dscompile.shard_layout import ShardLayout, decode, stays_local
 from dscompile.torch_compat import group_backend, process_group
 
-c10d = torch.ops._c10d_functional
 ours = torch.ops.dscompile
 
 
@@ -46,7 +46,8 @@ class Comm:
         out = self._new(flat, (world * flat.numel(),))
         if group_backend(group, flat.device) != "gloo":
             start = functools.partial(dist.all_gather_into_tensor, out, flat, async_op=True)
-            return self._launch(out, flat, [start(group=process_group(group))])
+            works = [start(group=process_group(group))]
+            return self._launch("all_gather_into_tensor", world, out, out, flat, works)
         pg, parts = process_group(group), out.view(world, -1)
         rank = pg.rank()
         parts[rank].copy_(flat)
@@ -55,20 +56,22 @@ class Comm:
             to, source = (rank + step) % world, (rank - step) % world
             works.append(pg.send([flat], to, 0))
             works.append(pg.recv([parts[source]], source, 0))
-        return self._launch(out, flat, works)
+        return self._launch("all_gather_into_tensor", world, out, out, flat, works)
 
     def all_to_all_single(self, flat: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
         """Launch an exchange: part ``r`` of ``flat`` goes to rank ``r``."""
         out = self._new(flat, (sum(receive),))
         work = dist.all_to_all_single(out, flat, receive, send, group=process_group(group), async_op=True)
-        return self._launch(out, flat, [work])
+        return self._launch("all_to_all_single", len(send), flat, out, flat, [work])
 
     def reduce_scatter_tensor(self, flat: Tensor, kind: str, world: int, group: str) -> Tensor:
         """Launch a reduction of ``flat`` ``[world * n]`` to this rank's ``[n]``."""
-        out: Tensor = c10d.reduce_scatter_tensor(flat, kind, world, group)
-        return out
+        return COLLECTIVES.reduce_scatter_tensor(flat, kind, world, group)
 
-    def _launch(self, out: Tensor, flat: Tensor, works: list[dist.Work]) -> Tensor:
+    def _launch(
+        self, op: str, world: int, payload: Tensor, out: Tensor, flat: Tensor, works: list[dist.Work]
+    ) -> Tensor:
+        LOG.launched(op, out, payload, world)
         self._works[id(out)] = (works, out, flat)  # both buffers live until the wait
         return out
 
@@ -77,61 +80,90 @@ class Comm:
         self._at(place)
         found = self._works.pop(id(launched), None)
         if found is None:
-            out: Tensor = c10d.wait_tensor(launched)
-            return out
+            return COLLECTIVES.wait_tensor(launched, place)
+        began = LOG.clock()
         for work in found[0]:
             work.wait()
+        LOG.finished(launched, began, place)
         return launched
 
     # -- buffers -----------------------------------------------------------------------------------------------------
 
-    def pack_shards(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    def pack_shards(
+        self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """:func:`dscompile.bucket_ops.pack_shards`; a single contiguous shard without padding is its own buffer."""
         alone = _alone(layouts, world)
-        if alone is not None and shards[0].is_contiguous() and shards[0].numel() == alone.piece_numel:
+        if (
+            alone is not None
+            and dtype in (None, shards[0].dtype)
+            and shards[0].is_contiguous()
+            and shards[0].numel() == alone.piece_numel
+        ):
             return shards[0].detach().view(-1)
-        return bucket_ops.pack_shards(shards, layouts, world, self._new)
+        return bucket_ops.pack_shards(shards, layouts, world, dtype, self._new)
 
-    def unpack_params(self, gathered: Tensor, layouts: Sequence[int], world: int) -> list[Tensor]:
+    def unpack_params(
+        self, gathered: Tensor, layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.unpack_params`; a single evenly cut parameter is the gathered buffer itself."""
         alone = _alone(layouts, world)
         if alone is not None:
-            return [gathered.view(alone.shape)]
-        return bucket_ops.unpack_params(gathered, layouts, world, self._new)
+            return [gathered.view(alone.shape).to(dtype or gathered.dtype)]
+        return bucket_ops.unpack_params(gathered, layouts, world, dtype, self._new)
 
-    def pack_grads(self, grads: Sequence[Tensor], layouts: Sequence[int], world: int) -> Tensor:
+    def pack_grads(
+        self, grads: Sequence[Tensor], layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """:func:`dscompile.bucket_ops.pack_grads`; a single evenly cut contiguous gradient is its own buffer."""
-        if _alone(layouts, world) is not None and grads[0].is_contiguous():
+        same = dtype in (None, grads[0].dtype)
+        if same and _alone(layouts, world) is not None and grads[0].is_contiguous():
             return grads[0].view(-1)
-        return bucket_ops.pack_grads(grads, layouts, world, self._new)
+        return bucket_ops.pack_grads(grads, layouts, world, dtype, self._new)
 
     def sum_ranks(self, exchanged: Tensor, world: int) -> Tensor:
         """:func:`dscompile.bucket_ops.sum_ranks`."""
         return bucket_ops.sum_ranks(exchanged, world, self._new)
 
-    def unpack_shards(self, flat: Tensor, layouts: Sequence[int], world: int, rank: int) -> list[Tensor]:
+    def unpack_shards(
+        self, flat: Tensor, layouts: Sequence[int], world: int, rank: int, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.unpack_shards`; a single shard without padding is the buffer itself."""
         alone = _alone(layouts, world)
         if alone is not None:
-            return [flat.view(alone.local_shape(rank))]
-        return bucket_ops.unpack_shards(flat, layouts, world, rank)
+            return [flat.view(alone.local_shape(rank)).to(dtype or flat.dtype)]
+        return bucket_ops.unpack_shards(flat, layouts, world, rank, dtype)
 
-    def start_refresh(self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str) -> Tensor:
+    def start_refresh(
+        self,
+        shards: Sequence[Tensor],
+        layouts: Sequence[int],
+        world: int,
+        group: str,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """:func:`dscompile.bucket_ops.start_refresh`, as this program's other gathers."""
-        if bucket_ops.all_fresh(shards):
-            return shards[0].new_empty(0)
-        return self.all_gather_into_tensor(self.pack_shards(shards, layouts, world), world, group)
+        if bucket_ops.all_fresh(shards, dtype):
+            return shards[0].new_empty(0, dtype=dtype)
+        return self.all_gather_into_tensor(self.pack_shards(shards, layouts, world, dtype), world, group)
 
     def refresh(
-        self, shards: Sequence[Tensor], layouts: Sequence[int], world: int, group: str, pending: Tensor | None = None
+        self,
+        shards: Sequence[Tensor],
+        layouts: Sequence[int],
+        world: int,
+        group: str,
+        pending: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
         """:func:`dscompile.bucket_ops.refresh`."""
-        if pending is None:
-            pending = self.start_refresh(shards, layouts, world, group)
-        if not pending.numel():
-            return bucket_ops.refresh(shards, layouts, world, group, pending)
+        local = stays_local(layouts, world)
+        if pending is None and not local:
+            pending = self.start_refresh(shards, layouts, world, group, dtype)
+        if pending is None or not pending.numel():
+            return bucket_ops.refresh(shards, layouts, world, group, pending, dtype)
         gathered = self.wait_tensor(pending, "refresh of resident parameters")
-        return bucket_ops.fill_residents(shards, layouts, world, gathered)
+        return bucket_ops.fill_residents(shards, layouts, world, gathered, dtype)
 
     def unshard(self, shard: Tensor, *rest: object) -> Tensor:
         """A marker that no pass lowered."""

@@ -70,6 +70,8 @@ def load_region(code: RegionCode, *, reuse_buffers: bool = False) -> Boxed:
     """The boxed callable of one region."""
     if code.kind == "aten":
         return define(code.source, "run", {})
+    if code.kind == "triton":
+        return define(code.source, "run", code.artifact.launchers())
     call = load_artifact(code.artifact)
     if reuse_buffers and allocates_large(code.source):
         set_allocator(call, POOL.empty_strided)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import machine, memory
+from benchmarks import machine, memory, optimizers
 from benchmarks.measure import Sample, interleave, paired_ratio, summary, timed
 from benchmarks.results import table
 from benchmarks.shares import time_shares
@@ -122,3 +122,21 @@ def test_shares_of_time() -> None:
     others = time_shares(lambda: [a.exp() for _ in range(5)])
     assert others["other_aten"] > 0.5
     assert sum(others.values()) == pytest.approx(1)
+
+
+def test_optimizers_step_the_same_parameters() -> None:
+    sizes = optimizers.shapes(0.02, 16)
+    assert len(sizes) % 12 == 0
+    assert sum(torch.Size(size).numel() for size in sizes) == pytest.approx(20_000, rel=0.2)
+    kinds = {name: optimizers.optimizer(name, sizes) for name in optimizers.NAMES}
+    assert [type(one).__name__ for one in kinds.values()] == ["AdamW", "Lamb", "Lamb"]
+    assert kinds["adamw"].param_groups[0]["fused"] is True
+    assert [kinds[name].param_groups[0]["compiled"] for name in ("lamb", "lamb_foreach")] == [True, False]
+    values = {name: [p.detach().clone() for p in one.param_groups[0]["params"]] for name, one in kinds.items()}
+    assert all(torch.equal(a, b) for a, b in zip(values["adamw"], values["lamb"], strict=True))
+    for one in kinds.values():
+        one.step()
+    after = {name: one.param_groups[0]["params"] for name, one in kinds.items()}
+    assert not torch.equal(after["lamb"][0], values["lamb"][0])
+    for a, b in zip(after["lamb"], after["lamb_foreach"], strict=True):
+        torch.testing.assert_close(a, b)

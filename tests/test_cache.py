@@ -10,16 +10,19 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
 from torch import nn
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
+from dscompile import backend
 from dscompile.backend import dscompile
 from dscompile.cache_files import RECORDS, CacheFiles
 from dscompile.codegen import lower
-from dscompile.inductor_compat import InductorFailure
+from dscompile.inductor_compat import InductorFailure, probe_vector_isa
 from dscompile.report import REPORTS
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +48,36 @@ def compile_here(**options):
     for got, want in zip(torch.autograd.grad(compiled(x).sin().sum(), model.parameters()), expected, strict=True):
         torch.testing.assert_close(got, want)
     return [report.cached for report in REPORTS.all()]
+
+
+# -- an empty directory ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def probed(cache_dir, monkeypatch):
+    """What happens, in order: the probe of vector instructions starts, it is waited for, regions are lowered."""
+    log = []
+    probe, lowered = SimpleNamespace(join=lambda: log.append("joined")), backend.lower_regions
+    monkeypatch.setattr(backend, "probe_vector_isa", lambda: log.append("started") or probe)
+    monkeypatch.setattr(backend, "lower_regions", lambda *a: log.append("lowered") or lowered(*a))
+    return log
+
+
+def test_vector_instructions_are_probed_once_and_before_the_first_kernel(probed):
+    compile_here()
+    assert probed == ["started", *["joined", "lowered"] * 2]
+    compile_here(donate=False)  # the directory is no longer empty
+    assert probed[5:] == ["lowered"] * 2
+
+
+def test_no_probe_where_nothing_is_compiled(probed):
+    compile_here(regions="aten")
+    assert probed == ["lowered"] * 2
+
+
+def test_probe_finds_what_inductor_uses():
+    probe_vector_isa().join()
+    assert valid_vec_isa_list.cache_info().currsize == 1
 
 
 # -- dumps -------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_constraints_pin_every_dependency_inside_its_range() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["dev"], *extras["hf"]]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["dev"], *extras["hf"], *extras["triton"]]
     for requirement in map(Requirement, wanted):
         if requirement.name != "dscompile":
             pin = pins[canonicalize_name(requirement.name)]

@@ -21,9 +21,14 @@ from dscompile.errors import DscompileError, VerifyError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("dscompile.tools.train:train", "Train a GPT under the compiler."),
+    "lr-find": ("dscompile.tools.lr_find:lr_find", "Find a learning rate by a range test."),
     "check": ("dscompile.tools.check:check", "Compare a compiled model with eager: outputs and every gradient."),
     "opt": ("dscompile.tools.opt:opt", "Run passes on a graph's text and print the result."),
     "diff": ("dscompile.tools.diff:diff", "Compare two graph texts node by node; status 1 if they differ."),
+    "config-keys": ("dscompile.tools.config_keys:config_keys", "List DeepSpeed's configuration keys and their states."),
+    "hostfile": ("dscompile.tools.hostfile:hostfile", "Print the torchrun commands of a DeepSpeed hostfile."),
+    "export": ("dscompile.tools.export:export", "Write a checkpoint's model to one safetensors file."),
+    "kernels": ("dscompile.tools.kernels:kernels", "List generated GPU kernels and what they become for each target."),
     "passes": ("dscompile.tools.list_passes:passes", "List every pass: contract, numerics and options."),
 }
 """Subcommand -> (module:function, one line of help)."""

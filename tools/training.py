@@ -87,7 +87,7 @@ class Run:
         if state is not None:
             self._restore(lambda: self.model.load_state_dict(state["model"]))
         self.model = self.ranks.shard(self.model, settings.compiler())
-        self.optimizer = torch.optim.AdamW(_groups(self.model), lr=settings.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=settings.lr, betas=(0.9, 0.95), fused=True)
         self.step = 0
         self.first_step_seconds = 0.0
         self.step_seconds: list[float] = []
@@ -335,7 +335,7 @@ class Run:
         return tokenizer.decode(ids).decode(errors="replace").replace("\0", "\n")
 
 
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay; embeddings do not and learn faster; vectors do neither."""
     # Not m.weight: reading a sharded parameter as an attribute gives its full value.
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}

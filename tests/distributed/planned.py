@@ -42,9 +42,16 @@ class Plan(Frame):
         self.joint = graph
 
 
-def plan(model: nn.Module, *args: Any, library: str = "gloo", pipeline: str = "default", **zero: Any) -> Plan:
+def plan(
+    model: nn.Module,
+    *args: Any,
+    library: str = "gloo",
+    pipeline: str = "default",
+    precision: dict[str, Any] | None = None,
+    **zero: Any,
+) -> Plan:
     """Shard ``model`` over the current (fake) world and plan one training step of it, as for the given library."""
-    dscompile.distribute(model, config={"zero": zero, "pipeline": pipeline})
+    dscompile.distribute(model, config={"zero": zero, "pipeline": pipeline, "precision": precision or {}})
     plans: list[Plan] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:

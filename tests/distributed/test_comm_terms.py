@@ -12,8 +12,10 @@ from dscompile import bucket_ops
 from dscompile.bucket_ops import new_empty
 from dscompile.comm import ROLES, UNSHARD
 from dscompile.comm_terms import COMM_RULES
+from dscompile.equivalence import snapshot
 from dscompile.runtime.comm import Comm
 from dscompile.shard_layout import REPLICATED, ShardLayout, encode
+from tests.build import Hand
 
 WORLDS = [2, 3, 5]
 
@@ -110,6 +112,88 @@ def test_a_program_copies_nothing_it_need_not_and_means_the_same(shape: tuple[in
         part = flat.view(world, -1)[rank].clone()
         expected = bucket_ops.unpack_shards(part, layouts, world, rank)
         assert torch.equal(comm.unpack_shards(part, layouts, world, rank)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_cast_commutes_with_a_gather(world: int, seed: int, dtype: torch.dtype) -> None:
+    shapes = cases(seed, world)
+    layouts = encode([ShardLayout(shape, dim, world) for shape, dim in shapes])
+    fulls = [torch.randn(shape) for shape, _ in shapes]
+    shards = [[pieces(f, dim, world)[r] for f, (_, dim) in zip(fulls, shapes, strict=True)] for r in range(world)]
+    flats = [bucket_ops.pack_shards(mine, layouts, world, dtype) for mine in shards]
+    cast_first = [bucket_ops.pack_shards([s.to(dtype) for s in mine], layouts, world) for mine in shards]
+    assert all(torch.equal(one, other) for one, other in zip(flats, cast_first, strict=True))
+    for found, full in zip(bucket_ops.unpack_params(torch.cat(flats), layouts, world), fulls, strict=True):
+        assert found.dtype is dtype
+        assert torch.equal(found, full.to(dtype))
+
+
+def test_a_cast_before_in_or_after_a_gather_is_one_term() -> None:
+    h, low, copy = Hand(), torch.bfloat16, torch.ops.aten._to_copy.default
+    x = h.input("x", 2, 6)
+    tail = (None, None, 0, 4, 2, "dp")
+    inside = h.call(UNSHARD, x, *tail, low)
+    before = h.call(UNSHARD, h.call(copy, x, dtype=low), *tail)
+    after = h.call(copy, h.call(UNSHARD, x, *tail), dtype=low)
+    half = h.call(UNSHARD, x, *tail, torch.float16)
+    terms = snapshot(h.done([inside, before, after, half])).outputs
+    assert terms[0] is terms[1] is terms[2]
+    assert terms[3] is not terms[0]
+    replicated = (None, None, REPLICATED, 0, 2, "dp")
+    h = Hand()
+    x = h.input("x", 2, 6)
+    outputs = [h.call(UNSHARD, x, *replicated, low), h.call(copy, x, dtype=low), h.call(UNSHARD, x, *replicated)]
+    terms = snapshot(h.done(outputs)).outputs
+    assert terms[0] is terms[1]
+    assert terms[2] is not terms[1]
+
+
+def mean_rounded_once(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+    total = grads[0].to(dtype).float()
+    for grad in grads[1:]:
+        total = total + grad.to(dtype).float()
+    return (total * (1.0 / len(grads))).to(dtype).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_typed_reduction_sums_in_fp32_and_rounds_once(world: int, dtype: torch.dtype) -> None:
+    shapes = [*cases(0, world), ((3, 2), REPLICATED)]
+    for given in (shapes[:-1], shapes[-1:]):
+        layouts = encode([ShardLayout(shape, dim, world) for shape, dim in given])
+        grads = [[torch.randn(shape) for shape, _ in given] for _ in range(world)]
+        flats = [bucket_ops.pack_grads(mine, layouts, world, dtype) for mine in grads]
+        parts = [bucket_ops.sum_ranks(exchanged(flats, rank), world) for rank in range(world)]
+        assert {part.dtype for part in parts} == {dtype}
+        means = [mean_rounded_once([mine[i] for mine in grads], dtype) for i in range(len(given))]
+        if given[0][1] == REPLICATED:
+            founds = bucket_ops.unpack_params(torch.cat(parts), layouts, world, torch.float32)
+            assert all(torch.equal(found, mean) for found, mean in zip(founds, means, strict=True))
+            continue
+        for rank in range(world):
+            founds = bucket_ops.unpack_shards(parts[rank], layouts, world, rank, torch.float32)
+            for found, mean, (_, dim) in zip(founds, means, given, strict=True):
+                assert found.dtype is torch.float32
+                assert torch.equal(found, pieces(mean, dim, world)[rank])
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((6, 4), 0), ((5, 4), 0), ((4, 6), 1)])
+def test_a_program_with_casts_means_the_same(shape: tuple[int, ...], dim: int) -> None:
+    world, low, high = 2, torch.bfloat16, torch.float32
+    layouts, full = encode([ShardLayout(shape, dim, world)]), torch.randn(shape)
+    comm = Comm(lambda place: None, new_empty)
+    for shard in pieces(full, dim, world):
+        expected = bucket_ops.pack_shards([shard], layouts, world, low)
+        assert torch.equal(comm.pack_shards([shard], layouts, world, low), expected)
+    flat = comm.pack_grads([full], layouts, world, low)
+    assert torch.equal(flat, bucket_ops.pack_grads([full], layouts, world, low))
+    for rank in range(world):
+        part = flat.view(world, -1)[rank].clone()
+        (found,) = comm.unpack_shards(part, layouts, world, rank, high)
+        assert torch.equal(found, pieces(full.to(low).float(), dim, world)[rank])
+        assert found.dtype is high
 
 
 def test_every_communication_operator_has_a_rule_or_a_reason() -> None:

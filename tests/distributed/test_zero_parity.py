@@ -89,11 +89,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded(rank: int, world: int, stage: int, name: str, steps: int, micro: int, regions: str, zero: Any) -> Trace:
+def sharded(
+    rank: int,
+    world: int,
+    stage: int,
+    name: str,
+    steps: int,
+    micro: int,
+    regions: str,
+    zero: dict[str, Any],
+    fused_loss: str = "off",
+) -> Trace:
     torch.manual_seed(0)
     model = dscompile.distribute(Net(), config={"zero": {"stage": stage, **zero}})
     optimizer = optimizer_of(name, model)
-    step_of = torch.compile(model, backend="dscompile", options={"regions": regions, "summary": False, "cache": False})
+    options = {"regions": regions, "fused_loss": fused_loss, "summary": False, "cache": False}
+    step_of = torch.compile(model, backend="dscompile", options=options)
     losses, gradients = [], {}
     for step in range(1, steps + 1):
         total = torch.zeros(())
@@ -142,6 +153,12 @@ def test_three_steps(stage: int) -> None:
     found = run_ranks(sharded, 2, stage, "sgd", 3, 2, "aten", {}, timeout=120)
     for trace in found:
         check(trace, "sgd", 3, 2, 2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_chunked_loss(stage: int) -> None:
+    for trace in run_ranks(sharded, 2, stage, "sgd", 2, 2, "aten", {}, "on", timeout=120):
+        check(trace, "sgd", 2, 2, 2)
 
 
 @pytest.mark.slow

@@ -25,7 +25,18 @@ from dscompile.verify import baseline, verify
 from tests.build import trace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/passes.md", "docs/zero.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/passes.md",
+    "docs/from_deepspeed.md",
+    "docs/training.md",
+    "docs/zero.md",
+    "docs/precision.md",
+    "docs/attention.md",
+    "docs/sparse_attention.md",
+)
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -93,11 +104,19 @@ def test_links_lead_somewhere(document: str) -> None:
             assert ((ROOT / document).parent / target).exists(), target
 
 
-def test_zero_code_trains(tmp_path: Path) -> None:
-    (code,) = blocks("docs/zero.md", "python")
+@pytest.mark.parametrize("document", ["docs/zero.md", "docs/precision.md", "docs/training.md"])
+def test_code_trains(document: str, tmp_path: Path) -> None:
+    (code,) = blocks(document, "python")
     script = tmp_path / "example.py"
     script.write_text(code)
     python(str(script), cwd=ROOT)
+
+
+def test_sparse_attention_code_runs(tmp_path: Path) -> None:
+    (code,) = blocks("docs/sparse_attention.md", "python")
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    assert "approximate" in python(str(script), cwd=ROOT)
 
 
 def test_readme_code_trains(tmp_path: Path) -> None:

@@ -1,0 +1,226 @@
+// Products on AMX tiles of bf16, at bf16 or at fp32 accuracy.
+//
+// A number is kept as PLANES bf16 numbers that add up to it: one for bf16 operands, three for fp32 (8 bits of the
+// significand each, so the sum is exact). Of the nine products of two such sums the six largest are computed; what is
+// left out is below 2^-24 of the result, as fp32 rounding is (Henry, Tang and Heinecke, "Leveraging the bfloat16
+// artificial intelligence datatype for higher-precision computations", 2019).
+//
+// Operands are stored as tiles of 16 rows of 16 pairs of bf16, 1 KiB each. A pair holds the elements i and i + 16 of 32
+// along the dimension that is summed over: then a pair is one shift and one mask away from two vectors of floats.
+#pragma once
+#include "vectors.h"
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512F__) && defined(__linux__)
+#define HAVE_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace {
+
+constexpr int64_t TILE_WORDS = 256;  // 32-bit words of a tile
+
+// Whether the system lets this process use tiles (it asks once).
+inline bool amx_allowed() {
+  static const bool allowed = [] {
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return allowed;
+}
+
+// All eight tiles 16 x 64 bytes while it lives; then whatever other code had configured before.
+struct TileConfig {
+  alignas(64) uint8_t before[64];
+  TileConfig() {
+    alignas(64) uint8_t ours[64] = {1};  // palette 1
+    for (int t = 0; t < 8; t++) ours[16 + 2 * t] = 64, ours[48 + t] = 16;
+    _tile_storeconfig(before);
+    _tile_loadconfig(ours);
+  }
+  ~TileConfig() {
+    if (before[0])
+      _tile_loadconfig(before);
+    else
+      _tile_release();
+  }
+  TileConfig(const TileConfig&) = delete;
+};
+
+// The planes of each lane, as the upper halves of 32-bit words.
+template <int PLANES>
+inline void planes_of(Vec x, Ints (&plane)[PLANES]) {
+  const Ints upper = Ints{} + int32_t(0xffff0000);
+  if constexpr (PLANES == 1) {
+    const Ints bits = (Ints)x;
+    plane[0] = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  } else {
+    static_assert(PLANES == 3);
+    plane[0] = ((Ints)x + 0x8000) & upper;
+    const Vec rest = x - (Vec)plane[0];
+    plane[1] = (Ints)rest & upper;  // cut, not rounded: that saves an instruction, and what it costs is below 2^-24
+    plane[2] = (Ints)(rest - (Vec)plane[1]);
+  }
+}
+
+inline Ints pair(Ints low, Ints high) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return (Ints)((Words)low >> 16) | (high & int32_t(0xffff0000));
+}
+
+// Operands of a product: `tiles` tiles along rows (or columns), `depth` along the sum; steps in words.
+struct Tiles {
+  uint32_t* base;
+  int64_t outer, depth, plane;
+
+  uint32_t* at(int64_t i, int64_t k) const { return base + i * outer + k * depth; }
+};
+
+// Tiles stored [outer][depth][plane].
+template <int PLANES>
+inline Tiles tiles_of(float* memory, int64_t depth) {
+  return {reinterpret_cast<uint32_t*>(memory), depth * PLANES * TILE_WORDS, PLANES * TILE_WORDS, TILE_WORDS};
+}
+
+// Memory that will be read soon, fetched a few lines at a time while something else is computed.
+struct Ahead {
+  const char *next, *end;
+
+  template <typename T>
+  Ahead(const T* from, int64_t count) : next(reinterpret_cast<const char*>(from)), end(next + count * sizeof(T)) {}
+  Ahead() : next(nullptr), end(nullptr) {}
+  void fetch(int lines) {
+    for (; lines > 0 && next < end; lines--, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+inline Vec load_some(const float* p, int64_t n) {
+  const __mmask16 lanes = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
+  return (Vec)_mm512_maskz_loadu_ps(lanes, p);
+}
+
+inline Vec load_some(const bf16* p, int64_t n) {
+  const __mmask16 lanes = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
+  const Halves bits = (Halves)_mm256_maskz_loadu_epi16(lanes, p);
+  return (Vec)(__builtin_convertvector(bits, Ints) << 16);
+}
+
+// One tile of pairs (low row i, high row i), i < 16. `low` and `high` point at rows `stride` apart, of which the first
+// so many exist, each with so many lanes; the rest is 0. TRANSPOSED stores lanes down and rows across.
+template <int PLANES, bool TRANSPOSED, typename T>
+inline void pack(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows,
+                 int64_t high_lanes, int64_t stride, uint32_t* to, int64_t plane_step) {
+  Ints packed[PLANES][16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    Ints a[PLANES], b[PLANES];
+    planes_of<PLANES>(load_some(low + i * stride, i < low_rows ? low_lanes : 0), a);
+    planes_of<PLANES>(load_some(high + i * stride, i < high_rows ? high_lanes : 0), b);
+    for (int n = 0; n < PLANES; n++) packed[n][i] = pair(a[n], b[n]);
+  }
+  for (int n = 0; n < PLANES; n++) {
+    if constexpr (TRANSPOSED) transpose(packed[n]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) std::memcpy(to + n * plane_step + i * 16, &packed[n][i], 64);
+  }
+}
+
+// Rows [0, rows) of a matrix, to be summed along their `size` elements: as left operand, or TRANSPOSED as right one.
+template <int PLANES, bool TRANSPOSED, typename T>
+void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, const Tiles& to) {
+  for (int64_t i = 0; i * 16 < rows; i++)
+    for (int64_t k = 0; k * 32 < size; k++) {
+      const T* x = from + i * 16 * stride + k * 32;
+      pack<PLANES, TRANSPOSED>(x, rows - i * 16, size - k * 32, x + 16, rows - i * 16, size - k * 32 - 16, stride,
+                               to.at(i, k), to.plane);
+    }
+}
+
+// Rows [0, rows) of a matrix, to be summed along the rows, `chunk` (16 or 32) of them a tile: as right operand, or
+// TRANSPOSED as left one.
+template <int PLANES, bool TRANSPOSED, typename T>
+void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t size, int64_t chunk, const Tiles& to) {
+  for (int64_t k = 0; k * chunk < rows; k++)
+    for (int64_t i = 0; i * 16 < size; i++) {
+      const T* x = from + k * chunk * stride + i * 16;
+      const int64_t high = chunk == 32 ? rows - k * 32 - 16 : 0;
+      pack<PLANES, TRANSPOSED>(x, rows - k * chunk, size - i * 16, x + 16 * stride, high, size - i * 16, stride,
+                               to.at(i, k), to.plane);
+    }
+}
+
+// C of M x N tiles (1 or 2 each) (+)= A B over `depth` tiles; C's rows are `row` floats apart, its column tiles
+// `column` floats.
+template <int PLANES, int M, int N>
+inline void amx_block(int64_t depth, const uint32_t* a, int64_t a_outer, int64_t a_depth, int64_t a_plane,
+                      const uint32_t* b, int64_t b_outer, int64_t b_depth, int64_t b_plane, float* c, int64_t row,
+                      int64_t column, bool add) {
+  const auto multiply = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (M == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (M == 2 && N == 2) _tile_dpbf16ps(3, 5, 7);
+  };
+  if (add) {
+    _tile_loadd(0, c, row * 4);
+    if constexpr (N == 2) _tile_loadd(1, c + column, row * 4);
+    if constexpr (M == 2) _tile_loadd(2, c + 16 * row, row * 4);
+    if constexpr (M == 2 && N == 2) _tile_loadd(3, c + 16 * row + column, row * 4);
+  } else {
+    _tile_zero(0);
+    if constexpr (N == 2) _tile_zero(1);
+    if constexpr (M == 2) _tile_zero(2);
+    if constexpr (M == 2 && N == 2) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    const auto left = [&](int plane) {
+      const uint32_t* x = a + k * a_depth + plane * a_plane;
+      _tile_loadd(4, x, 64);
+      if constexpr (M == 2) _tile_loadd(5, x + a_outer, 64);
+    };
+    const auto right = [&](int plane) {
+      const uint32_t* x = b + k * b_depth + plane * b_plane;
+      _tile_loadd(6, x, 64);
+      if constexpr (N == 2) _tile_loadd(7, x + b_outer, 64);
+    };
+    if constexpr (PLANES == 3) {  // small products first; each step loads one new operand
+      left(2), right(0), multiply();
+      left(1), multiply();
+      right(1), multiply();
+      left(0), multiply();
+      right(2), multiply();
+      right(0), multiply();
+    } else {
+      left(0), right(0), multiply();
+    }
+  }
+  _tile_stored(0, c, row * 4);
+  if constexpr (N == 2) _tile_stored(1, c + column, row * 4);
+  if constexpr (M == 2) _tile_stored(2, c + 16 * row, row * 4);
+  if constexpr (M == 2 && N == 2) _tile_stored(3, c + 16 * row + column, row * 4);
+}
+
+template <int PLANES>
+void amx_product(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t row,
+                 int64_t column, bool add) {
+  asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
+  for (int64_t j = 0; j < n; j += 2)
+    for (int64_t i = 0; i < m; i += 2) {
+      const auto run = [&](auto block) {
+        block(depth, a.at(i, 0), a.outer, a.depth, a.plane, b.at(j, 0), b.outer, b.depth, b.plane,
+              c + i * 16 * row + j * column, row, column, add);
+      };
+      if (i + 1 < m && j + 1 < n)
+        run(amx_block<PLANES, 2, 2>);
+      else if (i + 1 < m)
+        run(amx_block<PLANES, 2, 1>);
+      else if (j + 1 < n)
+        run(amx_block<PLANES, 1, 2>);
+      else
+        run(amx_block<PLANES, 1, 1>);
+    }
+  asm volatile("" ::: "memory");
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,50 @@
+// Block-sparse attention on CPU, forward and backward. Interface: dscompile/codegen/cpu/kernels.py.
+#include "attention_amx.h"
+#include "attention_vector.h"
+
+namespace {
+
+template <typename T>
+int forward(const Problem& p, const View& q, const View& k, const View& v, const View& out, float* lse, bool tiles) {
+#ifdef HAVE_AMX
+  if (tiles) return forward_amx<T>(p, q, k, v, out, lse);
+#endif
+  (void)tiles;
+  return forward_vector<T>(p, q, k, v, out, lse);
+}
+
+template <typename T>
+int backward(const Problem& p, const View& grad, const View& q, const View& k, const View& v, const View& out,
+             const float* lse, const View& dq, const View& dk, const View& dv, bool tiles) {
+#ifdef HAVE_AMX
+  if (tiles) return backward_amx<T>(p, grad, q, k, v, out, lse, dq, dk, dv);
+#endif
+  (void)tiles;
+  return backward_vector<T>(p, grad, q, k, v, out, lse, dq, dk, dv);
+}
+
+}  // namespace
+
+// Whether AMX tiles may be used: compiled in, and allowed by the system.
+extern "C" int attention_has_tiles() {
+#ifdef HAVE_AMX
+  return amx_allowed();
+#else
+  return 0;
+#endif
+}
+
+// Each returns 0, or 1 if there was no memory for scratch. `tiles`: on AMX tiles; needs attention_has_tiles().
+#define ENTRIES(name, type)                                                                                            \
+  extern "C" int attention_forward_##name(const Problem* p, const View* q, const View* k, const View* v,               \
+                                          const View* out, float* lse, int tiles) {                                    \
+    return forward<type>(*p, *q, *k, *v, *out, lse, tiles);                                                            \
+  }                                                                                                                    \
+  extern "C" int attention_backward_##name(const Problem* p, const View* grad, const View* q, const View* k,           \
+                                           const View* v, const View* out, const float* lse, const View* dq,           \
+                                           const View* dk, const View* dv, int tiles) {                                \
+    return backward<type>(*p, *grad, *q, *k, *v, *out, lse, *dq, *dk, *dv, tiles);                                     \
+  }
+
+ENTRIES(f32, float)
+ENTRIES(bf16, bf16)

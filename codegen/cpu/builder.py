@@ -1,0 +1,143 @@
+"""Builds the C++ attention kernels once, keeps them on disk, and says why where that fails.
+
+A library is called after the SHA-256 of everything it depends on: sources, flags, compiler, PyTorch and the CPU's
+features. It is written under a temporary name and renamed, under a lock that the system releases when its holder dies:
+two processes may build at once, and a build that is killed leaves nothing that a later one trusts or waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from dscompile.codegen.cpu.kernels import AttentionKernels
+from dscompile.torch_compat import kernel_cache_directory
+
+log = logging.getLogger("dscompile")
+
+SOURCE = "block_sparse_attention.cpp"
+"""The translation unit, in this folder with the headers it includes."""
+
+FLAGS = (
+    *("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-shared", "-fPIC", "-fopenmp"),
+)
+"""How it is compiled. No ``-ffast-math``: infinities and NaNs mean something here."""
+
+COMPILERS = ("g++", "clang++", "c++")
+"""What is tried, in order, if ``CXX`` does not say."""
+
+TIMEOUT = 300
+"""Seconds after which a compiler is given up; it takes about five."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """The kernels, or the reason why there are none."""
+
+    kernels: AttentionKernels | None
+    reason: str = ""
+
+
+@functools.cache
+def attention_kernels() -> Build:
+    """The kernels of this machine, built at the first call of a process; a failure is warned of once."""
+    build = build_kernels(Path(kernel_cache_directory()), os.environ)
+    if build.kernels is None:
+        log.warning("attention on CPU runs as gathered attention, several times slower: %s", build.reason)
+    return build
+
+
+def build_kernels(folder: Path, environment: Mapping[str, str]) -> Build:
+    """Load the library from ``folder``, building it if it is not there. ``environment`` may name the compiler (CXX)."""
+    try:
+        compiler = _compiler(environment)
+        version = _run([*compiler, "--version"])
+    except BuildError as error:
+        return Build(None, str(error))
+    path = folder / f"attention-{_digest(compiler, version)}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with FileLock(path.with_suffix(".lock")):
+                if not path.exists():
+                    _compile(compiler, path)
+    except (BuildError, OSError) as error:
+        return Build(None, f"{path}: {error}")
+    try:
+        return Build(AttentionKernels.load(str(path)))
+    except (OSError, AttributeError) as error:
+        path.unlink(missing_ok=True)  # damaged: the next start builds it again
+        return Build(None, f"{path}: cannot be loaded ({error}); removed, the next start builds it again")
+
+
+class BuildError(Exception):
+    """A compiler that is missing or fails; says which and how."""
+
+
+def _compiler(environment: Mapping[str, str]) -> list[str]:
+    named = shlex.split(environment.get("CXX", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        if shutil.which(command[0], path=environment.get("PATH")):
+            return command
+    tried = " ".join(named) or ", ".join(COMPILERS)
+    raise BuildError(f"no C++ compiler found (tried {tried}); install one or set CXX")
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} did not finish in {TIMEOUT} s") from None
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror or error}") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        end = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"failed ({done.returncode})"
+        raise BuildError(f"{command[0]} {end}: {lines[0].strip() if lines else 'it said nothing'}")
+    return done.stdout
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Build under a temporary name, whole or not at all; what killed builds left behind is removed."""
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        stale.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _run([*compiler, *FLAGS, str(Path(__file__).with_name(SOURCE)), "-o", str(temporary)])
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _digest(compiler: list[str], version: str) -> str:
+    digest = hashlib.sha256()
+    for part in (*compiler, version, *FLAGS, torch.__version__, _cpu()):
+        digest.update(part.encode() + b"\0")
+    folder = Path(__file__).parent
+    for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _cpu() -> str:
+    """The processor's features, which ``-march=native`` compiles for."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith(("flags", "Features")):
+                return line
+    return f"{platform.machine()} {platform.processor()}"

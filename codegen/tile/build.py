@@ -1,0 +1,194 @@
+"""Build one kernel from parts of operators, or say why they are none."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from dscompile.codegen.tile.flow import Flow, Part
+from dscompile.codegen.tile.indexing import Div, linear, product, simplify
+from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Space, SpaceKind, Store, Tile
+from dscompile.codegen.tile.reductions import Along, Reduction
+from dscompile.codegen.tile.schedule import PERSISTENT, PROGRAMS, programs
+from dscompile.codegen.tile.values import Place, RefusedError, Values, buffer_of, shape_of, size
+
+__all__ = ["Builder", "Part"]
+
+_SHORT = 64
+"""A row of fewer elements is not worth a row of its own in a block."""
+
+_PROGRAM = sympy.Symbol("program", integer=True, nonnegative=True)
+
+
+class Builder:
+    """Makes tiles for one graph."""
+
+    def __init__(self, flow: Flow, *, columns_apart: bool = False) -> None:
+        """Give every two-kernel reduction its buffer of partial results."""
+        self.flow = flow
+        self.columns_apart = columns_apart
+        self.partials = {
+            node: Buffer(
+                f"{node.name}_partial", _partial_dtype(found), programs(found.rows, found.cols) * _results(found)
+            )
+            for node, found in flow.reductions.items()
+            if found.partial
+        }
+        self._positions = {node.name: flow.order(node) for node in flow.graph.nodes}
+        self._positions |= {b.name: flow.order(node) for node, b in self.partials.items()}
+
+    def tile(self, parts: frozenset[Part], copies: frozenset[fx.Node], needed: frozenset[fx.Node]) -> Tile:
+        """The kernel that computes ``parts`` and stores ``needed``.
+
+        Raises:
+            RefusedError: no single kernel does that.
+        """
+        space = self._space(parts)
+        tile = self._tile(space, parts, copies, needed)
+        table = _as_table(tile)
+        if table is None:
+            return tile
+        try:
+            return self._tile(table, parts, copies, needed)
+        except RefusedError:
+            return tile
+
+    def _tile(
+        self, space: Space, parts: frozenset[Part], copies: frozenset[fx.Node], needed: frozenset[fx.Node]
+    ) -> Tile:
+        inside = frozenset(p.node for p in parts if not p.partial) | copies
+        values = Values(space, inside, self.flow.reductions, self.partials)
+        stores: list[Store] = []
+        partial = False
+        for part in sorted(parts, key=lambda p: p.order):
+            if part.partial:
+                stores.append(self._partial_store(values, self.flow.reductions[part.node]))
+                partial = True
+            elif part.node in needed:
+                stores.append(self._store(values, part.node))
+            else:
+                self._check(values, part.node)
+        if not stores:
+            raise RefusedError("nothing is stored")
+        nodes = tuple(p.node.name for p in sorted(parts, key=lambda p: p.order))
+        tile = Tile(
+            space,
+            stores,
+            programs(space.rows, space.cols) if partial else 0,
+            values.names,
+            tuple(dict.fromkeys(nodes)),
+            self._positions,
+        )
+        if self.columns_apart and partial and not all(s.partial for s in stores):
+            raise RefusedError("sums over columns are kept apart")
+        if space.kind is SpaceKind.ROWS:
+            self._check_rows(tile)
+        return tile
+
+    def _space(self, parts: frozenset[Part]) -> Space:
+        """The one space in which every part can be computed."""
+        spaces: set[Space] = set()
+        sizes: set[sympy.Expr] = set()
+        for part in parts:
+            found = self.flow.reductions.get(part.node)
+            if found is None:
+                sizes.add(product(shape_of(part.node)))
+            elif found.partial and not part.partial:
+                spaces.add(Space(SpaceKind.FINISH, sympy.Integer(programs(found.rows, found.cols)), _results(found)))
+            elif found.along is Along.ALL:
+                spaces.add(Space(SpaceKind.FLAT, sympy.Integer(1), found.cols))
+            else:
+                spaces.add(Space(SpaceKind.ROWS, found.rows, found.cols))
+        if not spaces:
+            whole = {s for s in sizes if not any(o != s and (o - s).is_positive for o in sizes)}
+            if len(whole) > 1:
+                raise RefusedError("their sizes cannot be compared")
+            spaces.add(Space(SpaceKind.FLAT, sympy.Integer(1), whole.pop()))
+        if len(spaces) > 1:
+            kinds = {s.kind for s in spaces}
+            if SpaceKind.FINISH in kinds and len(kinds) > 1:
+                raise RefusedError("a reduction over all rows must end before its result is read")
+            raise RefusedError("they walk " + " and ".join(sorted(map(_describe, spaces))))
+        (space,) = spaces
+        if space.numel == 0:
+            raise RefusedError("it has no elements")
+        if space.kind is SpaceKind.ROWS and not space.cols.is_Integer:
+            raise RefusedError("the length of a row is symbolic")
+        return space
+
+    def _check_rows(self, tile: Tile) -> None:
+        """A program that sums over columns holds its row; it cannot walk a long one in blocks as well."""
+        along_rows = any(r.over == COL for r in tile.reductions())
+        if tile.programs and along_rows and int(tile.space.cols) > PERSISTENT:
+            raise RefusedError(f"a row of {tile.space.cols} is too long to hold the sums of its columns")
+
+    def _places(self, values: Values, node: fx.Node) -> list[Place]:
+        """The indices at which the space can see a node: one element each, or one a row."""
+        shape = shape_of(node)
+        found = []
+        for attempt in (values.full, values.per_row):
+            try:
+                found.append(attempt(shape))
+            except RefusedError as error:
+                reason = error
+        if not found:
+            raise RefusedError(f"%{node.name}: {reason}")
+        return found
+
+    def _store(self, values: Values, node: fx.Node) -> Store:
+        strides = [size(s) for s in node.meta["val"].stride()]
+        reason: RefusedError | None = None
+        for place in self._places(values, node):
+            try:
+                value = values.at(node, place)
+                return Store(buffer_of(node), simplify(linear(place, strides), values.limits), value)
+            except RefusedError as error:
+                reason = error
+        assert reason is not None
+        raise reason
+
+    def _check(self, values: Values, node: fx.Node) -> None:
+        """A node that only others in the kernel read may have any shape; those reads were checked where they are."""
+
+    def _partial_store(self, values: Values, found: Reduction) -> Store:
+        place = values.full(shape_of(found.node.args[0]))  # type: ignore[arg-type]
+        over = COL if found.along is Along.ALL else ROW
+        operand = values.reduced_operand(found, place)
+        result: Expr = values.exprs.reduce(found.how, operand, over)
+        values.names.setdefault(result, found.node.name)
+        index = _PROGRAM * _results(found) + (0 if found.along is Along.ALL or found.cols == 1 else COL)
+        return Store(self.partials[found.node], index, result, partial=True)
+
+
+def _as_table(tile: Tile) -> Space | None:
+    """A flat kernel that loads one value per row of a table walks rows instead: it loads each once, not per element."""
+    if tile.space.kind is not SpaceKind.FLAT or tile.programs:
+        return None
+    lengths = {q.args[1] for load in tile.loads() for q in load.index.atoms(Div) if q.args[0] == COL}
+    for length in lengths:
+        alone = all(load.index.has(Div(COL, length)) or COL in load.index.free_symbols or not load.index.free_symbols
+                    for load in tile.loads())  # fmt: skip
+        rows = tile.space.cols / length
+        enough = length.is_Integer and rows.is_Integer and (length <= PERSISTENT or rows >= PROGRAMS)
+        fits = enough and length >= _SHORT
+        if alone and fits:
+            return Space(SpaceKind.ROWS, rows, length)
+    return None
+
+
+def _results(found: Reduction) -> sympy.Expr:
+    return sympy.Integer(1) if found.along is Along.ALL else found.cols
+
+
+def _partial_dtype(found: Reduction) -> torch.dtype:
+    dtype = found.node.meta["val"].dtype
+    if found.how == "any":
+        return torch.int32
+    return torch.float32 if dtype.is_floating_point else torch.int64
+
+
+def _describe(space: Space) -> str:
+    if space.kind is SpaceKind.ROWS:
+        return f"{space.rows} rows of {space.cols}"
+    return f"{space.cols} {'results' if space.kind is SpaceKind.FINISH else 'elements'}"

@@ -1,0 +1,69 @@
+"""What a kernel costs: the bytes it moves between memory and the chip, read off the tile language.
+
+A buffer that every program reads (a bias, a weight) counts once: it stays in cache. A row that does not fit on the chip
+counts once for each pass over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy
+from torch import fx
+
+from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Load, Reduce, Tile
+from dscompile.codegen.tile.schedule import Hints, Schedule, hint
+
+
+def bytes_read(tile: Tile, schedule: Schedule, hints: Hints) -> int:
+    """Bytes loaded."""
+    limits = {ROW: tile.space.rows, COL: tile.space.cols}
+    touched: dict[Buffer, int] = {}
+    for load in tile.loads():
+        elements = sympy.Mul(*(limits[s] for s in load.index.free_symbols if s in limits))
+        often = passes_of(load, tile, schedule) if COL in load.symbols else 1
+        found = min(hint(elements, hints), hint(load.buffer.numel, hints)) * often
+        most = hint(load.buffer.numel, hints) * max(schedule.passes, 1)
+        touched[load.buffer] = min(touched.get(load.buffer, 0) + found, most)
+    return sum(n * b.dtype.itemsize for b, n in touched.items())
+
+
+def bytes_written(tile: Tile, hints: Hints) -> int:
+    """Bytes stored."""
+    return sum(hint(s.buffer.bytes, hints) for s in tile.stores)
+
+
+def tile_bytes(tile: Tile, schedule: Schedule, hints: Hints) -> int:
+    """Bytes moved."""
+    return bytes_read(tile, schedule, hints) + bytes_written(tile, hints)
+
+
+def passes_of(load: Load, tile: Tile, schedule: Schedule) -> int:
+    """In how many passes over the row a load is needed."""
+    if schedule.persistent:
+        return 1
+    return len({level for level, reached in _reached(tile, schedule).items() if load in reached})
+
+
+def _reached(tile: Tile, schedule: Schedule) -> dict[int, set[Expr]]:
+    """For each pass, what it computes: down to the results of earlier passes."""
+    out: dict[int, set[Expr]] = {}
+    roots = [(level, r.arg) for r, level in schedule.levels.items()]
+    last = max(schedule.levels.values(), default=-1) + 1
+    roots += [(last, s.value) for s in tile.stores if COL in s.index.free_symbols or COL in s.value.symbols]
+    for level, root in roots:
+        stack, seen = [root], out.setdefault(level, set())
+        while stack:
+            expr = stack.pop()
+            if expr in seen or (isinstance(expr, Reduce) and schedule.levels.get(expr, level) < level):
+                continue
+            seen.add(expr)
+            stack += expr.operands
+    return out
+
+
+def ideal_bytes(inputs: Iterable[fx.Node], outputs: Iterable[fx.Node], hints: Hints) -> int:
+    """Bytes of reading every input and writing every output once: what no fusion goes below."""
+    from dscompile.codegen.tile.values import buffer_of
+
+    return sum(hint(buffer_of(n).bytes, hints) for n in {*inputs} | {*outputs})

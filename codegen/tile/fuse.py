@@ -1,0 +1,241 @@
+"""Fusion: an FX graph as few kernels, each of which moves fewer bytes than its parts would.
+
+Every operator starts as a kernel of its own. Two kernels become one if one program can compute both, if no other kernel
+would have to run between them, and if that moves fewer bytes (or as many in one launch less). The tile builder is the
+oracle: it makes the kernel, or says why it cannot. Every refusal is kept, with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx
+
+from dscompile.codegen.tile.build import Builder, Part
+from dscompile.codegen.tile.cost import tile_bytes
+from dscompile.codegen.tile.flow import Flow
+from dscompile.codegen.tile.ir import Tile
+from dscompile.codegen.tile.schedule import Hints, Schedule, schedule
+from dscompile.codegen.tile.values import RefusedError
+
+
+class WhyNot(NamedTuple):
+    """Two neighbours that did not become one kernel (or one operator that is none), and why."""
+
+    left: str
+    right: str
+    reason: str
+
+
+@dataclass
+class Group:
+    """Parts of operators computed by one kernel; ``copies`` are computed here although another kernel does, too."""
+
+    parts: frozenset[Part]
+    copies: frozenset[fx.Node] = frozenset()
+
+    @property
+    def label(self) -> str:
+        """Names of the first and last operator."""
+        names = [p.node.name for p in sorted(self.parts, key=lambda p: p.order)]
+        return names[0] if len(set(names)) == 1 else f"{names[0]}..{names[-1]}"
+
+
+@dataclass
+class Fused:
+    """The result: kernels in an order in which they can run, operators left to PyTorch, and every refusal."""
+
+    kernels: list[tuple[Group, Tile, Schedule, int]] = field(default_factory=list)
+    order: list[Group | fx.Node] = field(default_factory=list)
+    refusals: list[WhyNot] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all kernels move."""
+        return sum(moved for *_, moved in self.kernels)
+
+
+def fuse(graph: fx.Graph, hints: Hints | None = None, *, columns_apart: bool = False) -> Fused:
+    """Fuse a functional, decomposed aten graph.
+
+    Args:
+        graph: every node carries ``meta["val"]``; strides of outputs are those of the fake values.
+        hints: numbers for symbolic sizes, used in costs only.
+        columns_apart: keep sums over columns out of other kernels: what a compiler without one-pass backward does.
+    """
+    return _Fusion(graph, hints or {}, columns_apart).run()
+
+
+class _Fusion:
+    def __init__(self, graph: fx.Graph, hints: Hints, columns_apart: bool) -> None:
+        self.flow = Flow(graph)
+        self.hints = hints
+        self.builder = Builder(self.flow, columns_apart=columns_apart)
+        self.groups: list[Group] = [Group(frozenset({p})) for p in self.flow.parts]
+        self.refusals: dict[tuple[frozenset[Part], frozenset[Part]], str] = {}
+        self._costs: dict[
+            tuple[frozenset[Part], frozenset[fx.Node], frozenset[fx.Node]], tuple[Tile, Schedule, int]
+        ] = {}
+
+    def run(self) -> Fused:
+        self._drop_impossible()
+        while self._sweep():
+            pass
+        self._copy()
+        while self._sweep():  # a copy can make two kernels independent of each other
+            pass
+        return self._result()
+
+    def _drop_impossible(self) -> None:
+        """An operator that is not even a kernel by itself is left to PyTorch."""
+        for group in list(self.groups):
+            try:
+                self._cost(group)
+            except RefusedError as error:
+                (part,) = group.parts
+                self.flow.leave(part.node, str(error))
+        self.groups = [g for g in self.groups if not any(p.node in self.flow.left for p in g.parts)]
+
+    # -- merging -------------------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> bool:
+        """One walk over all neighbours; True if any two were merged."""
+        merged = False
+        index = 0
+        while index < len(self.groups):
+            group = self.groups[index]
+            for other in self._neighbours(group):
+                if self._merge(group, other):
+                    merged = True
+                    break
+            else:
+                index += 1
+        return merged
+
+    def _neighbours(self, group: Group) -> Iterator[Group]:
+        mine = self.flow.touched(group.parts)
+        for other in self.groups:
+            if other is not group and mine & self.flow.touched(other.parts):
+                yield other
+
+    def _merge(self, left: Group, right: Group) -> bool:
+        key = (left.parts, right.parts)
+        if key in self.refusals or (right.parts, left.parts) in self.refusals:
+            return False
+        both = Group(left.parts | right.parts, left.copies | right.copies)
+        try:
+            if between := self._between(left, right):
+                raise RefusedError(f"{between} would have to run between them")
+            before = self._cost(left)[2] + self._cost(right)[2]
+            after = self._cost(both)[2]
+            if after > before:
+                raise RefusedError(f"together they move {after} bytes, apart {before}")
+        except RefusedError as error:
+            self.refusals[key] = str(error)
+            return False
+        at = self.groups.index(left)
+        self.groups[at] = both
+        self.groups.remove(right)
+        return True
+
+    def _between(self, left: Group, right: Group) -> str:
+        """Something that one of two groups needs and that needs the other, or ""."""
+        for first, second in ((left, right), (right, left)):
+            seen: set[object] = set()
+            stack = [item for item in self._after(first) if item is not second]
+            while stack:
+                item = stack.pop()
+                if id(item) in seen:
+                    continue
+                seen.add(id(item))
+                for later in self._after(item):
+                    if later is second:
+                        return item.label if isinstance(item, Group) else f"%{item.name}"
+                    stack.append(later)
+        return ""
+
+    def _after(self, item: Group | fx.Node) -> list[Group | fx.Node]:
+        """Groups and left operators that read what ``item`` makes."""
+        readers: list[Group | fx.Node] = []
+        made = {p.node for p in item.parts} if isinstance(item, Group) else {item}
+        for group in self.groups:
+            if group is item:
+                continue
+            reads = self.flow.reads(group.parts, group.copies)
+            finishes = isinstance(item, Group) and any(
+                p.partial and Part(p.node, False, p.order) in group.parts for p in item.parts
+            )
+            if finishes or any(n in reads for n in made if self._makes(item, n)):
+                readers.append(group)
+        readers += [
+            n for n in self.flow.left if n is not item and any(self._makes(item, s) for s in self.flow.sources(n))
+        ]
+        return readers
+
+    def _makes(self, item: Group | fx.Node, node: fx.Node) -> bool:
+        if isinstance(item, fx.Node):
+            return node is item
+        return any(p.node is node and not p.partial for p in item.parts)
+
+    # -- recomputation -------------------------------------------------------------------------------------------------
+
+    def _copy(self) -> None:
+        """Compute a pointwise value again where that moves fewer bytes than storing and loading it."""
+        for index, group in enumerate(self.groups):
+            for node in sorted(self.flow.reads(group.parts, group.copies), key=self.flow.order):
+                maker = next((g for g in self.groups if self._makes(g, node)), None)
+                if maker is None or node in self.flow.reductions:
+                    continue
+                before = self._total()
+                old = self.groups[index]
+                self.groups[index] = Group(old.parts, old.copies | {node})
+                try:
+                    if self._total() < before:
+                        continue
+                except RefusedError:
+                    pass
+                self.groups[index] = old
+
+    def _total(self) -> int:
+        return sum(self._cost(g)[2] for g in self.groups)
+
+    # -- costs and results ---------------------------------------------------------------------------------------------
+
+    def _needed(self, group: Group) -> frozenset[fx.Node]:
+        """What the group has to store: read by another group, by PyTorch, or returned."""
+        made = [p.node for p in group.parts if not p.partial]
+        elsewhere: set[fx.Node] = set(self.flow.kept)
+        for other in self.groups:
+            if not other.parts <= group.parts:
+                elsewhere |= self.flow.reads(other.parts, other.copies)
+        return frozenset(n for n in made if n in elsewhere)
+
+    def _cost(self, group: Group) -> tuple[Tile, Schedule, int]:
+        needed = self._needed(group)
+        key = (group.parts, group.copies, needed)
+        if key not in self._costs:
+            tile = self.builder.tile(group.parts, group.copies, needed)
+            chosen = schedule(tile, self.hints)
+            self._costs[key] = (tile, chosen, tile_bytes(tile, chosen, self.hints))
+        return self._costs[key]
+
+    def _result(self) -> Fused:
+        fused = Fused()
+        waiting: list[Group | fx.Node] = [*self.groups, *self.flow.left]
+        while waiting:
+            later = {id(n) for item in waiting for n in self._after(item)}
+            ready = next(item for item in sorted(waiting, key=self._first) if id(item) not in later)
+            fused.order.append(ready)
+            waiting = [item for item in waiting if item is not ready]
+        fused.kernels = [(g, *self._cost(g)) for g in fused.order if isinstance(g, Group)]
+        fused.refusals = [WhyNot(f"%{n.name}", "", reason) for n, reason in self.flow.left.items() if reason]
+        alive = {g.parts for g in self.groups}
+        for (left, right), reason in self.refusals.items():
+            if left in alive and right in alive:
+                fused.refusals.append(WhyNot(Group(left).label, Group(right).label, reason))
+        return fused
+
+    def _first(self, item: Group | fx.Node) -> int:
+        return min(p.order for p in item.parts) if isinstance(item, Group) else self.flow.order(item)

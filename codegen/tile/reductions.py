@@ -1,0 +1,104 @@
+"""Which FX nodes are reductions of a table of rows and columns, and over what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import sympy
+from torch import fx
+
+from dscompile.codegen.tile.indexing import product
+from dscompile.torch_compat import OpOverload
+
+ONE_PROGRAM = 16384
+"""Most elements of a tensor that a single program reduces to a scalar; a larger one takes partial results."""
+
+
+class Along(StrEnum):
+    """What a reduction runs over."""
+
+    ROW = "row"
+    COLUMN = "column"
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """``how`` over the dimensions ``dims`` of a table of ``rows`` x ``cols``, times ``scale``.
+
+    Over a ``ROW`` one program sees all of it. Over a ``COLUMN``, or over ``ALL`` elements, every program of one kernel
+    sees a part, and a second, tiny kernel finishes.
+    """
+
+    node: fx.Node
+    how: str
+    along: Along
+    dims: frozenset[int]
+    keepdim: bool
+    rows: sympy.Expr
+    cols: sympy.Expr
+    scale: float = 1.0
+    square: bool = False
+    root: bool = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether it takes two kernels."""
+        return self.along is not Along.ROW
+
+
+_HOW = {"sum": "sum", "mean": "sum", "amax": "max", "amin": "min", "any": "any", "linalg_vector_norm": "sum"}
+
+
+def reduction(node: fx.Node) -> Reduction | str | None:
+    """What a node reduces; None if it is no reduction, a reason if it is one that the language does not have."""
+    name = operator_name(node)
+    if name not in _HOW:
+        return None
+    source: Any = node.args[0]
+    value = source.meta["val"]
+    shape = list(value.shape)
+    if name == "linalg_vector_norm" and node_argument(node, 1, "ord", 2) != 2:
+        return "only the 2-norm is a tile reduction"
+    position = 2 if name == "linalg_vector_norm" else 1
+    given = node_argument(node, position, "dim", None)
+    dims = [given] if isinstance(given, int) else list(given or range(len(shape)))
+    reduced = frozenset(d % max(len(shape), 1) for d in dims)
+    keepdim = bool(node_argument(node, position + 1, "keepdim", False))
+    kept = [k for k in range(len(shape)) if k not in reduced and shape[k] != 1]
+    gone = [k for k in reduced if shape[k] != 1]
+    numel = product(shape)
+    if not numel.is_Integer and not kept:
+        return "a reduction to one value over a symbolic number of elements"
+    along, rows, cols = Along.ROW, product([shape[k] for k in kept]), product([shape[k] for k in gone])
+    if not kept and int(numel) > ONE_PROGRAM:
+        along, rows, cols = Along.ALL, sympy.Integer(1), numel
+    elif kept and gone and max(gone) < min(kept):
+        along, rows, cols = Along.COLUMN, cols, rows
+    elif kept and gone and max(kept) > min(gone):
+        return "it reduces a dimension between others"
+    scale = 1.0
+    if name == "mean":
+        count = rows if along is Along.COLUMN else cols
+        if not count.is_Integer:
+            return "a mean over a symbolic number of elements"
+        scale = 1.0 / int(count) if int(count) else math.nan
+    norm = name == "linalg_vector_norm"
+    return Reduction(node, _HOW[name], along, reduced, keepdim, rows, cols, scale, square=norm, root=norm)
+
+
+def operator_name(node: fx.Node) -> str:
+    """``add`` for ``aten.add.Tensor``; "" for anything that is not an operator of aten or prims."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, OpOverload):
+        return ""
+    namespace, _, name = target._schema.name.partition("::")
+    return name if namespace in ("aten", "prims") else ""
+
+
+def node_argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """An argument, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

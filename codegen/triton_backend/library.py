@@ -1,0 +1,295 @@
+"""The kernels of a training step, each a few lines of PyTorch that go through the same fusion as any region.
+
+Nothing here is a hand-written kernel: a function is traced, decomposed, fused and rendered. The list is what
+``dscompile kernels`` shows and what the tests hold to the bars.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dscompile.codegen.tile.trace import traced
+from dscompile.codegen.triton_backend.assemble import Assembled, assemble
+from dscompile.inductor_compat import uniform
+
+EPS = 1e-5
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """``gelu(x + bias)``; x ``[..., N]``, bias ``[N]``."""
+    return functional.gelu(x + bias)
+
+
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`bias_gelu` to x and bias, in one pass over x."""
+    dx = torch.ops.aten.gelu_backward(grad.float(), (x + bias).float())
+    return dx.to(x.dtype), dx.sum(list(range(x.dim() - 1))).to(bias.dtype)
+
+
+def bias_silu(x: Tensor, bias: Tensor) -> Tensor:
+    """``silu(x + bias)``."""
+    return functional.silu(x + bias)
+
+
+def bias_silu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`bias_silu` to x and bias, in one pass over x."""
+    z = (x + bias).float()
+    gate = torch.sigmoid(z)
+    dx = grad.float() * gate * (1 + z * (1 - gate))
+    return dx.to(x.dtype), dx.sum(list(range(x.dim() - 1))).to(bias.dtype)
+
+
+def bias_dropout_residual(x: Tensor, bias: Tensor, residual: Tensor, seed: Tensor, p: float = 0.1) -> Tensor:
+    """``dropout(x + bias, p) + residual``; the mask is drawn again in backward from ``seed`` (int64 ``[]``)."""
+    keep = uniform(list(x.shape), seed) >= p
+    return torch.where(keep, (x + bias) * (1 / (1 - p)), 0.0) + residual
+
+
+def bias_dropout_residual_backward(grad: Tensor, seed: Tensor, p: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Gradients to x and bias; that to the residual is ``grad``."""
+    keep = uniform(list(grad.shape), seed) >= p
+    dx = torch.where(keep, grad.float() * (1 / (1 - p)), 0.0)
+    return dx.to(grad.dtype), dx.sum(list(range(grad.dim() - 1))).to(grad.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised ``[..., N]``, and mean and 1 / deviation of each row in fp32 for backward."""
+    wide = x.float()
+    variance, mean = torch.var_mean(wide, [-1], correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + EPS)
+    return ((wide - mean) * rstd * weight + bias).to(x.dtype), mean, rstd
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Gradients to x, weight and bias in one pass: every program keeps its columns' sums, a tiny kernel adds them."""
+    wide, dy = x.float(), grad.float()
+    normal = (wide - mean) * rstd
+    scaled = dy * weight
+    along = (scaled * normal).mean(-1, keepdim=True)
+    dx = rstd * (scaled - scaled.mean(-1, keepdim=True) - normal * along)
+    rows = list(range(x.dim() - 1))
+    return dx.to(x.dtype), (dy * normal).sum(rows).to(weight.dtype), dy.sum(rows).to(weight.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised ``[..., N]``, and 1 / root mean square of each row in fp32 for backward."""
+    wide = x.float()
+    rstd = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + EPS)
+    return (wide * rstd * weight).to(x.dtype), rstd
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to x and weight in one pass."""
+    wide, dy = x.float(), grad.float()
+    normal = wide * rstd
+    scaled = dy * weight
+    dx = rstd * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (dy * normal).sum(list(range(x.dim() - 1))).to(weight.dtype)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension."""
+    return torch.softmax(x, -1)
+
+
+def softmax_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """Gradient of softmax from its result."""
+    inner = grad.float() * y
+    return (inner - y * inner.sum(-1, keepdim=True)).to(y.dtype)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row ``[rows]`` (0 where the target is -100), and the logarithm of the sum, one read of the logits.
+
+    Logits ``[rows, classes]``, target int64 ``[rows]``. Neither probabilities nor a one-hot tensor exist in memory.
+    """
+    wide = logits.float()
+    top = wide.amax(-1, keepdim=True)
+    total = torch.log((wide - top).exp().sum(-1)) + top.squeeze(-1)
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == target.unsqueeze(-1)
+    picked = torch.where(chosen, wide, 0.0).sum(-1)
+    return torch.where(target == IGNORED, 0.0, total - picked), total
+
+
+def cross_entropy_backward(scale: Tensor, logits: Tensor, target: Tensor, total: Tensor) -> Tensor:
+    """Gradient to the logits, from ``scale`` (fp32 ``[]``: the loss's gradient over the number of counted rows)."""
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == target.unsqueeze(-1)
+    probability = torch.exp(logits.float() - total.unsqueeze(-1))
+    factor = torch.where(target == IGNORED, 0.0, scale).unsqueeze(-1)
+    return (torch.where(chosen, probability - 1.0, probability) * factor).to(logits.dtype)
+
+
+def cross_entropy_both(scale: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row and its gradient in one kernel: the logits are read twice and the gradient written once."""
+    loss, total = cross_entropy(logits, target)
+    return loss, cross_entropy_backward(scale, logits, target, total)
+
+
+IGNORED = -100
+
+
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of x ``[batch, heads, seq, dim]`` by tables ``[seq, dim]`` (Su and others, 2021)."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return (x * cosine + rotated * sine).to(x.dtype)
+
+
+def adamw(
+    master: Tensor, grad: Tensor, first: Tensor, second: Tensor, rate: Tensor, correct1: Tensor, correct2: Tensor
+) -> tuple[Tensor, ...]:
+    """AdamW (Loshchilov and Hutter, 2019) over flat fp32 shards ``[n]``; returns master, both moments, a bf16 copy.
+
+    ``rate``, ``correct1 = 1 - beta1**step`` and ``correct2 = 1 - beta2**step`` are fp32 ``[]``. The results may be
+    written over the operands: an element is read before it is written, by the same thread.
+    """
+    beta1, beta2, decay, epsilon = 0.9, 0.999, 0.01, 1e-8
+    wide = grad.float()
+    first = beta1 * first + (1 - beta1) * wide
+    second = beta2 * second + (1 - beta2) * wide * wide
+    step = (first / correct1) / (torch.sqrt(second / correct2) + epsilon)
+    master = master * (1 - rate * decay) - rate * step
+    return master, first, second, master.to(torch.bfloat16)
+
+
+def lamb(
+    master: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    segment: Tensor,
+    norms: Tensor,
+    rate: Tensor,
+    correct1: Tensor,
+    correct2: Tensor,
+) -> tuple[Tensor, ...]:
+    """LAMB (You and others, 2020) over a flat shard cut into chunks; returns master, both moments, a bf16 copy.
+
+    The shard is ``[chunks, size]``, every parameter padded to whole chunks with zeros; ``segment`` int64 ``[chunks]``
+    says which parameter a chunk is of, ``norms`` is zeros ``[parameters]``. Squares are added up in each chunk, then
+    over the chunks of a parameter.
+    """
+    beta1, beta2, decay, epsilon = 0.9, 0.999, 0.01, 1e-6
+    wide = grad.float()
+    first = beta1 * first + (1 - beta1) * wide
+    second = beta2 * second + (1 - beta2) * wide * wide
+    update = (first / correct1) / (torch.sqrt(second / correct2) + epsilon) + decay * master
+    weight_norm = torch.sqrt(norms.index_add(0, segment, (master * master).sum(-1)))
+    update_norm = torch.sqrt(norms.index_add(0, segment, (update * update).sum(-1)))
+    usable = (weight_norm > 0) & (update_norm > 0)
+    ratio = torch.where(usable, weight_norm / update_norm, 1.0)[segment]
+    master = master - rate * ratio.unsqueeze(-1) * update
+    return master, first, second, master.to(torch.bfloat16)
+
+
+def unscale(grad: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A flat gradient times ``inverse`` (fp32 ``[]``), its 2-norm, and whether any element is not finite."""
+    wide = grad.float() * inverse
+    bad = torch.logical_not(torch.isfinite(wide)).any()
+    return wide, torch.sqrt((wide * wide).sum()), bad
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function and what it is called with: ``make(dtype, rows, cols)`` gives (fake-able) arguments."""
+
+    function: Callable[..., Any]
+    make: Callable[[torch.dtype, int, int], tuple[Any, ...]]
+
+
+def _matrix(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
+    """``x [rows, cols]`` and more: ``x`` another one, ``n`` a row vector, ``r`` fp32 per row, ``s`` a seed."""
+
+    def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "x": lambda: torch.empty(rows, cols, dtype=dtype),
+            "n": lambda: torch.empty(cols, dtype=dtype),
+            "r": lambda: torch.empty(rows, 1),
+            "s": lambda: torch.zeros((), dtype=torch.int64),
+        }
+        return tuple(kinds[e]() for e in ("x", *extra))
+
+    return make
+
+
+def _flat(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
+    """``[rows * cols]`` fp32 (``g``: of the dtype) and scalars (``0``)."""
+
+    def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "f": lambda: torch.empty(rows * cols),
+            "g": lambda: torch.empty(rows * cols, dtype=dtype),
+            "0": lambda: torch.empty(()),
+        }
+        return tuple(kinds[e]() for e in extra)
+
+    return make
+
+
+def _chunks(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+    table = [torch.empty(rows, cols) for _ in range(4)]
+    table[1] = table[1].to(dtype)
+    return (*table, torch.zeros(rows, dtype=torch.int64), torch.zeros(2), *(torch.empty(()) for _ in range(3)))
+
+
+def _classes(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
+    """Logits and targets (``t``), a scalar (``0``), a value per row (``r``)."""
+
+    def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "x": lambda: torch.empty(rows, cols, dtype=dtype),
+            "t": lambda: torch.zeros(rows, dtype=torch.int64),
+            "0": lambda: torch.empty(()),
+            "r": lambda: torch.empty(rows),
+        }
+        return tuple(kinds[e]() for e in extra)
+
+    return make
+
+
+def _heads(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+    return torch.empty(2, 3, rows, cols, dtype=dtype), torch.empty(rows, cols), torch.empty(rows, cols)
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    """Every function by name."""
+    return {
+        "bias_gelu": Entry(bias_gelu, _matrix("n")),
+        "bias_gelu_backward": Entry(bias_gelu_backward, _matrix("x", "n")),
+        "bias_silu": Entry(bias_silu, _matrix("n")),
+        "bias_silu_backward": Entry(bias_silu_backward, _matrix("x", "n")),
+        "bias_dropout_residual": Entry(bias_dropout_residual, _matrix("n", "x", "s")),
+        "bias_dropout_residual_backward": Entry(bias_dropout_residual_backward, _matrix("s")),
+        "layer_norm": Entry(layer_norm, _matrix("n", "n")),
+        "layer_norm_backward": Entry(layer_norm_backward, _matrix("x", "r", "r", "n")),
+        "rms_norm": Entry(rms_norm, _matrix("n")),
+        "rms_norm_backward": Entry(rms_norm_backward, _matrix("x", "r", "n")),
+        "softmax": Entry(softmax, _matrix()),
+        "softmax_backward": Entry(softmax_backward, _matrix("x")),
+        "cross_entropy": Entry(cross_entropy, _classes("x", "t")),
+        "cross_entropy_backward": Entry(cross_entropy_backward, _classes("0", "x", "t", "r")),
+        "cross_entropy_both": Entry(cross_entropy_both, _classes("0", "x", "t")),
+        "rotary": Entry(rotary, _heads),
+        "adamw": Entry(adamw, _flat("f", "g", "f", "f", "0", "0", "0")),
+        "lamb": Entry(lamb, _chunks),
+        "unscale": Entry(unscale, _flat("g", "0")),
+    }
+
+
+def example(name: str, dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+    """Arguments of an entry, without data (on the ``meta`` device)."""
+    with torch.device("meta"):
+        return entries()[name].make(dtype, rows, cols)
+
+
+def generate(name: str, arguments: tuple[Any, ...]) -> Assembled:
+    """The kernels of one entry for arguments like these, and the function that launches them."""
+    return assemble(traced(entries()[name].function, *arguments), name)

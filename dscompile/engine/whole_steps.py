@@ -1,0 +1,116 @@
+"""Whole steps of an engine: a window of micro-batches at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dscompile.engine.answers import Answers
+from dscompile.engine.data import Loader, RepeatingLoader
+from dscompile.engine.outputs import call_with, loss_in, moved
+from dscompile.engine.window import Window
+from dscompile.errors import RunError
+
+
+class WholeSteps(Answers):
+    """Training and evaluation by windows, over what a micro-batch's methods do."""
+
+    module: nn.Module
+    window: Window
+    training_dataloader: Loader | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._repeating: Iterator[Any] | None = None
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Backward of one micro-batch's loss."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """End a micro-batch."""
+        raise NotImplementedError
+
+    def train_batch(
+        self, data_iter: Iterator[Any] | None = None, loss_fn: Callable[[Any, Any], Tensor] | None = None
+    ) -> Tensor:
+        """One optimizer step on the next micro-batches: forward, backward and step for each of a window's.
+
+        Args:
+            data_iter: yields micro-batches: a mapping or sequence of the model's arguments, or its one argument; by
+                default the training loader, again and again.
+            loss_fn: then micro-batches are (inputs, labels) and the loss is ``loss_fn(model(inputs), labels)``; by
+                default the model's attribute ``loss_fn``, or the model returns the loss.
+
+        Returns:
+            the mean loss over micro-batches and ranks, detached.
+
+        Raises:
+            RunError: in the middle of a window, no data, or an iterator that ends too early.
+        """
+        if self.window.done:
+            raise RunError(
+                f"train_batch() after {self.window.done} of {self.window.size} micro-batches of a window; finish it "
+                "with engine.step()."
+            )
+        self.module.train()
+        total = torch.zeros((), device=self.device)
+        for loss in self._losses(data_iter, loss_fn):
+            self.backward(loss)
+            self.step()
+            total += loss.detach().float() / self.window.size
+        return self._mean(total)
+
+    @torch.no_grad()
+    def eval_batch(
+        self, data_iter: Iterator[Any] | None = None, loss_fn: Callable[[Any, Any], Tensor] | None = None
+    ) -> Tensor:
+        """The mean loss of a window of micro-batches, over ranks, in evaluation mode; see :meth:`train_batch`."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            total = torch.zeros((), device=self.device)
+            for loss in self._losses(data_iter, loss_fn):
+                total += loss.float() / self.window.size
+        finally:
+            self.module.train(training)
+        return self._mean(total)
+
+    def _losses(
+        self, data_iter: Iterator[Any] | None, loss_fn: Callable[[Any, Any], Tensor] | None
+    ) -> Iterator[Tensor]:
+        source = self._batches() if data_iter is None else data_iter
+        if not hasattr(source, "__next__"):
+            raise RunError(
+                f"data_iter: {type(source).__name__} is no iterator, so it would begin anew; pass iter(...)."
+            )
+        loss_fn = loss_fn if loss_fn is not None else getattr(self.module, "loss_fn", None)
+        for index in range(self.window.size):
+            try:
+                batch = moved(next(source), self.device)
+            except StopIteration:
+                raise RunError(
+                    f"the data ended after {index} of {self.window.size} micro-batches; give an iterator that repeats "
+                    "(dscompile.RepeatingLoader), or stop one step earlier."
+                ) from None
+            if loss_fn is None:
+                yield loss_in(call_with(self, batch))
+            else:
+                inputs, labels = batch
+                yield loss_in(loss_fn(self(inputs), labels))
+
+    def _batches(self) -> Iterator[Any]:
+        if self.training_dataloader is None:
+            raise RunError("no data: pass data_iter=, or training_data= to initialize().")
+        if self._repeating is None:
+            self._repeating = iter(RepeatingLoader(self.training_dataloader))
+        return self._repeating
+
+    def _mean(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value / self.world_size

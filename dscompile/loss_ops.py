@@ -1,0 +1,221 @@
+"""Cross-entropy of a projection, in chunks of rows: the logits of a whole batch never exist.
+
+``linear_cross_entropy`` is ``cross_entropy(input @ weight.T + bias, target)``. A chunk's logits become its loss, then
+in place its gradient, and with that its part of the gradients of ``input`` and ``weight``, before the next chunk
+starts: so the peak is two chunks and the gradients, in place of three tensors of all logits. The gradients are those
+for a loss gradient of 1; backward only scales them. No product is computed twice.
+
+The idea of taking the loss's gradient in forward, chunk by chunk, is that of Liger-Kernel (arXiv:2410.10989); Cut
+Cross-Entropy (arXiv:2411.09009) recomputes the logits instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dscompile.ops import LIBRARY
+
+MEAN, SUM = 1, 2
+"""``reduction`` as aten counts it."""
+
+CHUNK_BYTES = 32 << 20
+"""A chunk's logits: large enough for the matrix products to run at full speed, small beside a batch's."""
+
+LIBRARY.define(
+    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, int reduction, "
+    "SymInt ignore_index, bool gradients) -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """``F.cross_entropy(F.linear(input, weight, bias).float(), target)`` without its logits.
+
+    Args:
+        input: ``[..., width]``, floating point.
+        weight: ``[vocabulary, width]``, of ``input``'s dtype; products run in it, the loss in fp32 (fp64 for fp64).
+        target: ``[...]``, int64 classes, or ``ignore_index`` for rows that do not count.
+        bias: ``[vocabulary]``.
+        ignore_index: the class of rows that do not count.
+        reduction: ``"mean"`` (over the rows that count; NaN if there is none) or ``"sum"``.
+
+    Returns:
+        The loss, a scalar in fp32 (fp64).
+
+    Raises:
+        ValueError: an unknown reduction, or shapes that do not fit.
+    """
+    kinds = {"mean": MEAN, "sum": SUM}
+    if reduction not in kinds:
+        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}.")
+    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:] or target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"linear_cross_entropy: input {list(input.shape)} needs a weight [vocabulary, {input.shape[-1]}] and a "
+            f"target {list(input.shape[:-1])}; got {list(weight.shape)} and {list(target.shape)}."
+        )
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    flat = input.reshape(-1, input.shape[-1])
+    loss: Tensor = torch.ops.dscompile.linear_cross_entropy.default(
+        flat, weight, bias, target.reshape(-1), kinds[reduction], ignore_index, wanted
+    )[0]
+    return loss
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the loss of logits of ``dtype`` is computed."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _kernel(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: int,
+    ignore_index: int,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counted = target != ignore_index
+    total = int(counted.sum())
+    _check_classes(target, counted, weight.shape[0])
+    mean = reduction == MEAN
+    work = _Work(input, weight, bias, gradients, scale=1.0 / total if mean and total else 1.0)
+    losses = torch.zeros((), dtype=torch.float64, device=input.device)
+    for start in range(0, input.shape[0], work.rows):
+        part = slice(start, start + work.rows)
+        losses += work.chunk(part, target[part], counted[part] if total < input.shape[0] else None)
+    return ((losses / total if mean else losses).to(work.exact), *work.results())
+
+
+def _check_classes(target: Tensor, counted: Tensor, vocabulary: int) -> None:
+    """Raise for a class that does not exist; on an accelerator that is left to its kernels, as in PyTorch."""
+    if target.device.type != "cpu":
+        return
+    wrong = target[counted & ((target < 0) | (target >= vocabulary))]
+    if wrong.numel():
+        raise IndexError(f"linear_cross_entropy: target {int(wrong[0])} is out of bounds for {vocabulary} classes.")
+
+
+class _Work:
+    """The buffers of one call: a chunk's logits and probabilities, and the gradients that grow chunk by chunk."""
+
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, gradients: bool, scale: float) -> None:
+        self.input, self.weight, self.bias, self.scale = input, weight, bias, scale
+        self.exact = loss_dtype(input.dtype)
+        rows, vocabulary = input.shape[0], weight.shape[0]
+        chunks = max(1, math.ceil(rows * vocabulary * self.exact.itemsize / CHUNK_BYTES))
+        self.rows = max(1, math.ceil(rows / chunks))
+        self.logits = input.new_empty((self.rows, vocabulary))
+        self.probabilities = torch.empty((self.rows, vocabulary), dtype=self.exact, device=input.device)
+        self.grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if gradients else None
+        # sums over chunks are kept in the exact dtype: one rounding to 16 bits, as of one product
+        self.grad_weight = torch.zeros(weight.shape if gradients else (0,), dtype=self.exact, device=weight.device)
+        self.grad_bias = torch.zeros(vocabulary if gradients else 0, dtype=self.exact, device=weight.device)
+
+    def chunk(self, part: slice, target: Tensor, counted: Tensor | None) -> Tensor:
+        """The summed loss of some rows (fp64, scalar); adds their part of the gradients.
+
+        ``counted`` says which rows count, None that all do.
+        """
+        input = self.input[part]
+        logits, probabilities = self.logits[: len(input)], self.probabilities[: len(input)]
+        if self.bias is None:
+            torch.mm(input, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, input, self.weight.t(), out=logits)
+        index = (target if counted is None else target.where(counted, 0)).unsqueeze(1)
+        exact = logits.to(self.exact)
+        largest, where = exact.max(dim=1, keepdim=True)
+        chosen = exact.gather(1, index)
+        torch.softmax(exact, 1, out=probabilities)
+        # log-sum-exp from the largest probability, which is at least 1 / vocabulary: no underflow, no further pass
+        losses = (largest - probabilities.gather(1, where).log() - chosen).squeeze(1)
+        if counted is not None:
+            losses = losses.where(counted, 0)
+        if self.grad_input is not None:
+            probabilities.scatter_add_(1, index, torch.full_like(chosen, -1.0))
+            if counted is not None:
+                probabilities.mul_(counted.unsqueeze(1))
+            self._add_gradients(part, input, logits, probabilities)
+        return losses.sum(dtype=torch.float64)
+
+    def _add_gradients(self, part: slice, input: Tensor, logits: Tensor, probabilities: Tensor) -> None:
+        assert self.grad_input is not None
+        same = logits.dtype is self.exact
+        gradient = probabilities if same else logits.copy_(probabilities)
+        rows = self.grad_input[part]
+        torch.mm(gradient, self.weight, out=rows)
+        if self.scale != 1.0:
+            rows.mul_(self.scale)
+        if same:
+            self.grad_weight.addmm_(gradient.t(), input, alpha=self.scale)
+        else:
+            self.grad_weight.add_(gradient.t() @ input, alpha=self.scale)
+        if self.bias is not None:
+            self.grad_bias.add_(probabilities.sum(0), alpha=self.scale)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of input, weight and bias, in their dtypes; empty where there is none."""
+        if self.grad_input is None:
+            return self.input.new_empty(0), self.input.new_empty(0), self.input.new_empty(0)
+        grad_bias = self.input.new_empty(0) if self.bias is None else self.grad_bias.to(self.bias.dtype)
+        return self.grad_input, self.grad_weight.to(self.weight.dtype), grad_bias
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: int,
+    ignore_index: Any,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = input.new_empty((), dtype=loss_dtype(input.dtype))
+    if not gradients:
+        return loss, input.new_empty(0), input.new_empty(0), input.new_empty(0)
+    grad_bias = input.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return loss, input.new_empty(input.shape), weight.new_empty(weight.shape), grad_bias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.has_bias = inputs[2] is not None
+    ctx.ready = inputs[6]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    if not ctx.ready:
+        raise RuntimeError("linear_cross_entropy was called without gradients=True; it has no backward.")
+    grad_input, grad_weight, grad_bias = ctx.saved_tensors
+
+    def scaled(gradient: Tensor) -> Tensor:
+        return gradient * grad_loss.to(gradient.dtype)
+
+    wanted = ctx.needs_input_grad
+    return (
+        scaled(grad_input) if wanted[0] else None,
+        scaled(grad_weight) if wanted[1] else None,
+        scaled(grad_bias) if ctx.has_bias and wanted[2] else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+LIBRARY.impl("linear_cross_entropy", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("dscompile::linear_cross_entropy", _fake, lib=LIBRARY)
+torch.library.register_autograd("dscompile::linear_cross_entropy", _backward, setup_context=_save, lib=LIBRARY)

@@ -1,0 +1,308 @@
+"""``sparse_attention``: dense attention of an unchanged model becomes block-sparse, as the configuration asks.
+
+Each ``scaled_dot_product_attention`` of the graph, forward and backward together, becomes the block-sparse operator
+with the layout of the ``sparse_attention`` section, made for that attention's heads and length. The model's own causal
+and key-padding masks stay: a key is seen if the mask *and* the layout let it.
+
+This changes what the model computes, on purpose, so the pass is declared approximate, and declares each attention that
+it replaced: apart from those, all on the same operands, its result is proved equal to the traced graph; later passes
+are proved against what it left. Every attention it meets is a decision, with the reason where it is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dscompile.attention_ops import BLOCKS, DTYPES, HEAD_STEP
+from dscompile.block_layout import BlockLayout
+from dscompile.effects import argument
+from dscompile.errors import ConfigError, PipelineError
+from dscompile.graph import StepGraph, annotate
+from dscompile.manager import Numerics, PassContext, graph_pass
+from dscompile.params import role_of
+from dscompile.passes.attention_mask import Mask, UnknownMaskError, understand
+from dscompile.passes.attention_scores import hide, is_written_out
+from dscompile.passes.canonicalise import remove_dead
+from dscompile.sparse_section import SparseAttentionConfig
+from dscompile.torch_compat import OpOverload, fake_mode_of, no_modes
+
+aten = torch.ops.aten
+
+FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
+BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_OTHERS = ("scaled_dot_product", "efficient_attention", "flash_attention", "flex_attention")
+_INDEX = ("row_ptr", "col_idx", "t_row_ptr", "t_col_idx")
+
+
+class RefusedError(Exception):
+    """Why an attention stays dense."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention of the model: its two halves and what they say."""
+
+    forward: fx.Node
+    backward: fx.Node | None
+    heads: int
+    seq: int
+    mask: Mask
+    scale: float
+
+
+@dataclass
+class Layouts:
+    """The layouts of one graph: each is compiled once, and its index is one set of constants."""
+
+    graph: StepGraph
+    section: SparseAttentionConfig
+    made: dict[tuple[int, int, bool], BlockLayout] = field(default_factory=dict)
+    nodes: dict[BlockLayout, tuple[fx.Node, ...]] = field(default_factory=dict)
+    visible: dict[tuple[int, int], fx.Node] = field(default_factory=dict)
+
+    def of(self, heads: int, seq: int, *, causal: bool) -> BlockLayout:
+        """The layout of an attention; raises :class:`RefusedError` if the sequence is too short for it."""
+        key = (heads, seq, causal)
+        if key not in self.made:
+            with no_modes():  # the compiler runs passes on fake tensors; an index is real
+                self.made[key] = BlockLayout.of(self._blocks(heads, seq), self.section.block, causal=causal)
+        return self.made[key]
+
+    def _blocks(self, heads: int, seq: int) -> Tensor:
+        block = self.section.block
+        try:
+            return self.section.for_heads(heads).make_layout(-(-seq // block) * block)
+        except ConfigError as error:
+            raise RefusedError(str(error)) from None
+
+    def mask(self, heads: int, seq: int) -> fx.Node:
+        """The layout token by token, as a constant: bool ``[heads or 1, seq, seq]``, True where a key is visible."""
+        if (heads, seq) not in self.visible:
+            with no_modes():
+                layout = self._blocks(heads, seq).bool()
+                layout = layout[:1] if (layout == layout[:1]).all() else layout
+                block = self.section.block
+                tokens = layout.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seq, :seq].contiguous()
+            self.visible[heads, seq] = self._constant(f"sparse_mask{len(self.visible)}", tokens)
+        return self.visible[heads, seq]
+
+    def constants(self, layout: BlockLayout) -> tuple[fx.Node, ...]:
+        """The index as nodes at the start of the graph."""
+        if layout not in self.nodes:
+            number = len(self.nodes)
+            tensors = {f"sparse_layout{number}_{name}": getattr(layout, name) for name in _INDEX}
+            self.nodes[layout] = tuple(self._constant(name, value) for name, value in tensors.items())
+        return self.nodes[layout]
+
+    def _constant(self, name: str, value: Tensor) -> fx.Node:
+        graph = self.graph
+        graph.module.register_buffer(name, value, persistent=False)
+        first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+        with graph.graph.inserting_before(first):
+            node = graph.graph.get_attr(name)
+        with fake_mode_of(graph.graph):  # made, not converted: a conversion may give it a symbolic size
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        annotate(node)
+        graph.touched.add(node)
+        return node
+
+
+@graph_pass("sparse_attention", after={"canonicalise"}, numerics=Numerics.APPROXIMATE, optional=True)
+def sparse_attention(graph: StepGraph, ctx: PassContext) -> None:
+    """Rewrite attention to the block-sparse layout of the configuration's ``sparse_attention`` section."""
+    section = ctx.config.sparse_attention
+    if section is None:
+        raise PipelineError(
+            "pipeline: pass 'sparse_attention' needs the option 'sparse_attention', e.g. "
+            '{"sparse_attention": {"mode": "bigbird", "block": 64}}.'
+        )
+    if section.block not in BLOCKS:
+        raise ConfigError(f"sparse_attention.block: {section.block} is not one of {', '.join(map(str, BLOCKS))}.")
+    layouts = Layouts(graph, section)
+    for node in list(graph.nodes):
+        try:
+            if _is_attention(node):
+                _sparse(graph, ctx, node, layouts)
+            elif is_written_out(node):
+                _masked(graph, ctx, node, layouts)
+        except RefusedError as error:
+            ctx.decide(node, "refused", str(error), fallback=True)
+    remove_dead(graph)
+
+
+def _sparse(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts) -> None:
+    site = _read(node)
+    layout = layouts.of(site.heads, site.seq, causal=site.mask.causal)
+    why = f"{layouts.section.mode} layout, {layout.density:.1%} of {layout.blocks} x {layout.blocks} blocks"
+    if graph.edit("sparse attention", node, why=why):
+        _rewrite(graph, ctx, site, layout, layouts.constants(layout))
+        facts: dict[str, Any] = {"density": layout.density, "blocks": layout.blocks, "causal": site.mask.causal}
+        ctx.decide(node, "sparse", why, **facts, padding=len(site.mask.padding), last_block=site.seq % layout.block)
+
+
+def _masked(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts) -> None:
+    shape = node.meta["val"].shape
+    if len(shape) != 4 or shape[2] != shape[3] or node.args[1] not in (-1, 3):
+        raise RefusedError(f"the softmax of scores {list(shape)}; expected [batch, heads, seq, seq], last dimension")
+    if not all(type(size) is int for size in shape[1:]):
+        raise RefusedError(f"heads or length are symbolic ({list(shape)}); compile with dynamic=False")
+    layouts.mask(shape[1], shape[2])
+    why = (
+        "the model writes attention out, so hidden scores are masked: right, but neither faster nor smaller; "
+        "let it call scaled_dot_product_attention (transformers: attn_implementation='sdpa')"
+    )
+    if graph.edit("mask scores", node, why=why):
+        scores = node.args[0]
+        ctx.replaces(hide(graph, node, layouts.mask(shape[1], shape[2])), node, scores)  # type: ignore[arg-type]
+        ctx.decide(node, "masked", why, fallback=True)
+
+
+def _is_attention(node: fx.Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.op == "call_function" and any(part in name for part in _OTHERS) and "backward" not in name
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _read(node: fx.Node) -> Site:
+    """What an attention node says; raises :class:`RefusedError` for what the block-sparse operator cannot say."""
+    if node.target is not FORWARD:
+        name = str(node.target) if isinstance(node.target, OpOverload) else str(getattr(node.target, "__name__", ""))
+        raise RefusedError(f"{name} is not known here; known is scaled_dot_product_attention on the CPU")
+    q, k, v = (operand.meta["val"] for operand in node.args[:3])  # type: ignore[union-attr]
+    if q.shape[1:] != k.shape[1:] or k.shape[1:] != v.shape[1:]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise RefusedError(f"not the attention of a sequence to itself: q, k, v are {shapes}")
+    if not all(type(size) is int for size in q.shape[1:]):
+        raise RefusedError(f"heads, length or head size are symbolic ({list(q.shape)}); compile with dynamic=False")
+    if q.dtype not in DTYPES:
+        raise RefusedError(f"dtype {q.dtype}")
+    if q.shape[3] % HEAD_STEP:
+        raise RefusedError(f"head size {q.shape[3]} is no multiple of {HEAD_STEP}")
+    if argument(node, 3, "dropout_p", 0.0) != 0:
+        raise RefusedError("dropout inside attention")
+    mask = _mask(node, q.shape[2])
+    scale = node.kwargs.get("scale")
+    backward = _backward_of(node)
+    return Site(node, backward, q.shape[1], q.shape[2], mask, q.shape[3] ** -0.5 if scale is None else float(scale))  # type: ignore[arg-type]
+
+
+def _mask(node: fx.Node, seq: int) -> Mask:
+    causal = bool(argument(node, 4, "is_causal", False))
+    given = node.kwargs.get("attn_mask")
+    if not isinstance(given, fx.Node):
+        return Mask(causal, ())
+    try:
+        found = understand(given, seq)
+    except UnknownMaskError as error:
+        raise RefusedError(str(error)) from None
+    return Mask(causal or found.causal, found.padding)
+
+
+def _backward_of(node: fx.Node) -> fx.Node | None:
+    """The backward that belongs to a forward: the reader of its logsumexp."""
+    for result in node.users:
+        if result.args[1:] != (1,):
+            continue
+        readers = list(result.users)
+        if any(reader.target is not BACKWARD for reader in readers) or len(readers) > 1:
+            raise RefusedError("the logsumexp of the attention is read by something else than one backward")
+        if readers and [_base(a) for a in readers[0].args[1:4]] != [_base(a) for a in node.args[:3]]:
+            raise RefusedError("its backward reads other operands than its forward")
+        return readers[0] if readers else None
+    return None
+
+
+def _base(value: Any) -> Any:
+    while isinstance(value, fx.Node) and value.target in (aten.detach.default, aten.alias.default):
+        value = value.args[0]
+    return value
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _rewrite(graph: StepGraph, ctx: PassContext, site: Site, layout: BlockLayout, index: tuple[fx.Node, ...]) -> None:
+    """Put the block-sparse operator, and its backward, in the place of both halves of a site."""
+    operators = torch.ops.dscompile
+    rest = (*index, layout.block, site.mask.causal, _padding(graph, site), site.scale)
+    operands = site.forward.args[:3]
+    new = graph.insert_call(
+        site.forward, operators.block_sparse_attention.default, (*operands, *rest), like=site.forward
+    )
+    _take_over(graph, ctx, site.forward, new, operands=3)  # q, k, v
+    if site.backward is not None:
+        grad, *_, out, lse = site.backward.args[:6]
+        new = graph.insert_call(
+            site.backward,
+            operators.block_sparse_attention_backward.default,
+            (grad, *operands, out, lse, *rest),
+            like=site.backward,
+        )
+        _take_over(graph, ctx, site.backward, new, operands=6)  # grad, q, k, v, out, lse
+
+
+def _take_over(graph: StepGraph, ctx: PassContext, old: fx.Node, new: fx.Node, *, operands: int) -> None:
+    """Both operators return their results in the same order; one of another layout in memory is copied.
+
+    Not the logsumexp: its one reader is the backward, which takes it as it comes.
+    """
+    before = {result: result.meta["val"] for result in old.users}
+    graph.replace(old, new)
+    ctx.replaces(new, old, *range(operands))
+    for result, value in before.items():
+        result.meta["val"] = new.meta["val"][result.args[1]]
+        graph.touched.add(result)
+        if value.dim() == 4 and result.meta["val"].stride() != value.stride():
+            _lay_out(graph, ctx, result, value)
+
+
+def _lay_out(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) -> None:
+    """A copy of ``result`` that lies in memory as ``like`` does, for all its readers."""
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
+    readers = list(result.users)
+    if not readers:
+        return
+
+    def add(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = graph.insert_call(before, target, args, kwargs, like=result)
+        annotate(node, role=role_of(node))
+        return node
+
+    moved = add(result.next, aten.permute.default, result, order)
+    copy = add(moved.next, aten.clone.default, moved, memory_format=torch.contiguous_format)
+    final = add(copy.next, aten.permute.default, copy, [order.index(d) for d in range(like.dim())])
+    ctx.replaces(final, result, result.args[0])  # type: ignore[arg-type]
+    for reader in readers:
+        reader.replace_input_with(result, final)
+        graph.touched.add(reader)
+
+
+def _padding(graph: StepGraph, site: Site) -> fx.Node | None:
+    """The key-padding parts of the mask as one bool ``[batch, seq]``, True where a key is hidden."""
+    batch = site.forward.args[0].meta["val"].shape[0]  # type: ignore[union-attr]
+    joined: fx.Node | None = None
+
+    def add(target: Any, *args: Any) -> fx.Node:
+        node = graph.insert_call(site.forward, target, args, like=site.forward)
+        annotate(node, role=role_of(node))
+        return node
+
+    for part in site.mask.padding:
+        node = part.node
+        while node.meta["val"].dim() > 2:
+            node = add(aten.select.int, node, 1, 0)
+        if node.meta["val"].dim() == 1:
+            node = add(aten.unsqueeze.default, node, 0)
+        if part.visible:
+            node = add(aten.logical_not.default, node)
+        joined = node if joined is None else add(aten.bitwise_or.Tensor, joined, node)
+    if joined is not None and joined.meta["val"].shape[0] != batch:
+        joined = add(aten.expand.default, joined, [batch, site.seq])
+    return joined

@@ -1,0 +1,101 @@
+"""Kernels built for GPUs that are not here: registers, spills, shared memory, widths, matrix instructions."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dscompile.codegen.triton_backend.bars import EXCEPTIONS
+from dscompile.codegen.triton_backend.library import entries
+from dscompile.codegen.triton_backend.targets import TARGETS, find_target
+from dscompile.errors import UnsupportedError
+from tests.kernels.workers import work
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed"
+)
+
+QUICK = [
+    "layer_norm/bf16/8192/1024@sm_90", "layer_norm_backward/bf16/8192/1024@gfx942", "adamw/bf16/8192/1024@sm_100",
+    "rms_norm_backward/bf16/8192/1024@sm_80", "attention/bf16/64/64/-@sm_90",
+]  # fmt: skip
+CONTROL = ["!bias_gelu/bf16/8192/1024@sm_90", "!attention/bf16/64/64/-@sm_90"]
+SIZES = {
+    "rotary": "1024/64",
+    "cross_entropy": "1024/50304",
+    "cross_entropy_both": "1024/50304",
+    "cross_entropy_backward": "1024/50304",
+}
+FULL = [f"{name}/{dtype}/{SIZES.get(name, '8192/1024')}@{target}" for name in entries() for dtype in ("bf16", "f32")
+        for target in TARGETS]  # fmt: skip
+ATTENTION = [f"attention/{case}@{target}" for case in (
+    "bf16/16/64/c", "bf16/32/64/-", "bf16/64/64/c", "bf16/128/64/-", "bf16/64/128/c", "bf16/128/128/-", "f16/64/64/-",
+    "f32/64/64/-", "f32/64/64/t",
+) for target in TARGETS]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return work("aot_builds", [str(tmp_path_factory.mktemp("built")), *QUICK, *CONTROL])
+
+
+@needs_triton
+@pytest.mark.parametrize("case", QUICK)
+def test_a_kernel_reaches_every_bar(built: dict[str, Any], case: str) -> None:
+    check(built[case])
+
+
+def check(kernels: Any) -> None:
+    assert not isinstance(kernels, str), kernels
+    assert kernels
+    assert {name: k["faults"] for name, k in kernels.items() if k["faults"]} == {}
+
+
+@needs_triton
+def test_the_registers_of_attention_leave_room_for_two_programs(built: dict[str, Any]) -> None:
+    """The figures of a hand-written kernel (kernels.md, section 8), for blocks of 64 and heads of 64 without a mask."""
+    found = {name: k["registers"] for name, k in built["attention/bf16/64/64/-@sm_90"].items()}
+    most = {"attention_forward": 128, "attention_backward_q": 128, "attention_backward_kv": 184}
+    assert found.keys() == most.keys()
+    assert all(found[name] <= most[name] for name in most), found
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CONTROL)
+def test_without_the_promise_of_alignment_the_bars_fail(built: dict[str, Any], case: str) -> None:
+    """The negative control: bars that this does not fail would see nothing."""
+    kernels = built[case]
+    assert not isinstance(kernels, str), kernels
+    for name, kernel in kernels.items():
+        assert any(fault.startswith("S5") for fault in kernel["faults"]), name
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_kernel_reaches_every_bar_on_every_target(tmp_path: Path) -> None:
+    found = work("aot_builds", [str(tmp_path), *FULL], timeout=1800)
+    assert {case: k for case, k in found.items() if isinstance(k, str)} == {}
+    assert {f"{c} {n}": k["faults"] for c, ks in found.items() for n, k in ks.items() if k["faults"]} == {}
+
+
+@needs_triton
+@pytest.mark.slow
+def test_attention_reaches_every_bar_on_every_target(tmp_path: Path) -> None:
+    found = work("aot_builds", [str(tmp_path), *ATTENTION], timeout=1800)
+    assert {case: k for case, k in found.items() if isinstance(k, str)} == {}
+    assert {f"{c} {n}": k["faults"] for c, ks in found.items() for n, k in ks.items() if k["faults"]} == {}
+
+
+def test_every_exception_has_a_reason_and_known_targets() -> None:
+    for exception in EXCEPTIONS:
+        assert exception.reason
+        assert set(exception.targets) <= set(TARGETS)
+        assert exception.bar in {"S4", "S5", "S7"}, "spills, shared memory and matrix instructions have no exception"
+
+
+def test_an_unknown_target_lists_the_known_ones() -> None:
+    with pytest.raises(UnsupportedError, match=r"'sm_91'.*Did you mean 'sm_90'.*sm_80, sm_90, sm_100, gfx942"):
+        find_target("sm_91")

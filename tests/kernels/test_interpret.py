@@ -1,0 +1,111 @@
+"""Every kernel, dtype and ragged size in Triton's interpreter against fp64: no GPU is needed, and the numbers count.
+
+All cases of a set run in one process, because starting one takes seconds and a case milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from tests.kernels.workers import work
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed"
+)
+
+ROWS = (
+    "bias_gelu", "bias_gelu_backward", "bias_silu", "bias_silu_backward", "layer_norm", "layer_norm_backward",
+    "rms_norm", "rms_norm_backward", "softmax", "softmax_backward", "cross_entropy", "cross_entropy_backward",
+    "cross_entropy_both", "adamw", "lamb", "unscale",
+)  # fmt: skip
+QUICK = [f"{name}/bf16/5/37" for name in ROWS] + [
+    "rotary/bf16/5/24", "layer_norm/f32/1/20", "layer_norm_backward/f16/33/16", "unscale/f32/21/1000",
+    "cross_entropy_both/f32/2/17001", "layer_norm/bf16/2/17001", "softmax/f32/2/17000", "rms_norm_backward/f32/300/40",
+]  # fmt: skip
+FULL = [f"{name}/{dtype}/{size}" for name in ROWS for dtype in ("f32", "bf16", "f16")
+        for size in ("1/1", "1/64", "5/37", "33/16", "64/768", "3/1025", "2/17001", "200/100")] + [
+    f"rotary/{dtype}/{size}" for dtype in ("f32", "bf16", "f16") for size in ("1/2", "5/24", "16/64")
+]  # fmt: skip
+ROUNDING = 1.0
+"""One unit in the last place of the result's type, and 3e-6 of the largest value: see ``interpret.excess``."""
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Any]:
+    return work("interpret", QUICK)
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_a_kernel_is_right(quick: dict[str, Any], case: str) -> None:
+    check(quick[case])
+
+
+def check(errors: Any) -> None:
+    assert not isinstance(errors, str), errors
+    assert errors
+    assert max(errors) <= ROUNDING
+
+
+@pytest.mark.slow
+def test_every_kernel_is_right_at_every_size() -> None:
+    found = work("interpret", FULL, timeout=1800)
+    wrong = {case: e for case, e in found.items() if isinstance(e, str) or not e or max(e) > ROUNDING}
+    assert not wrong
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_draws_the_same_mask_in_backward() -> None:
+    """Figures of one mask: the share of kept elements, and forward and backward of the same seed and of another."""
+    found = work("interpret_dropout", ["7", "8"])
+    for figures in found.values():
+        assert figures["error"] <= ROUNDING
+        assert figures["mask differs"] == 0
+        assert abs(figures["dropped"] - 0.1) < 0.02  # 8,192 draws: six standard deviations
+    assert found["7"]["mask"] != found["8"]["mask"]
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+ATTENTION = [
+    "f32/16/64/16/-", "f32/16/50/24/c", "bf16/32/80/40/cp", "f32/128/200/16/p", "f16/64/128/64/c", "bf16/16/33/8/p",
+]  # fmt: skip
+ATTENTION_FULL = [f"{dtype}/{block}/{seq}/{dim}/{masks}" for dtype in ("f32", "bf16", "f16")
+                  for block, seq in ((16, 96), (32, 77), (64, 128), (128, 300)) for dim in (8, 64, 72)
+                  for masks in ("-", "c", "p", "cp")]  # fmt: skip
+TOLERANCE = {"f32": 5e-6, "f16": 4e-3, "bf16": 3e-2}
+"""Of the largest value: probabilities and slopes pass through the dtype before the second product, as in SDPA."""
+
+
+@pytest.fixture(scope="module")
+def attention() -> dict[str, Any]:
+    return work("interpret_attention", ATTENTION)
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_is_right(attention: dict[str, Any], case: str) -> None:
+    errors = attention[case]
+    assert not isinstance(errors, str), errors
+    assert len(errors) == 4
+    assert max(errors) <= TOLERANCE[case.split("/")[0]]
+
+
+@pytest.mark.slow
+def test_attention_is_right_for_every_block_size_and_mask() -> None:
+    found = work("interpret_attention", ATTENTION_FULL, timeout=1800)
+    wrong = {c: e for c, e in found.items() if isinstance(e, str) or max(e) > TOLERANCE[c.split("/")[0]]}
+    assert not wrong
+
+
+# -- the shim ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_shim_the_interpreter_is_wrong_in_bf16() -> None:
+    """Why the shim is there. If this fails, Triton was mended: remove the shim."""
+    found = work("interpret_without_shim", ["layer_norm/bf16/5/64", "attention"])
+    assert max(found["layer_norm/bf16/5/64"]) > ROUNDING
+    assert max(found["attention"]) > TOLERANCE["bf16"]

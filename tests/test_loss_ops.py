@@ -1,0 +1,100 @@
+"""linear_cross_entropy against cross_entropy in fp64: every chunking, dtype, reduction; and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dscompile import linear_cross_entropy, loss_ops
+
+ROWS, WIDTH, CLASSES = 37, 16, 101
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def problem(dtype: torch.dtype, bias: bool) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(ROWS, WIDTH), (CLASSES, WIDTH), *([(CLASSES,)] if bias else [])]
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    target = torch.randint(CLASSES, (ROWS,), generator=generator)
+    target[3:9] = -100
+    return leaves, target
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 10, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_loss_and_gradients(monkeypatch, dtype, bias, reduction, rows_a_chunk) -> None:
+    monkeypatch.setattr(loss_ops, "CHUNK_BYTES", rows_a_chunk * CLASSES * loss_ops.loss_dtype(dtype).itemsize)
+    leaves, target = problem(dtype, bias)
+    x, weight, *rest = leaves
+    loss = linear_cross_entropy(x, weight, target, *rest, reduction=reduction)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = F.cross_entropy(F.linear(*exact), target, reduction=reduction)
+    assert abs(loss - wanted) <= TOLERANCE[dtype] * abs(wanted)
+    got = torch.autograd.grad(3 * loss, leaves)
+    for gradient, want in zip(got, torch.autograd.grad(3 * wanted, exact), strict=True):
+        assert (gradient - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    x, weight = torch.full((2, 1), 1e4, requires_grad=True), torch.tensor([[1.0], [-1.0], [0.5]])
+    loss = linear_cross_entropy(x, weight, torch.tensor([1, 0]), reduction="sum")
+    assert loss.item() == 2e4
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.tensor([[2.0], [0.0]]))
+
+
+def test_no_row_counts() -> None:
+    leaves, target = problem(torch.float32, False)
+    loss = linear_cross_entropy(*leaves, torch.full_like(target, -100))
+    assert loss.isnan()
+    assert all(not g.any() for g in torch.autograd.grad(loss, leaves))
+
+
+def test_batched_input_and_other_ignored_class() -> None:
+    leaves, target = problem(torch.float32, False)
+    x = leaves[0][:36].view(2, 18, WIDTH)
+    target = target[:36].view(2, 18).where(target[:36].view(2, 18) >= 0, 7)
+    got = linear_cross_entropy(x, leaves[1], target, ignore_index=7)
+    torch.testing.assert_close(
+        got, F.cross_entropy((x @ leaves[1].t()).flatten(0, 1), target.flatten(), ignore_index=7)
+    )
+
+
+def test_peak_is_a_quarter_of_eagers(monkeypatch) -> None:
+    """Counted in rows of the tensors made: eager makes three of all logits, we two of a chunk."""
+    monkeypatch.setattr(loss_ops, "CHUNK_BYTES", 4 * CLASSES * 4)
+    leaves, target = problem(torch.float32, False)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(value, Tensor) and value.shape[1:] == (CLASSES,) and value.is_contiguous():
+                    largest = max(largest, value.shape[0])
+            return out
+
+    with Watch():
+        loss_ops._kernel(*[leaf.detach() for leaf in leaves], None, target, loss_ops.MEAN, -100, True)
+    assert 0 < largest <= 4
+
+
+def test_errors() -> None:
+    (x, weight), target = problem(torch.float32, False)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'none'"):
+        linear_cross_entropy(x, weight, target, reduction="none")
+    with pytest.raises(ValueError, match=r"needs a weight \[vocabulary, 16\] and a target \[37\]"):
+        linear_cross_entropy(x, weight.t(), target)
+    with pytest.raises(IndexError, match="target 101 is out of bounds for 101 classes"):
+        linear_cross_entropy(x, weight, target.clamp(min=0) * 0 + CLASSES)
+
+
+def test_operator_is_registered_right() -> None:
+    leaves, target = problem(torch.float32, True)
+    x, weight, bias = leaves
+    arguments = (x, weight, bias, target, loss_ops.MEAN, -100, True)
+    torch.library.opcheck(torch.ops.dscompile.linear_cross_entropy.default, arguments)

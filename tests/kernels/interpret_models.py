@@ -45,9 +45,9 @@ def run(name: str) -> dict[str, Any]:
 
     gpu_choose = gpu.choose
     with (
-        mock.patch.object(lower, "on_gpu", lambda region: True),
+        mock.patch.object(lower, "on_gpu", return_value=True),
         mock.patch.object(lower, "choose", choose),
-        mock.patch.object(gpu, "fuse", lambda *_, **__: SimpleNamespace(bytes=1 << 60)),
+        mock.patch.object(gpu, "fuse", return_value=SimpleNamespace(bytes=1 << 60)),
     ):
         compiled = torch.compile(model, backend=dscompile, options={"cache": False, "summary": False})
         found = step(model, compiled, inputs)

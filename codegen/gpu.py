@@ -61,7 +61,10 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
         return Choice(None, "the extra 'triton' is not installed")
     if reason := _refused(module):
         return Choice(None, reason)
-    graph = decomposed(module)
+    try:
+        graph = decomposed(module)
+    except Exception as error:  # whatever an operator's own checks raise; Inductor traces by other rules
+        return Choice(None, f"it cannot be retraced: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     if reason := _changed(module, graph):
         return Choice(None, reason)
     try:

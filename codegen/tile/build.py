@@ -67,8 +67,6 @@ class Builder:
                 partial = True
             elif part.node in needed:
                 stores.append(self._store(values, part.node))
-            else:
-                self._check(values, part.node)
         if not stores:
             raise RefusedError("nothing is stored")
         nodes = tuple(p.node.name for p in sorted(parts, key=lambda p: p.order))
@@ -147,9 +145,6 @@ class Builder:
                 reason = error
         assert reason is not None
         raise reason
-
-    def _check(self, values: Values, node: fx.Node) -> None:
-        """A node that only others in the kernel read may have any shape; those reads were checked where they are."""
 
     def _partial_store(self, values: Values, found: Reduction) -> Store:
         place = values.full(shape_of(found.node.args[0]))  # type: ignore[arg-type]

@@ -6,10 +6,7 @@ counts once for each pass over it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import sympy
-from torch import fx
 
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Load, Reduce, Tile
 from dscompile.codegen.tile.schedule import Hints, Schedule, hint
@@ -60,10 +57,3 @@ def _reached(tile: Tile, schedule: Schedule) -> dict[int, set[Expr]]:
             seen.add(expr)
             stack += expr.operands
     return out
-
-
-def ideal_bytes(inputs: Iterable[fx.Node], outputs: Iterable[fx.Node], hints: Hints) -> int:
-    """Bytes of reading every input and writing every output once: what no fusion goes below."""
-    from dscompile.codegen.tile.values import buffer_of
-
-    return sum(hint(buffer_of(n).bytes, hints) for n in {*inputs} | {*outputs})

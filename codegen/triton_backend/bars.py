@@ -19,7 +19,7 @@ LISTING_LOADS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Exception_:  # noqa: N801
+class Excuse:
     """A bar that does not hold: where, and why."""
 
     bar: str
@@ -29,17 +29,17 @@ class Exception_:  # noqa: N801
 
 
 EXCEPTIONS = (
-    Exception_(
+    Excuse(
         "S4", ("gfx942",), ("matrix",), "512 registers a thread: one wave on each unit is the least, not two programs"
     ),
-    Exception_(
+    Excuse(
         "S5", ("sm_80", "sm_90", "sm_100", "gfx942"), ("finish",), "32 results a program: stores are narrow, and few"
     ),
-    Exception_("S5", ("gfx942",), ("matrix",), "results leave the matrix units 64 bits a thread"),
-    Exception_(
+    Excuse("S5", ("gfx942",), ("matrix",), "results leave the matrix units 64 bits a thread"),
+    Excuse(
         "S7", ("gfx942",), ("matrix",), "loads go through registers: gfx942 copies 32 bits a thread to shared memory"
     ),
-    Exception_("S7", ("sm_80", "sm_90", "sm_100"), ("matrix-1",), "wide heads in fp32 leave room for one turn's tiles"),
+    Excuse("S7", ("sm_80", "sm_90", "sm_100"), ("matrix-1",), "wide heads in fp32 leave room for one turn's tiles"),
 )
 """What is not asked, per target and kind of kernel. ``matrix-1``: one stage."""
 

@@ -121,6 +121,16 @@ def test_a_models_joint_graph_is_right_with_kernels_and_operators_mixed(regions:
     assert found["kernels"] <= {"block": 13, "llama": 8}[model]
 
 
+@pytest.mark.slow
+def test_whole_models_train_on_our_kernels() -> None:
+    found = work("interpret_models", ["bert", "gpt2", "llama", "t5", "vit", "resnet", "mixtral"], timeout=1800)
+    for name, figures in found.items():
+        assert not isinstance(figures, str), figures
+        assert figures["error"] < 1e-4, name
+        assert figures["kernels"] >= 10, name
+        assert not any("retraced" in why for why in figures["not ours"]), figures["not ours"]
+
+
 # -- the shim ----------------------------------------------------------------------------------------------------------
 
 

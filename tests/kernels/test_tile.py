@@ -126,6 +126,12 @@ def test_what_the_language_does_not_have_is_left_to_pytorch_with_the_reason(
     assert reason in reasons(found)
 
 
+def test_attention_stays_one_operator() -> None:
+    """Written out, its result has other strides, and the views that read it are errors."""
+    graph = traced(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), torch.empty(1, 2, 8, 16)).graph
+    assert any("scaled_dot_product" in str(n.target) for n in graph.nodes)
+
+
 def test_a_long_row_cannot_hold_the_sums_of_its_columns() -> None:
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         return x - x.sum(-1, keepdim=True), x.sum(0)

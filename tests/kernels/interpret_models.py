@@ -1,0 +1,64 @@
+"""A process of its own: whole models, forward and backward, every region through our kernels in the interpreter.
+
+The regions are told that they are on a GPU, and that Inductor would move more bytes; prints how far loss and gradients
+are from eager, over the largest gradient, and how many regions and kernels ran.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dscompile.backend import dscompile
+from dscompile.codegen import gpu, lower
+from tests.kernels.interpret import main
+from tests.models.zoo import ZOO
+
+
+def step(model: Any, call: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    model.zero_grad()
+    out = call(**inputs)
+    loss = out.loss if getattr(out, "loss", None) is not None else out[0].square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def run(name: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, inputs = ZOO[name]()
+    model.eval()  # no dropout: eager draws other numbers
+    wanted = step(model, model, inputs)
+    choices: list[gpu.Choice] = []
+
+    def choose(module: Any, key: str) -> gpu.Choice:
+        choices.append(gpu_choose(module, key))
+        return choices[-1]
+
+    gpu_choose = gpu.choose
+    with (
+        mock.patch.object(lower, "on_gpu", return_value=True),
+        mock.patch.object(lower, "choose", choose),
+        mock.patch.object(gpu, "fuse", return_value=SimpleNamespace(bytes=1 << 60)),
+    ):
+        compiled = torch.compile(model, backend=dscompile, options={"cache": False, "summary": False})
+        found = step(model, compiled, inputs)
+    largest = max(float(g.abs().max()) for g in wanted[1:])
+    errors = [(f - w).abs().max() / (w.abs().max() + 1e-4 * largest) for f, w in zip(found, wanted, strict=True)]
+    return {
+        "error": max(map(float, errors)),
+        "not ours": [c.why for c in choices if c.assembled is None],
+        "kernels": sum(len(c.assembled.kernels) for c in choices if c.assembled is not None),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], run)

@@ -29,9 +29,7 @@ class Excuse:
 
 
 EXCEPTIONS = (
-    Excuse(
-        "S4", ("sm_80", "sm_90"), ("matrix-wide",), "heads above 64: eight warps hold the accumulators, one program"
-    ),
+    Excuse("S4", ("sm_80", "sm_90"), ("matrix-wide",), "heads above 64: eight warps hold what one program sums"),
     Excuse(
         "S4", ("gfx942",), ("matrix",), "512 registers a thread: one wave on each unit is the least, not two programs"
     ),

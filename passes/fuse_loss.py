@@ -42,7 +42,7 @@ def fuse_loss(graph: StepGraph, ctx: PassContext) -> None:
             ctx.decide(node, "kept", "fusing holds no less", plain_bytes=before, fused_bytes=after)
         elif graph.edit("fuse", node, why="the logits of a chunk, not of the batch"):
             ctx.decide(node, "fused", "fewer bytes held", plain_bytes=before, fused_bytes=after)
-            _rewrite(graph, found)
+            _rewrite(graph, ctx, found)
 
 
 @dataclass
@@ -166,7 +166,8 @@ def _match_products(site: Site, gradient: fx.Node) -> str:
     return ""
 
 
-def _rewrite(graph: StepGraph, site: Site) -> None:
+def _rewrite(graph: StepGraph, ctx: PassContext, site: Site) -> None:
+    """Replace the loss and the three gradients, and declare these: all else is proved unchanged."""
     value, weight_t, bias = site.operands
     _, target, _, reduction, ignore_index = site.loss.args
     if weight_t.target is aten.t.default:
@@ -181,10 +182,13 @@ def _rewrite(graph: StepGraph, site: Site) -> None:
     )
     for part in list(site.loss.users):
         if part.args[1] == 0:
+            ctx.replaces(loss, part)
             graph.replace(part, loss)
     for node, gradient in zip((site.grad_input, site.grad_weight, site.grad_bias), gradients, strict=True):
         if node is not None:
-            graph.replace(node, _scaled(graph, gradient, site.tangent, node))
+            scaled = _scaled(graph, gradient, site.tangent, node)
+            ctx.replaces(scaled, node)
+            graph.replace(node, scaled)
     remove_dead(graph)
 
 

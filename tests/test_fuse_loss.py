@@ -37,8 +37,11 @@ def inputs(*lead: int) -> tuple[Tensor, Tensor]:
 
 
 def run(graph: StepGraph, fused_loss: str = "on") -> list[Decision]:
+    """The pass's decisions; apart from the loss and its gradients, the manager proves the graph unchanged."""
     context = PassContext(Config.load({"fused_loss": fused_loss}))
-    run_pipeline(graph, parse_pipeline("canonicalise,fuse_loss"), context)
+    record = run_pipeline(graph, parse_pipeline("canonicalise,fuse_loss"), context)[1]
+    fused = [d for d in context.decisions if d.choice == "fused"]
+    assert (record.apart_from > 0) == bool(fused)
     return [d for d in context.decisions if d.pass_name == "fuse_loss"]
 
 
@@ -72,6 +75,13 @@ def test_the_logits_are_gone_from_the_graph() -> None:
     assert "f32[6, 11]" in print_graph(graph)
     assert [d.choice for d in run(graph)] == ["fused"]
     assert print_graph(graph) == EXPECTED
+
+
+def test_all_but_the_loss_and_its_gradients_is_proved_unchanged() -> None:
+    graph = trace(Head(bias=True), *inputs(ROWS))
+    context = PassContext(Config.load({"fused_loss": "on"}))
+    record = run_pipeline(graph, parse_pipeline("canonicalise,fuse_loss"), context)[1]
+    assert record.apart_from == 4  # the loss, and the gradients of input, weight and bias
 
 
 def smoothed(logits: Tensor, target: Tensor) -> Tensor:

@@ -143,7 +143,20 @@ class _KernelProxy(inductor_cpp.CppKernelProxy):
 
 
 class _CpuScheduling(inductor_cpp.CppScheduling):
+    """Inductor's scheduling of CPU loops, keeping a reader behind the in-place kernel whose result it reads.
+
+    To fuse loops of different ranks, torch 2.13 computes a node's loads again and forgets that they are of the buffer
+    *after* a mutation (a scatter): the reader may then be fused with a producer of the scattered values, in front of
+    the scatter. Here the loads keep the names that the scheduler gave them.
+    """
+
     kernel_proxy_cls = _KernelProxy
+
+    def _align_compatible_range_nodes(self, node1: Any, node2: Any) -> bool:
+        aligned = bool(super()._align_compatible_range_nodes(node1, node2))  # type: ignore[no-untyped-call]
+        for node in (*node1.get_nodes(), *node2.get_nodes()):
+            node.set_read_writes(node.read_writes.rename(node.mutation_renames))
+        return aligned
 
 
 @contextlib.contextmanager

@@ -35,6 +35,27 @@ def test_transposed_scatter_on_two_threads_adds_to_the_right_rows() -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.usefixtures("_two_threads")
+def test_a_reader_of_a_scatter_stays_behind_it() -> None:
+    """Found by the random programs (seed 1368); ``backend="inductor"`` of torch 2.13 reads the zeros under the scatter.
+
+    The reader shares a loop with a producer of the scattered values, and is fused with it in front of the scatter.
+    """
+
+    def scatter_then_read(x: Tensor, start: Tensor) -> tuple[Tensor, ...]:
+        top = start.view(2, 2, 2, 3).transpose(1, 2).reshape(4, 6).tanh()
+        product = top @ top.t() @ top
+        sums = torch.zeros_like(product).scatter_add(1, product.argsort(1), product)
+        read = x * 3 + sums
+        return top, sums, read, torch.cat([read, top, read * top], 1)
+
+    generator = torch.Generator().manual_seed(0)
+    x, start = (torch.randn(4, 6, generator=generator) for _ in range(2))
+    compiled = torch.compile(scatter_then_read, backend="dscompile", options={"cache": False})
+    for found, expected in zip(compiled(x, start), scatter_then_read(x, start), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_the_users_own_inductor_is_left_alone() -> None:
     from torch._inductor.codegen.common import device_codegens, init_backend_registration
 

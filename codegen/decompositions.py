@@ -1,4 +1,4 @@
-"""Decompositions that replace Inductor's own where those write memory for nothing.
+"""Decompositions that replace Inductor's own where those write memory for nothing, or are wrong.
 
 A decomposition here gives bit for bit the values of the one it replaces.
 """
@@ -57,10 +57,37 @@ def nll_loss_backward(
     return chosen * torch.where(used, grad_output, 0)
 
 
+def index_put(
+    self: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Tensor:
+    """``index_put`` of one value under a boolean mask, as a ``where``; any other form is left to Inductor.
+
+    Inductor 2.13 makes the masked form happen in place if ``self`` has no later reader, by giving the buffer's box the
+    masked values; an earlier matrix product that reads ``self`` through a transposition then reads them too.
+
+    Args:
+        self: ``[*M, *R]``.
+        indices: one bool or uint8 mask ``[*M]``, or anything else.
+        values: one element, or anything else.
+        accumulate: add ``values`` instead of writing them.
+        unsafe: indices need no check.
+    """
+    mask = indices[0]
+    masked = len(indices) == 1 and mask is not None and mask.dtype in (torch.bool, torch.uint8)
+    if not masked or values.numel() != 1 or values.device != self.device:
+        return NotImplemented
+    assert mask is not None
+    value = values.reshape(())
+    shape = (*mask.shape, *[1] * (self.dim() - mask.dim()))
+    return torch.where(mask.bool().view(shape), self + value if accumulate else value, self)
+
+
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """What to lay over Inductor's table."""
     aten = torch.ops.aten
     return {
         aten.nll_loss_backward.default: nll_loss_backward,
         aten.nll_loss2d_backward.default: nll_loss_backward,
+        aten.index_put.default: index_put,
+        aten._unsafe_index_put.default: index_put,
     }

@@ -56,6 +56,28 @@ def test_a_reader_of_a_scatter_stays_behind_it() -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.usefixtures("_two_threads")
+def test_a_product_does_not_read_what_a_masked_write_puts_in_later(accumulate: bool, rows: bool) -> None:
+    """Found by the random programs (1299 and 1389); in ``backend="inductor"`` of torch 2.13 ``transposed`` is wrong."""
+
+    def step(x: Tensor, mask: Tensor, weight: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        y = x + (x @ weight) @ weight.t()
+        early = y @ weight
+        transposed = y.t() @ other
+        masked = y.index_put((mask,), torch.full((), 3.0), accumulate=accumulate)
+        return early, transposed, masked
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight, other = (torch.randn(*s, generator=generator) for s in ((4, 6), (6, 8), (4, 8)))
+    mask = torch.tensor([True, False, True, False]) if rows else x > 0
+    compiled = torch.compile(step, backend="dscompile", options={"cache": False})
+    expected = step(x, mask, weight, other)
+    for found, wanted in zip(compiled(x, mask, weight, other), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_the_users_own_inductor_is_left_alone() -> None:
     from torch._inductor.codegen.common import device_codegens, init_backend_registration
 

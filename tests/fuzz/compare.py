@@ -15,6 +15,15 @@ STEPS = 2
 TOLERANCE = 1e-4
 """Error of a tensor relative to its own norm or 1, whichever is larger."""
 
+NUDGES = 4
+"""So many times an ill-conditioned program is run again in eager mode, each parameter moved by its last bit."""
+
+SENSITIVITY = 4.0
+"""An error may be this many times what the nudges change: then rounding explains it."""
+
+RUNAWAY = 1e12
+"""A program with values above this has no second step: their squares and variances leave fp32's range."""
+
 
 class EagerFailureError(Exception):
     """Eager PyTorch refuses the program (a value that autograd needs was overwritten)."""
@@ -30,9 +39,9 @@ def check(seed: int, options: dict[str, Any], *, dynamic: bool | None = None) ->
     torch._dynamo.reset()
     torch.manual_seed(seed)
     model = Program(seed)
-    reference = copy.deepcopy(model)
+    start = copy.deepcopy(model)
     try:
-        expected = [_step(reference, reference, step) for step in range(STEPS)]
+        expected = _run(copy.deepcopy(start))
     except RuntimeError as error:
         raise EagerFailureError(str(error)) from error
     compiled = torch.compile(model, backend="dscompile", options={"summary": False, **options}, dynamic=dynamic)
@@ -40,7 +49,46 @@ def check(seed: int, options: dict[str, Any], *, dynamic: bool | None = None) ->
         have = _step(compiled, model, step)
         assert have.keys() == want.keys()
         for name, value in want.items():
-            _assert_same(f"seed {seed}, step {step}: {name}", have[name], value)
+            try:
+                _assert_same(f"seed {seed}, step {step}: {name}", have[name], value)
+            except AssertionError:
+                if not _explained_by_rounding(start, step, name, have[name], value):
+                    raise
+
+
+def _run(model: nn.Module) -> list[dict[str, Any]]:
+    """Eager steps, none after a runaway one."""
+    steps: list[dict[str, Any]] = []
+    while len(steps) < STEPS and not (steps and _runs_away(steps[-1])):
+        steps.append(_step(model, model, len(steps)))
+    return steps
+
+
+def _runs_away(step: dict[str, Any]) -> bool:
+    floating = [v for v in step.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    return any(bool((~(v.abs() <= RUNAWAY)).any()) for v in floating)
+
+
+def _explained_by_rounding(start: nn.Module, step: int, name: str, found: Any, expected: Any) -> bool:
+    """Whether eager's own value changes as much when each parameter is moved by one unit in its last place."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    moved = []
+    for nudge in range(NUDGES):
+        model = copy.deepcopy(start)
+        generator = torch.Generator().manual_seed(nudge)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                up = torch.randint(2, parameter.shape, generator=generator).bool()
+                parameter.copy_(parameter.nextafter(torch.where(up, torch.inf, -torch.inf)))
+        steps = _run(model)
+        if step < len(steps):
+            moved.append(_distance(steps[step][name], expected))
+    return bool(moved) and _distance(found, expected) <= SENSITIVITY * max(moved)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).nan_to_num().norm())
 
 
 def _step(run: Callable[[Tensor], Any], model: nn.Module, step: int) -> dict[str, Any]:
@@ -82,5 +130,5 @@ def _assert_same(what: str, found: Any, expected: Any) -> None:
         return
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
     assert torch.equal(found.isnan(), expected.isnan()), f"{what}: NaN at other places"
-    error = (found.double() - expected.double()).nan_to_num().norm()
+    error = _distance(found, expected)
     assert error <= TOLERANCE * max(1.0, float(expected.double().nan_to_num().norm())), f"{what} differs by {error:.3g}"

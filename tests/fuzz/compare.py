@@ -71,7 +71,9 @@ def _runs_away(step: dict[str, Any]) -> bool:
 
 def _explained_by_rounding(start: nn.Module, step: int, name: str, found: Any, expected: Any) -> bool:
     """Whether eager's own value changes as much when each parameter is moved by one unit in its last place."""
-    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
+    if not torch.equal(found.isnan(), expected.isnan()):
         return False
     moved = []
     for nudge in range(NUDGES):

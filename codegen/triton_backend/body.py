@@ -61,6 +61,12 @@ def _atom(printer: _Printer, expr: sympy.Expr) -> str:
     return text if expr.is_Symbol or (expr.is_Integer and expr >= 0) else f"({text})"
 
 
+def index_text(index: sympy.Expr) -> str:
+    """Index arithmetic as Python, which is Triton too."""
+    text: str = _Printer().doprint(index)
+    return text
+
+
 @dataclass
 class Scope:
     """Lines at one depth, and the names of what they compute."""
@@ -101,8 +107,7 @@ class Body:
 
     def index(self, index: sympy.Expr) -> str:
         """An index expression as text."""
-        text: str = _Printer().doprint(index.xreplace({s: sympy.Symbol(n) for s, n in self.places.items()}))
-        return text
+        return index_text(index.xreplace({s: sympy.Symbol(n) for s, n in self.places.items()}))
 
     def mask(self, symbols: frozenset[sympy.Symbol], extra: str = "") -> str:
         """The mask of a load or store that touches the places ``symbols``."""

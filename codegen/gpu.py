@@ -18,10 +18,12 @@ from torch import fx
 from dscompile.codegen.regions import Region
 from dscompile.codegen.tile.fuse import fuse
 from dscompile.codegen.tile.trace import decomposed
+from dscompile.codegen.tile.values import size
 from dscompile.codegen.triton_backend.assemble import Assembled, assemble
 from dscompile.codegen.triton_backend.kernel import Kernel
+from dscompile.codegen.triton_backend.symbols import hints
 from dscompile.errors import UnsupportedError
-from dscompile.torch_compat import OpOverload
+from dscompile.torch_compat import OpOverload, unbacked_symbol_names
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
         return Choice(None, str(error))
     if not assembled.kernels:
         return Choice(None, "nothing in it is a tile operator")
-    theirs = fuse(graph.graph, columns_apart=True).bytes
+    theirs = fuse(graph.graph, hints(graph.graph), columns_apart=True).bytes
     if assembled.bytes >= theirs:
         return Choice(None, f"our kernels move {assembled.bytes} bytes, Inductor's about {theirs}")
     return Choice(
@@ -82,14 +84,17 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
 
 
 def _refused(module: fx.GraphModule) -> str:
-    """What a region of ours may not hold: effects on its inputs, branches, symbolic sizes."""
+    """What a region of ours may not hold: effects on its inputs, branches, sizes that data decide."""
     for node in module.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             return f"%{node.name} ({node.target}) writes to its operand"
         if node.op == "get_attr" or (node.op == "call_function" and not _plain(node.target)):
             return f"%{node.name} ({node.target}) is no operator"
-        if isinstance(node.meta.get("val"), torch.SymInt):
-            return "its sizes are symbolic"
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            return f"%{node.name} is a number that depends on symbolic sizes"
+        if unbacked := unbacked_symbol_names(value):
+            return f"%{node.name} has a size that data decide ({', '.join(sorted(unbacked))})"
     return ""
 
 
@@ -104,7 +109,7 @@ def _changed(module: fx.GraphModule, graph: fx.GraphModule) -> str:
         if (
             isinstance(old, torch.Tensor)
             and isinstance(new, torch.Tensor)
-            and (old.dtype, old.stride()) != (new.dtype, new.stride())
+            and (old.dtype, list(map(size, old.stride()))) != (new.dtype, list(map(size, new.stride())))
         ):
             return f"%{before.name} has strides {old.stride()} in the graph and {new.stride()} once decomposed"
     return ""

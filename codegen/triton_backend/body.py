@@ -52,6 +52,9 @@ class _Printer(StrPrinter):  # type: ignore[misc]
         a, b = expr.args
         return f"{_atom(self, a)} % {_atom(self, b)}"
 
+    def _print_Pow(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return "*".join([_atom(self, expr.base)] * int(expr.exp))
+
     def _print_Mul(self, expr: sympy.Expr) -> str:  # noqa: N802
         return "*".join(_atom(self, a) for a in expr.args)
 

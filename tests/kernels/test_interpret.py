@@ -127,6 +127,28 @@ def test_a_models_joint_graph_is_right_with_kernels_and_operators_mixed(regions:
     assert found["kernels"] <= {"block": 13, "llama": 8}[model]
 
 
+@pytest.mark.parametrize(
+    "case", [pytest.param("block-long", marks=pytest.mark.slow), pytest.param("mean-long", marks=pytest.mark.slow),
+             "llama-dynamic"]
+)  # fmt: skip
+def test_one_choice_serves_every_batch_and_sequence(case: str) -> None:
+    """Traced at 2 x 9; a sequence of 1100 is longer than a block of a walked row, one of 2 shorter than everything."""
+    (found,) = work("interpret_region", [case]).values()
+    assert not isinstance(found, str), found
+    assert set(found["errors"]) == {"2 x 9", "3 x 17", "5 x 2"} | ({"2 x 1100"} if case.endswith("long") else set())
+    assert all(max(errors) < 5e-6 for errors in found["errors"].values()), found["errors"]
+    assert found["strides"]
+    assert len(found["kernels"]) <= {"block": 11, "llama": 4, "mean": 12}[case.partition("-")[0]]
+
+
+def test_a_compiled_module_with_symbolic_sizes_is_ours_and_compiled_once() -> None:
+    (found,) = work("interpret_models", ["llama-dynamic"]).values()
+    assert not isinstance(found, str), found
+    assert found["not ours"] == []
+    assert found["choices"] == 2, "forward and backward, once for the three sizes"
+    assert max(found["errors"].values()) < 5e-6
+
+
 @pytest.mark.slow
 def test_whole_models_train_on_our_kernels() -> None:
     found = work("interpret_models", ["bert", "gpt2", "llama", "t5", "vit", "resnet", "mixtral"], timeout=1800)

@@ -19,6 +19,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE = 64
 """Most rows of a tile: with 128 the gradients of k and v do not fit the registers of any target but sm_100."""
 MAX_DIM = 256
+MOST_REGISTERS = 255
+"""Of a CUDA thread."""
 SHARED = 160 * 1024
 """Bytes of tiles in flight: the opt-in shared memory of every CUDA target, with room for the rest."""
 
@@ -201,6 +203,7 @@ def _kernel(use: Attention, what: str, sizes: Sizes | None) -> Kernel:
         ideal=0 if sizes is None else int(at(ideal)),
         nodes=(name,),
         kind="matrix",
+        registers=_registers(use, what),
     )  # fmt: skip
 
 
@@ -209,6 +212,12 @@ def _warps(use: Attention, tile: int) -> int:
     if use.dtype is torch.float32:
         return 4
     return tile // 16 * (2 if power(use.dim) > 64 and tile == TILE else 1)
+
+
+def _registers(use: Attention, what: str) -> int:
+    """All that there are, where ptxas left to itself was seen to spill a few for one program more."""
+    ordinary = use.dtype is torch.float32 and use.precision == "ieee"
+    return MOST_REGISTERS if ordinary or (what == "backward_kv" and use.tile(what) < TILE) else 0
 
 
 def _stages(use: Attention, what: str) -> int:

@@ -2,12 +2,15 @@
 
 Both kinds mix in one program. The comparison is of bytes, from the tile language: Inductor's are those of the same
 fusion with what Inductor is known to do otherwise, a sum over columns in kernels of its own, which read its operands
-again (its layer norm's backward moves 1.21 times the ideal, and bias + GELU 1.26). No time is predicted.
+again (its layer norm's backward moves 1.21 times the ideal, and bias + GELU 1.26). What the tile language does not have
+and Inductor does (gather, scatter, cumsum) runs as PyTorch's operator beside our kernels and counts against them. No
+time is predicted.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +26,7 @@ from dscompile.codegen.triton_backend.assemble import Assembled, assemble
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.symbols import hints
 from dscompile.errors import UnsupportedError
-from dscompile.torch_compat import OpOverload, unbacked_symbol_names
+from dscompile.torch_compat import OpOverload, tensor_bytes, unbacked_symbol_names
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,30 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
     if not assembled.kernels:
         return Choice(None, "nothing in it is a tile operator")
     theirs = fuse(graph.graph, hints(graph.graph), columns_apart=True).bytes
-    if assembled.bytes >= theirs:
-        return Choice(None, f"our kernels move {assembled.bytes} bytes, Inductor's about {theirs}")
-    return Choice(
-        assembled, f"our {len(assembled.kernels)} kernels move {assembled.bytes} bytes, Inductor's about {theirs}"
-    )
+    alone = [n for n in assembled.fused.order if isinstance(n, fx.Node) and not _with_any_compiler(n)]
+    moved = assembled.bytes + sum(map(_bytes, alone))
+    count = len(assembled.kernels)
+    ours = f"our {count} kernel{'s' * (count != 1)}"
+    if alone:
+        names = ", ".join(sorted({str(n.target).removeprefix("aten.") for n in alone}))
+        ours += f" and {len(alone)} operators of PyTorch's ({names})"
+    comparison = f"{ours} move {moved} bytes, Inductor's about {theirs}"
+    return Choice(assembled if moved < theirs else None, comparison)
+
+
+_LIBRARY = ("mm", "convolution", "scaled_dot_product", "sparse_attention")
+
+
+def _with_any_compiler(node: fx.Node) -> bool:
+    """Whether Inductor would call the same operator: it makes kernels of the others, fused with their neighbours."""
+    return node.target is operator.getitem or any(part in str(node.target) for part in _LIBRARY)
+
+
+def _bytes(node: fx.Node) -> int:
+    """At least what an operator moves that stands alone: its result, written and (the part of an operand) read."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return 2 * sum(map(tensor_bytes, values))
 
 
 def _refused(module: fx.GraphModule) -> str:

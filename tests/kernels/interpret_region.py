@@ -62,7 +62,7 @@ class Llama(nn.Module):
 
 
 class Mean(nn.Module):
-    """Sums to one value, means and a norm over a symbolic length, and gradients of positions."""
+    """Sums to one value, between and around kept dimensions, means over a symbolic length, and a scattered slice."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -72,7 +72,16 @@ class Mean(nn.Module):
         y = self.norm(x) * self.scale
         y = torch.cat([y, x.mean(1, keepdim=True).expand_as(x)], -1)
         weights = torch.softmax(x.transpose(1, 2), -1)
-        return y.square().mean() + y.sum(-1).exp().mean() + weights.std(-1).sum() + (x.sum(0) * x).amax()
+        groups = x.unflatten(-1, (4, 6))
+        z = torch.slice_scatter(x, x[..., 2:5] * 3, -1, 2, 5).tanh().sum() + groups.sum((0, 1, 3)).sin().sum()
+        return (
+            z
+            + (groups * 2).sum(2).square().sum()
+            + y.square().mean()
+            + y.sum(-1).exp().mean()
+            + weights.std(-1).sum()
+            + (x.sum(0) * x).amax()
+        )
 
 
 MODELS = {"block": Block, "llama": Llama, "mean": Mean}

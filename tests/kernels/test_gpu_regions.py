@@ -86,7 +86,7 @@ def test_a_norm_backward_is_ours_because_it_reads_its_operands_once(inductor: li
 def test_a_pointwise_region_is_inductors(inductor: list[Any]) -> None:
     code = lower_region(region(what="sin"), Config())
     assert (code.kind, len(inductor)) == ("inductor", 1)
-    assert code.choice == "our kernels move 32768 bytes, Inductor's about 32768"
+    assert code.choice == "our 1 kernel move 32768 bytes, Inductor's about 32768"
 
 
 def test_the_option_turns_ours_off(inductor: list[Any]) -> None:

@@ -85,9 +85,9 @@ def _compile(kernel: Kernel, target: Target, aligned: bool) -> Figures:
 
 def _short(error: Exception) -> str:
     """Type and first telling line of an error; assemblers print a banner before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" `")]
-    telling = next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), "".join(lines[:1]))
-    return f"{type(error).__name__}: {telling.rstrip('.')}" if telling else type(error).__name__
+    lines = [line.strip(" `.") for line in str(error).splitlines() if line.strip(" `")]
+    telling = [line for word in ("fatal", "error:", "") for line in lines if word in line.lower()]
+    return f"{type(error).__name__}: {telling[0]}" if telling else type(error).__name__
 
 
 def specialisation(kernel: Kernel, aligned: bool = True) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

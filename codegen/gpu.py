@@ -2,12 +2,15 @@
 
 Both kinds mix in one program. The comparison is of bytes, from the tile language: Inductor's are those of the same
 fusion with what Inductor is known to do otherwise, a sum over columns in kernels of its own, which read its operands
-again (its layer norm's backward moves 1.21 times the ideal, and bias + GELU 1.26). No time is predicted.
+again (its layer norm's backward moves 1.21 times the ideal, and bias + GELU 1.26). What the tile language does not have
+and Inductor does (gather, scatter, cumsum) runs as PyTorch's operator beside our kernels and counts against them. No
+time is predicted.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +21,12 @@ from torch import fx
 from dscompile.codegen.regions import Region
 from dscompile.codegen.tile.fuse import fuse
 from dscompile.codegen.tile.trace import decomposed
+from dscompile.codegen.tile.values import size
 from dscompile.codegen.triton_backend.assemble import Assembled, assemble
 from dscompile.codegen.triton_backend.kernel import Kernel
+from dscompile.codegen.triton_backend.symbols import hints
 from dscompile.errors import UnsupportedError
-from dscompile.torch_compat import OpOverload
+from dscompile.torch_compat import OpOverload, tensor_bytes, unbacked_symbol_names
 
 
 @dataclass(frozen=True)
@@ -73,23 +78,45 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
         return Choice(None, str(error))
     if not assembled.kernels:
         return Choice(None, "nothing in it is a tile operator")
-    theirs = fuse(graph.graph, columns_apart=True).bytes
-    if assembled.bytes >= theirs:
-        return Choice(None, f"our kernels move {assembled.bytes} bytes, Inductor's about {theirs}")
-    return Choice(
-        assembled, f"our {len(assembled.kernels)} kernels move {assembled.bytes} bytes, Inductor's about {theirs}"
-    )
+    theirs = fuse(graph.graph, hints(graph.graph), columns_apart=True).bytes
+    alone = [n for n in assembled.fused.order if isinstance(n, fx.Node) and not _with_any_compiler(n)]
+    moved = assembled.bytes + sum(map(_bytes, alone))
+    count = len(assembled.kernels)
+    ours = f"our {count} kernel{'s' * (count != 1)}"
+    if alone:
+        names = ", ".join(sorted({str(n.target).removeprefix("aten.") for n in alone}))
+        ours += f" and {len(alone)} operators of PyTorch's ({names})"
+    comparison = f"{ours} move {moved} bytes, Inductor's about {theirs}"
+    return Choice(assembled if moved < theirs else None, comparison)
+
+
+_LIBRARY = ("mm", "convolution", "scaled_dot_product", "sparse_attention")
+
+
+def _with_any_compiler(node: fx.Node) -> bool:
+    """Whether Inductor would call the same operator: it makes kernels of the others, fused with their neighbours."""
+    return node.target is operator.getitem or any(part in str(node.target) for part in _LIBRARY)
+
+
+def _bytes(node: fx.Node) -> int:
+    """At least what an operator moves that stands alone: its result, written and (the part of an operand) read."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return 2 * sum(map(tensor_bytes, values))
 
 
 def _refused(module: fx.GraphModule) -> str:
-    """What a region of ours may not hold: effects on its inputs, branches, symbolic sizes."""
+    """What a region of ours may not hold: effects on its inputs, branches, sizes that data decide."""
     for node in module.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             return f"%{node.name} ({node.target}) writes to its operand"
         if node.op == "get_attr" or (node.op == "call_function" and not _plain(node.target)):
             return f"%{node.name} ({node.target}) is no operator"
-        if isinstance(node.meta.get("val"), torch.SymInt):
-            return "its sizes are symbolic"
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            return f"%{node.name} is a number that depends on symbolic sizes"
+        if unbacked := unbacked_symbol_names(value):
+            return f"%{node.name} has a size that data decide ({', '.join(sorted(unbacked))})"
     return ""
 
 
@@ -104,7 +131,7 @@ def _changed(module: fx.GraphModule, graph: fx.GraphModule) -> str:
         if (
             isinstance(old, torch.Tensor)
             and isinstance(new, torch.Tensor)
-            and (old.dtype, old.stride()) != (new.dtype, new.stride())
+            and (old.dtype, list(map(size, old.stride()))) != (new.dtype, list(map(size, new.stride())))
         ):
             return f"%{before.name} has strides {old.stride()} in the graph and {new.stride()} once decomposed"
     return ""

@@ -40,6 +40,7 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         source = emit_aten(module)
         return RegionCode(region.key, "aten", source, reference=source)
     reference = _reference(module)
+    attention, fallbacks = choose_attention(module, config)
     why = ""
     if config.kernels == "auto" and on_gpu(region):
         choice = choose(module, region.key)
@@ -48,8 +49,14 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         if choice.assembled is not None:
             source = choice.assembled.source
             ours = TritonRegion(choice.assembled.kernels)
-            return RegionCode(region.key, "triton", source, reference=reference, artifact=ours, choice=why)
-    attention, fallbacks = choose_attention(module, config)
+            return RegionCode(
+                *(region.key, "triton", source),
+                reference=reference,
+                artifact=ours,
+                choice=why,
+                attention=tuple(attention),
+                fallbacks=tuple(fallbacks),
+            )
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()

@@ -36,9 +36,11 @@ def result_like(x: Tensor) -> Tensor:
 
 
 def lse_like(q: Tensor) -> Tensor:
-    """Uninitialised memory for ``lse``: ``[batch, heads, seq_q]`` with heads innermost, fp32 or fp64."""
+    """Uninitialised memory for ``lse``: ``[batch, heads, seq_q]``, fp32 or fp64; heads innermost, on GPUs queries."""
     batch, heads, seq, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.device.type == "cuda":
+        return q.new_empty(batch, heads, seq, dtype=dtype)
     return q.new_empty(batch, seq, heads, dtype=dtype).transpose(1, 2)
 
 

@@ -11,9 +11,9 @@ query blocks a key block is seen by) and serve the backward. All four None means
 ``[batch, seq_k]``, True where a key is *padding* and hidden, as in ``torch.nn.MultiheadAttention``.
 
 The result is ``(out, lse)``: ``out`` like ``q`` but lying ``[batch, seq, heads, head_dim]`` in memory (as PyTorch's
-own CPU attention returns it), and ``lse`` ``[batch, heads, seq_q]`` (lying ``[batch, seq_q, heads]``), the natural
-logarithm of the softmax's denominator, in fp32 (fp64 for fp64). A query that sees no key has output 0, lse -inf, and
-gradient 0. ``lse`` has no derivative.
+own CPU attention returns it), and ``lse`` ``[batch, heads, seq_q]`` (lying ``[batch, seq_q, heads]``, on GPUs as its
+shape says), the natural logarithm of the softmax's denominator, in fp32 (fp64 for fp64). A query that sees no key has
+output 0, lse -inf, and gradient 0. ``lse`` has no derivative.
 """
 
 from __future__ import annotations
@@ -160,6 +160,38 @@ def _backward_cpu(
     return kernels.backward(grad_out, q, k, v, out, lse, blocks)
 
 
+def _forward_gpu(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+    blocks = Blocks(*layout)
+    check_attention(q, k, v, blocks)
+    from dscompile.codegen.triton_backend import attention
+
+    if reason := no_gpu_kernel(q, k, blocks):
+        attention.warn_gathered(reason)
+        return gathered_forward(q, k, v, blocks)
+    return attention.triton_forward(q, k, v, blocks)
+
+
+def _backward_gpu(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = Blocks(*layout)
+    check_attention(q, k, v, blocks)
+    check_transposed(blocks)
+    from dscompile.codegen.triton_backend import attention
+
+    if reason := no_gpu_kernel(q, k, blocks):
+        attention.warn_gathered(reason)
+        return gathered_backward(grad_out, q, k, v, out, lse, blocks)
+    return attention.triton_backward(grad_out, q, k, v, out, lse, blocks)
+
+
+def no_gpu_kernel(q: Tensor, k: Tensor, blocks: Blocks) -> str:
+    """Why attention of these operands runs gathered on a GPU; "" if the Triton kernels run it."""
+    from dscompile.codegen.triton_backend.attention import no_triton_kernel
+
+    return no_triton_kernel(q, k, blocks)
+
+
 def _compiled(dtype: torch.dtype) -> AttentionKernels | None:
     """The C++ kernels, if they take ``dtype`` and can be built; :func:`no_kernel` says why not."""
     if dtype not in COMPILED:
@@ -182,6 +214,8 @@ _LIBRARY.impl("block_sparse_attention", _forward_kernel, "CompositeExplicitAutog
 _LIBRARY.impl("block_sparse_attention_backward", _backward_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_attention", _forward_cpu, "CPU")
 _LIBRARY.impl("block_sparse_attention_backward", _backward_cpu, "CPU")
+_LIBRARY.impl("block_sparse_attention", _forward_gpu, "CUDA")
+_LIBRARY.impl("block_sparse_attention_backward", _backward_gpu, "CUDA")
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------

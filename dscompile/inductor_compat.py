@@ -13,7 +13,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -119,6 +119,52 @@ def inductor_compile(
     except Exception as error:
         passing = _passing_reason(error)
         raise InductorFailure(passing or _first_line(error), passing=bool(passing)) from error
+
+
+@dataclass(frozen=True)
+class TritonFigures:
+    """What TorchInductor makes of a region: Triton kernels, bytes that they move, and other operators that it calls."""
+
+    kernels: int
+    bytes: int
+    others: tuple[str, ...]
+    source: str
+
+
+def triton_kernels(module: fx.GraphModule, decompositions: Mapping[OpOverload, Callable[..., Any]]) -> TritonFigures:
+    """TorchInductor's Triton kernels for a region's module.
+
+    Generated only, for CPU tensors and without a GPU: its scheduler and its Triton code do not ask for one. Triton must
+    have an active driver that names a target.
+
+    Stands on ``GraphLowering``, ``post_grad_passes``, the option ``cpu_backend``, ``metrics.generated_kernel_count``
+    and ``get_read_write_buffers_sizes`` of a scheduled node.
+    """
+    from torch._inductor import metrics
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    mode = detect_fake_mode(inputs)
+    assert mode is not None
+    with torch.no_grad(), no_autocast(), inductor_config.patch(cpu_backend="triton"), V.set_fake_mode(mode):
+        decomposed = _decompose(module, inputs, {**select_decomp_table(), **decompositions})
+        post_grad_passes(decomposed, is_inference=True)
+        graph = GraphLowering(decomposed, example_inputs=inputs, shape_env=mode.shape_env, is_inference=True)
+        handlers = (V.set_graph_handler(graph), V.set_extern_kernel_nodes([]), V.set_debug_handler(DebugContext()))
+        with contextlib.ExitStack() as stack:
+            for handler in handlers:
+                stack.enter_context(handler)
+            graph.run(*inputs)
+            before = metrics.generated_kernel_count
+            source, _ = graph.codegen()
+            nodes = graph.scheduler.nodes
+            moved = sum(n.get_read_write_buffers_sizes() for n in nodes if not n.is_extern())
+            called = [getattr(n.node, "python_kernel_name", None) for n in nodes if n.is_extern()]
+            others = tuple(str(name) for name in called if name)  # a result among several has no name
+            return TritonFigures(metrics.generated_kernel_count - before, int(moved), others, source.value)
 
 
 class _Tile2D(inductor_cpp.CppTile2DKernel):

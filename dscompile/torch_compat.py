@@ -265,6 +265,13 @@ def free_symbol_names(value: Any) -> set[str]:
     return set()
 
 
+def unbacked_symbol_names(value: Any) -> set[str]:
+    """Names of the size symbols of a fake value that data decide, as after ``nonzero``."""
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, list, tuple)):
+        return {str(symbol) for symbol in free_unbacked_symbols(value)}
+    return set()
+
+
 def tensor_bytes(value: Any) -> int:
     """Bytes of a (fake) tensor's elements; symbolic sizes count at their hint. Everything else is 0."""
     if not isinstance(value, torch.Tensor):

@@ -19,7 +19,7 @@ from dscompile.codegen.triton_backend.cache import triton_version
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import entries, example, generate
 from dscompile.codegen.triton_backend.targets import find_target
-from dscompile.codegen.triton_backend.templates.attention import Attention, attention_kernels
+from dscompile.codegen.triton_backend.templates.attention import Attention, Sizes, attention_kernels
 from dscompile.errors import UnsupportedError, nearest
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -67,8 +67,9 @@ def _chosen(names: list[str], dtype: torch.dtype, rows: int, cols: int) -> list[
     found: list[tuple[str, Kernel]] = []
     for name in names or known:
         if name == ATTENTION:
-            use = Attention(batch=2, heads=8, seq=4096, dim=64, block=64, listed=8 * 64 * 8, dtype=dtype)
-            found += [(name, k) for k in attention_kernels(use).values()]
+            use = Attention(dim=64, block=64, dtype=dtype, scale=0.125, rows=(8 * 64,) * 4)
+            sizes = Sizes(batch=2, heads=8, seq=4096, listed=8 * 64 * 8, layout_heads=8)
+            found += [(name, k) for k in attention_kernels(use, sizes).values()]
         else:
             found += [(name, k) for k in generate(name, example(name, dtype, rows, cols)).kernels]
     return found

@@ -1,4 +1,5 @@
 """Dense and causal attention on CPU: our kernel or PyTorch's, whichever a measurement on this machine favours.
+And which block-sparse attention has no kernel, on any device.
 
 PyTorch's operator and ours take and return the same values in the same layouts, so each direction is chosen by itself.
 Only the order of sums differs; the kernel's error against fp64 is that of PyTorch's (``tests/codegen``).
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from dscompile.attention_gathered import Blocks
-from dscompile.attention_ops import COMPILED, HEAD_STEP, no_kernel
+from dscompile.attention_ops import COMPILED, HEAD_STEP, no_gpu_kernel, no_kernel
 from dscompile.codegen.cpu.builder import attention_kernels
 from dscompile.config import Config
 from dscompile.effects import argument
@@ -27,6 +28,7 @@ ours = torch.ops.dscompile
 
 FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+SPARSE = (ours.block_sparse_attention.default, ours.block_sparse_attention_backward.default)
 
 BLOCK = 64
 """Queries and keys that dense attention computes at once; measured best of 32, 64 and 128."""
@@ -63,10 +65,8 @@ def choose_attention(module: fx.GraphModule, config: Config) -> tuple[list[str],
             choices.append(f"{_describe(node)}: {'our kernel' if choice.kernel else 'PyTorch'} ({choice.reason})")
             if choice.kernel:
                 _replace(node)
-        elif node.target in (ours.block_sparse_attention.default, ours.block_sparse_attention_backward.default):
-            q = _query(node)
-            if q.device.type == "cpu" and (reason := no_kernel(q.dtype)):
-                missing.append(f"{_describe(node)}: gathered attention ({reason})")
+        elif node.target in SPARSE and (reason := _no_kernel(node)):
+            missing.append(f"{_describe(node)}: gathered attention ({reason})")
     module.recompile()
     return choices, missing
 
@@ -79,6 +79,15 @@ def _first(node: fx.Node) -> int:
 def _query(node: fx.Node) -> Tensor:
     value: Tensor = argument(node, _first(node), "query").meta["val"]
     return value
+
+
+def _no_kernel(node: fx.Node) -> str:
+    """Why a block-sparse attention of ours runs gathered on its device; "" if it has a kernel."""
+    values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+    q, k = values[_first(node) : _first(node) + 2]
+    if q.device.type == "cpu":
+        return no_kernel(q.dtype)
+    return no_gpu_kernel(q, k, Blocks(*values[-8:]))
 
 
 def _scale(node: fx.Node) -> float:

@@ -111,15 +111,14 @@ class Builder:
         (space,) = spaces
         if space.numel == 0:
             raise RefusedError("it has no elements")
-        if space.kind is SpaceKind.ROWS and not space.cols.is_Integer:
-            raise RefusedError("the length of a row is symbolic")
         return space
 
     def _check_rows(self, tile: Tile) -> None:
         """A program that sums over columns holds its row; it cannot walk a long one in blocks as well."""
         along_rows = any(r.over == COL for r in tile.reductions())
-        if tile.programs and along_rows and int(tile.space.cols) > PERSISTENT:
-            raise RefusedError(f"a row of {tile.space.cols} is too long to hold the sums of its columns")
+        cols = tile.space.cols
+        if tile.programs and along_rows and not (cols.is_Integer and int(cols) <= PERSISTENT):
+            raise RefusedError(f"a row of {cols} is too long to hold the sums of its columns")
 
     def _places(self, values: Values, node: fx.Node) -> list[Place]:
         """The indices at which the space can see a node: one element each, or one a row."""

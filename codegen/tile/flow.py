@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import fx
 
 from dscompile.codegen.tile.reductions import Reduction, operator_name, reduction
@@ -40,6 +41,8 @@ class Flow:
         for node in graph.nodes:
             if node.op != "call_function" or is_view(node) or operator_name(node) in CONSTANTS:
                 continue
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                continue  # a size: an expression wherever it is read
             if reason := why_not(node):
                 self.left[node] = reason
                 continue

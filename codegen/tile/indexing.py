@@ -105,10 +105,31 @@ def _inner(expr: sympy.Expr, limits: Limits) -> sympy.Expr:
         top = upper(a, limits)
         if top is not None and (b - top).is_positive and _non_negative(a):
             return sympy.Integer(0) if isinstance(expr, Div) else a
+        for unit in _units(a, b):
+            whole, rest = _split(a, unit)
+            left = upper(rest, limits)
+            if whole and left is not None and (unit - left).is_positive and _non_negative(rest):
+                a, b = sympy.Add(*(t / unit for t in whole)), b / unit
+                return Div(a, b) if isinstance(expr, Div) else unit * Rem(a, b) + rest
         return type(expr)(a, b)
     if not expr.args:
         return expr
     return expr.func(*(_inner(a, limits) for a in expr.args))
+
+
+def _units(a: sympy.Expr, b: sympy.Expr) -> list[sympy.Expr]:
+    """Factors of ``b`` in terms of ``a``: with such a factor m, ``(m*q + rest) // (m*n)`` is ``q // n`` if rest < m."""
+    found = []
+    for term in sympy.Add.make_args(a):
+        unit = sympy.Mul(*(f for f in sympy.Mul.make_args(term) if f.is_Integer or f.is_Pow or _is_size(f)))
+        if unit != 1 and (b / unit).is_integer:
+            found.append(unit)
+    return list(dict.fromkeys(found))
+
+
+def _is_size(factor: sympy.Expr) -> bool:
+    """Whether a factor is the symbol of a size: places may be 0, sizes are positive."""
+    return bool(factor.is_Symbol and factor.is_positive)
 
 
 def _non_negative(expr: sympy.Expr) -> bool:

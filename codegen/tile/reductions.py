@@ -27,7 +27,7 @@ class Along(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """``how`` over the dimensions ``dims`` of a table of ``rows`` x ``cols``, times ``scale``.
+    """``how`` over the dimensions ``dims`` of a table of ``rows`` x ``cols``, times ``scale`` and divided by ``count``.
 
     Over a ``ROW`` one program sees all of it. Over a ``COLUMN``, or over ``ALL`` elements, every program of one kernel
     sees a part, and a second, tiny kernel finishes.
@@ -41,6 +41,7 @@ class Reduction:
     rows: sympy.Expr
     cols: sympy.Expr
     scale: float = 1.0
+    count: sympy.Expr = sympy.S.One
     square: bool = False
     root: bool = False
 
@@ -71,23 +72,21 @@ def reduction(node: fx.Node) -> Reduction | str | None:
     kept = [k for k in range(len(shape)) if k not in reduced and shape[k] != 1]
     gone = [k for k in reduced if shape[k] != 1]
     numel = product(shape)
-    if not numel.is_Integer and not kept:
-        return "a reduction to one value over a symbolic number of elements"
     along, rows, cols = Along.ROW, product([shape[k] for k in kept]), product([shape[k] for k in gone])
-    if not kept and int(numel) > ONE_PROGRAM:
+    if not kept and (not numel.is_Integer or int(numel) > ONE_PROGRAM):
         along, rows, cols = Along.ALL, sympy.Integer(1), numel
     elif kept and gone and max(gone) < min(kept):
         along, rows, cols = Along.COLUMN, cols, rows
     elif kept and gone and max(kept) > min(gone):
         return "it reduces a dimension between others"
-    scale = 1.0
+    scale, count = 1.0, sympy.Integer(1)
     if name == "mean":
         count = rows if along is Along.COLUMN else cols
-        if not count.is_Integer:
-            return "a mean over a symbolic number of elements"
-        scale = 1.0 / int(count) if int(count) else math.nan
+        if count.is_Integer:
+            scale = 1.0 / int(count) if int(count) else math.nan
+            count = sympy.Integer(1)
     norm = name == "linalg_vector_norm"
-    return Reduction(node, _HOW[name], along, reduced, keepdim, rows, cols, scale, square=norm, root=norm)
+    return Reduction(node, _HOW[name], along, reduced, keepdim, rows, cols, scale, count, norm, norm)
 
 
 def operator_name(node: fx.Node) -> str:

@@ -70,9 +70,10 @@ def schedule(tile: Tile, hints: Hints) -> Schedule:
     if space.kind is SpaceKind.FINISH:
         cols = min(power(hint(space.cols, hints)), 32)
         return Schedule(power(int(space.rows)), cols, True, 0, 4, 1, {}, {})
-    cols = int(space.cols)
+    cols = hint(space.cols, hints)
     along_rows = any(r.over == COL for r in tile.reductions())
-    persistent = cols <= PERSISTENT
+    persistent = bool(space.cols.is_Integer) and cols <= PERSISTENT
+    cols = cols if persistent else max(cols, ELEMENTS)  # a block for every length that a symbol may take
     block = power(cols) if persistent and (along_rows or not tile.programs) else min(power(cols), LOOPED)
     if tile.programs and not along_rows:
         block, persistent = min(power(cols), ELEMENTS), True

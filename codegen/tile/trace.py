@@ -44,7 +44,59 @@ def decomposed(module: fx.GraphModule) -> fx.GraphModule:
 def table() -> dict[OpOverload, Callable[..., Any]]:
     """How operators become smaller ones."""
     aten = torch.ops.aten
-    return {**tile_decompositions(), aten.var_mean.correction: var_mean}
+    return {
+        **tile_decompositions(),
+        aten.var_mean.correction: var_mean,
+        aten.slice_scatter.default: slice_scatter,
+        aten.sum.dim_IntList: sum_between,
+    }
+
+
+UNROLLED = 16
+"""Most elements of a dimension between others that are added one by one."""
+
+
+def slice_scatter(
+    x: torch.Tensor, source: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    """``x`` with ``source`` in the place of a slice: the two ends and ``source``, one after the other."""
+    length = x.shape[dim]
+    if step != 1 or not all(v is None or isinstance(v, int) for v in (length, start, end)):
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(length)
+    ends = (torch.narrow(x, dim, 0, first), source, torch.narrow(x, dim, last, length - last))
+    parts = [part for part in ends if part.shape[dim] != 0]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone()
+
+
+def sum_between(
+    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """A sum over dimensions between which, or around which, others are kept, in steps that kernels have.
+
+    A short dimension is added up element by element; of leading and trailing ones (a batch norm's) the trailing ones go
+    first. In fp32, rounded once.
+    """
+    result = dtype or x.dtype
+    dims = sorted(d % x.dim() for d in dim or ()) if x.dim() else []
+    if not (result.is_floating_point and x.dtype in (torch.float32, torch.float16, torch.bfloat16)):
+        return NotImplemented
+    wide = [d for d in dims if x.shape[d] != 1]
+    kept = [d for d in range(x.dim()) if d not in dims and x.shape[d] != 1]
+    if not wide or not kept or max(wide) < min(kept) or min(wide) > max(kept):
+        return NotImplemented
+    inner = [d for d in wide if d > max(kept)]
+    if inner and all(d < min(kept) for d in wide if d not in inner):
+        outer = [d for d in wide if d not in inner]
+        found = x.sum(inner, keepdim=True, dtype=torch.float32)
+        found = (
+            _added_up(found, outer[0]) if len(outer) == 1 and _short(x, outer[0]) else found.sum(outer, keepdim=True)
+        )
+    elif len(wide) == 1 and _short(x, wide[0]):
+        found = _added_up(x, wide[0])
+    else:
+        return NotImplemented
+    return (found if keepdim else found.squeeze(dims)).to(result)
 
 
 def var_mean(
@@ -61,6 +113,18 @@ def var_mean(
     variance = (centred * centred).sum(dims, keepdim=keepdim) / (count - (1 if correction is None else correction))
     mean = mean if keepdim else mean.squeeze(dims)
     return variance.to(x.dtype), mean.to(x.dtype)
+
+
+def _short(x: torch.Tensor, dim: int) -> bool:
+    return isinstance(x.shape[dim], int) and x.shape[dim] <= UNROLLED
+
+
+def _added_up(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum over a short dimension, which is kept, as additions: a kernel of its readers takes them in."""
+    first, *rest = (part.float() for part in x.split(1, dim))
+    for part in rest:
+        first = first + part
+    return first
 
 
 def tidy(module: fx.GraphModule, names: Sequence[str] = ()) -> fx.GraphModule:

@@ -16,7 +16,7 @@ from torch import fx
 
 from dscompile.codegen.tile.indexing import Limits, contiguous, delinearise, linear, product, simplify
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Exprs, Space, SpaceKind
-from dscompile.codegen.tile.ops import BOOLEAN, KINDS, convert, mul, sqrt
+from dscompile.codegen.tile.ops import BOOLEAN, KINDS, convert, div, mul, sqrt
 from dscompile.codegen.tile.reductions import Along, Reduction, node_argument, operator_name, reduction
 
 Place = tuple[sympy.Expr, ...]
@@ -277,6 +277,7 @@ class Values:
                 raise RefusedError(f"%{found.node.name} is read at another row than the one it reduces")
             result = b.reduce(found.how, self.reduced_operand(found, full), COL)
         result = result if found.scale == 1.0 else mul(b, result, b.const(found.scale))
+        result = result if found.count == 1 else div(b, result, b.index(found.count))
         return sqrt(b, result) if found.root else result
 
     def reduced_operand(self, found: Reduction, place: Place) -> Expr:

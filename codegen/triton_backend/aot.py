@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from dscompile.codegen.triton_backend.cache import build_key, load_figures, save_figures
+from dscompile.codegen.triton_backend.cache import build_key, load_figures, save_figures, source_file
 from dscompile.codegen.triton_backend.inspect import Figures, amd_figures, nvidia_figures, reader_digest
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.launch import interpreted, load
 from dscompile.codegen.triton_backend.targets import Target, launch_options
-from dscompile.errors import UnsupportedError
+from dscompile.errors import RunError, UnsupportedError
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.int32: "i32",
@@ -46,6 +46,7 @@ def build(kernel: Kernel, target: Target, *, aligned: bool = True, folder: Path 
 
     Raises:
         UnsupportedError: Triton is not installed or only interprets, or a size is symbolic.
+        RunError: Triton or its assembler fails; names kernel, target and source file. The next call tries again.
     """
     options = launch_options(kernel, target.backend, target.warp)
     key = build_key(kernel, target.name, repr((sorted(options.items()), aligned, reader_digest())))
@@ -68,11 +69,25 @@ def _compile(kernel: Kernel, target: Target, aligned: bool) -> Figures:
     signature, constants, attributes = specialisation(kernel, aligned)
     source = ASTSource(function, signature, constants, attributes)
     options = launch_options(kernel, target.backend, target.warp)
-    built: Any = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
+    gpu = GPUTarget(target.backend, target.arch, target.warp)
+    try:
+        built: Any = triton.compile(source, target=gpu, options=options)
+    except Exception as error:  # Triton's own errors, its assemblers', the operating system's
+        raise RunError(
+            f"kernel {kernel.name!r} cannot be built for {target.name}: {_short(error)}. Its source: "
+            f"{source_file(kernel)}."
+        ) from error
     shared = int(built.metadata.shared)
     if target.backend == "cuda":
         return nvidia_figures(built.asm["cubin"], shared)
     return amd_figures(built.asm["amdgcn"], shared)
+
+
+def _short(error: Exception) -> str:
+    """Type and first telling line of an error; assemblers print a banner before it."""
+    lines = [line.strip(" `.") for line in str(error).splitlines() if line.strip(" `")]
+    telling = [line for word in ("fatal", "error:", "") for line in lines if word in line.lower()]
+    return f"{type(error).__name__}: {telling[0]}" if telling else type(error).__name__
 
 
 def specialisation(kernel: Kernel, aligned: bool = True) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

@@ -14,10 +14,13 @@ from dscompile.codegen.emit import call_text
 from dscompile.codegen.tile.fuse import Fused, Group, fuse
 from dscompile.codegen.tile.ir import Buffer
 from dscompile.codegen.tile.schedule import Hints
+from dscompile.codegen.triton_backend import symbols
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.render import render
-from dscompile.errors import UnsupportedError
 from dscompile.program import Step, function_source
+
+_Unit = tuple[list[str], list[str], list[str], str]
+"""Lines of the function, what they read and write, and what they stand for."""
 
 
 @dataclass
@@ -42,13 +45,21 @@ class Assembled:
 def assemble(module: fx.GraphModule, name: str, hints: Hints | None = None) -> Assembled:
     """Fuse a decomposed graph, render its kernels, and lay out the function that launches them.
 
+    Symbolic sizes are variables of the function and arguments of the kernels.
+
+    Args:
+        module: what :mod:`dscompile.codegen.tile.trace` made.
+        name: of the kernels.
+        hints: examples of symbolic sizes, for costs; default: those that the graph was traced with.
+
     Raises:
-        UnsupportedError: a shape that is symbolic, or an operator that source cannot name.
+        UnsupportedError: a symbolic size that no input brings, or an operator that source cannot name.
     """
     graph = module.graph
+    hints = symbols.hints(graph) if hints is None else hints
     fused = fuse(graph, hints)
     kernels: list[Kernel] = []
-    units: list[tuple[list[str], list[str], list[str], str]] = []  # lines, reads, writes, what
+    units: list[_Unit] = []
     made: set[str] = set()
     plain = [n for n in graph.nodes if n.op == "call_function"]
     computed = {part.node for item in fused.order if isinstance(item, Group) for part in item.parts}
@@ -61,14 +72,7 @@ def assemble(module: fx.GraphModule, name: str, hints: Hints | None = None) -> A
         if item is None:
             break
         if isinstance(item, fx.Node):
-            units.append(
-                (
-                    [f"{item.name} = {call_text(item)}"],
-                    [n.name for n in item.all_input_nodes],
-                    [item.name],
-                    str(item.target),
-                )
-            )
+            units.append(_plain(item))
             made.add(item.name)
             continue
         tile, chosen = rendered[id(item)]
@@ -76,16 +80,19 @@ def assemble(module: fx.GraphModule, name: str, hints: Hints | None = None) -> A
         kernels.append(kernel)
         lines = [f"{b.name} = {_allocation(b, by_name)}" for b in kernel.writes]
         names = [b.name for b in (*kernel.reads, *kernel.writes)]
+        sizes = symbols.names_of(*(size for _, size in kernel.sizes), *kernel.grid)
+        names += [f"{s}={s}" for s in sizes]
         lines.append(f"launch_{kernel.name}({', '.join(names)})")
-        units.append((lines, [b.name for b in kernel.reads], [b.name for b in kernel.writes], kernel.name))
+        allocated = symbols.names_of(*(n for b in kernel.writes for n in _shape(b, by_name)))
+        reads = [b.name for b in kernel.reads] + list(dict.fromkeys([*sizes, *allocated]))
+        units.append((lines, reads, [b.name for b in kernel.writes], kernel.name))
         made.update(b.name for b in kernel.writes)
     outputs = graph.output_node().args[0]
     outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
     expressions = [o.name if isinstance(o, fx.Node) else repr(o) for o in outputs]
     inputs = [n.name for n in graph.find_nodes(op="placeholder")]
-    return Assembled(
-        function_source("run", inputs, _steps(units, set(expressions)), expressions), tuple(kernels), fused
-    )
+    steps = _steps(_bound(units, graph) + units, set(expressions))
+    return Assembled(function_source("run", inputs, steps, expressions), tuple(kernels), fused)
 
 
 def _needed_views(loose: list[fx.Node], fused: Fused, graph: fx.Graph) -> list[fx.Node]:
@@ -105,21 +112,32 @@ def _ready_views(needed: list[fx.Node], made: set[str], by_name: Mapping[str, fx
     """Those whose operands exist by now."""
     units = []
     for node in list(needed):
-        if all(n.name in made or by_name[n.name].op != "call_function" for n in node.all_input_nodes):
-            units.append(
-                (
-                    [f"{node.name} = {call_text(node)}"],
-                    [n.name for n in node.all_input_nodes],
-                    [node.name],
-                    str(node.target),
-                )
-            )
+        ready = all(n.name in made or by_name[n.name].op != "call_function" for n in node.all_input_nodes)
+        if ready or isinstance(node.meta.get("val"), torch.SymInt):
+            units.append(_plain(node))
             made.add(node.name)
             needed.remove(node)
     return units
 
 
-def _steps(units: list[tuple[list[str], list[str], list[str], str]], kept: set[str]) -> list[Step]:
+def _plain(node: fx.Node) -> _Unit:
+    """An operator of PyTorch's, or a size that one reads."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return [f"{node.name} = {symbols.text_of(value)}"], symbols.names_of(value), [node.name], "size"
+    reads = [n.name for n in node.all_input_nodes]
+    return [f"{node.name} = {call_text(node)}"], reads, [node.name], str(node.target)
+
+
+def _bound(units: list[_Unit], graph: fx.Graph) -> list[_Unit]:
+    """A line for each symbolic size that the units mention."""
+    values = {n.name for n in graph.nodes} | {name for _, _, writes, _ in units for name in writes}
+    mentioned = {name for _, reads, _, _ in units for name in reads} - values
+    found = symbols.known(mentioned, graph)
+    return [([f"{name} = {source.text}"], [source.reads], [name], "size") for name, source in found.items()]
+
+
+def _steps(units: list[_Unit], kept: set[str]) -> list[Step]:
     """Drop every value after its last use."""
     last = {name: i for i, (_, reads, writes, _) in enumerate(units) for name in (*reads, *writes)}
     steps = []
@@ -134,19 +152,18 @@ def _allocation(buffer: Buffer, by_name: Mapping[str, fx.Node]) -> str:
     node = by_name.get(buffer.name)
     device = next(v.device for n in by_name.values() if isinstance(v := n.meta.get("val"), torch.Tensor))
     if node is None:
-        shape, strides = f"({_number(buffer.numel)},)", "(1,)"
+        shape, strides = f"({symbols.index_text(buffer.numel)},)", "(1,)"
     else:
         value = node.meta["val"]
         device = value.device
-        shape, strides = (f"({''.join(f'{_number(s)}, ' for s in t)})" for t in (value.shape, value.stride()))
+        shape, strides = (f"({''.join(f'{symbols.text_of(s)}, ' for s in t)})" for t in (value.shape, value.stride()))
     return f"torch.empty_strided({shape}, {strides}, dtype={buffer.dtype}, device={str(device)!r})"
 
 
-def _number(size: Any) -> int:
-    try:
-        return int(size)
-    except TypeError:
-        raise UnsupportedError("kernels for symbolic shapes are rendered, but not yet laid out in a program") from None
+def _shape(buffer: Buffer, by_name: Mapping[str, fx.Node]) -> tuple[Any, ...]:
+    """Sizes and strides of a buffer that is allocated."""
+    node = by_name.get(buffer.name)
+    return (buffer.numel,) if node is None else (*node.meta["val"].shape, *node.meta["val"].stride())
 
 
 def bind(assembled: Assembled, launcher: Callable[[Kernel], Callable[..., None]]) -> Callable[[list[Any]], Any]:

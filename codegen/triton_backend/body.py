@@ -52,6 +52,9 @@ class _Printer(StrPrinter):  # type: ignore[misc]
         a, b = expr.args
         return f"{_atom(self, a)} % {_atom(self, b)}"
 
+    def _print_Pow(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return "*".join([_atom(self, expr.base)] * int(expr.exp))
+
     def _print_Mul(self, expr: sympy.Expr) -> str:  # noqa: N802
         return "*".join(_atom(self, a) for a in expr.args)
 
@@ -59,6 +62,12 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 def _atom(printer: _Printer, expr: sympy.Expr) -> str:
     text: str = printer._print(expr)
     return text if expr.is_Symbol or (expr.is_Integer and expr >= 0) else f"({text})"
+
+
+def index_text(index: sympy.Expr) -> str:
+    """Index arithmetic as Python, which is Triton too."""
+    text: str = _Printer().doprint(index)
+    return text
 
 
 @dataclass
@@ -101,8 +110,7 @@ class Body:
 
     def index(self, index: sympy.Expr) -> str:
         """An index expression as text."""
-        text: str = _Printer().doprint(index.xreplace({s: sympy.Symbol(n) for s, n in self.places.items()}))
-        return text
+        return index_text(index.xreplace({s: sympy.Symbol(n) for s, n in self.places.items()}))
 
     def mask(self, symbols: frozenset[sympy.Symbol], extra: str = "") -> str:
         """The mask of a load or store that touches the places ``symbols``."""

@@ -21,7 +21,8 @@ class Kernel:
         constants: compile-time values after those. grid: programs along each axis. warps (of 32 threads), stages: how
         a program is built. bytes: that it moves; ideal: that any kernel with these inputs and outputs must move (both
         at the hinted sizes). nodes: what it computes. kind: ``row`` (a row or a flat block a program), ``finish`` (adds
-        up partial results) or ``matrix``. scalars: loads and stores of one value a program or a row.
+        up partial results) or ``matrix``. registers: most of a CUDA thread; 0: as many as its kind takes. scalars:
+        loads and stores of one value a program or a row.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kernel:
     ideal: int = 0
     nodes: tuple[str, ...] = ()
     kind: str = "row"
+    registers: int = 0
     scalars: tuple[int, int] = (0, 0)
 
     @property

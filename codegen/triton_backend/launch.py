@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 
+from dscompile.codegen.triton_backend.body import index_text
 from dscompile.codegen.triton_backend.cache import source_file, triton_version
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.targets import launch_options
@@ -51,18 +52,22 @@ class Launcher:
         """Load the kernel."""
         self.kernel = kernel
         self.function: Any = load(kernel)
+        self._sizes = _evaluator([size for _, size in kernel.sizes])
+        self._grid = _evaluator(kernel.grid)
 
     def __call__(self, *tensors: torch.Tensor, **symbols: int) -> None:
-        """Launch it on the current stream.
+        """Launch it on the tensors' device and its current stream.
 
         Raises:
             UnsupportedError: the tensors are not where the kernel can run.
         """
         _check_device(self.kernel, tensors)
         kernel = self.kernel
-        sizes = [evaluate(size, symbols) for _, size in kernel.sizes]
-        grid = tuple(evaluate(axis, symbols) for axis in kernel.grid)
-        self.function[grid](*tensors, *sizes, **kernel.constants, **_options(kernel))
+        grid = self._grid(**symbols)
+        if 0 in grid:
+            return
+        with torch.cuda.device_of(tensors[0]):
+            self.function[grid](*tensors, *self._sizes(**symbols), **kernel.constants, **_options(kernel))
 
 
 def _options(kernel: Kernel) -> dict[str, int]:
@@ -75,9 +80,15 @@ def _options(kernel: Kernel) -> dict[str, int]:
     return launch_options(kernel, target.backend, target.warp_size)
 
 
-def evaluate(size: sympy.Expr, symbols: dict[str, int]) -> int:
-    """A size as a number."""
-    return int(size.xreplace({s: sympy.Integer(symbols[s.name]) for s in size.free_symbols}))
+def _evaluator(sizes: Sequence[sympy.Expr]) -> Callable[..., tuple[int, ...]]:
+    """A function from the numbers of symbolic sizes to those of ``sizes``; a launch must not take sympy's time."""
+    if all(size.is_Integer for size in sizes):
+        numbers = tuple(map(int, sizes))
+        return lambda **_: numbers
+    names = sorted({s.name for size in sizes for s in size.free_symbols})
+    printed = ", ".join(map(index_text, sizes))
+    made: Callable[..., tuple[int, ...]] = eval(f"lambda *, {', '.join(names)}, **_: ({printed},)")
+    return made
 
 
 def interpreted() -> bool:

@@ -89,7 +89,9 @@ class _Render:
         head = [f"{self.name}: {what}{how}.", ""]
         for title, text in (("reads", loads), ("writes", stores), ("computes", " ".join(self.tile.nodes))):
             head += textwrap.wrap(f"{title}: {text}", 110, subsequent_indent="    ", break_long_words=False)
-        head.append(f"moves: {moved} bytes; every input and output once: {ideal}")
+        examples = ", ".join(f"{s} = {hint(s, self.hints)}" for s in sorted(self._sizes(), key=str))
+        moves = f"moves: {moved} bytes; every input and output once: {ideal}"
+        head.append(f"{moves} (if {examples})" if examples else moves)
         helpers = [f"\n\n{HELPERS[h]}" for h in sorted(self.body.helpers)]
         arguments = [f"{b.name}_ptr" for b in (*self.reads, *self.writes)]
         arguments += [self._length(), *(s.name for s in self.extra)]
@@ -137,6 +139,10 @@ class _Render:
         if not self.flat and not self.tile.space.cols.is_Integer:
             indices.append(self.tile.space.cols)
         return set().union(*(i.free_symbols for i in indices)) - {ROW, COL, _PROGRAM}
+
+    def _sizes(self) -> set[sympy.Symbol]:
+        """The symbolic sizes that decide how many bytes are moved."""
+        return set().union(*(b.numel.free_symbols for b in (*self.reads, *self.writes)))
 
     def _narrow(self) -> bool:
         """Whether every offset fits 32 bits for sure."""
@@ -195,7 +201,8 @@ class _Render:
                 self.lines.append(f"col_inside = c < {self._cols()}")
 
     def _col_blocks(self) -> bool:
-        return bool(self.tile.programs) and self.schedule.col_block < hint(self.tile.space.cols, self.hints)
+        cols = self.tile.space.cols
+        return bool(self.tile.programs) and not (cols.is_Integer and cols <= self.schedule.col_block)
 
     def _cols(self) -> str:
         return "COLS" if self.tile.space.cols.is_Integer else self.body.index(self.tile.space.cols)
@@ -228,10 +235,10 @@ class _Render:
             value = self._masked(found, found.arg)
             body.inner.lines.append(f"{name} = {body.combine(found.how, name, value)}")
         if self.flat:
-            step, place = "BLOCK", f"i = start{self.wide} + tl.arange(0, BLOCK)"
+            step, place = "BLOCK", f"i = start + tl.arange(0, BLOCK){self.wide}"
             masks = ["inside = i < numel"]
         else:
-            step, place = "ROW_BLOCK", f"r = start{self.wide} + tl.arange(0, ROW_BLOCK)[:, None]"
+            step, place = "ROW_BLOCK", f"r = start + tl.arange(0, ROW_BLOCK)[:, None]{self.wide}"
             masks = ["row_inside = r < rows"] if ROW in body.masks else []
         length = self._length()
         self.lines += ["program = tl.program_id(0)", *body.outer.lines, *start]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.errors import UnsupportedError, nearest
 
@@ -57,9 +55,6 @@ def find_target(name: str) -> Target:
 ROW_REGISTERS = 80
 """Most registers of a row kernel's thread: six programs of 128 threads on a multiprocessor."""
 
-MOST_REGISTERS = 255
-"""Of a CUDA thread: what fp32 products on the ordinary units may take."""
-
 
 def launch_options(kernel: Kernel, backend: str, warp: int) -> dict[str, int]:
     """``num_warps``, ``num_stages`` and, on CUDA, ``maxnreg`` of a kernel on a GPU with warps of ``warp`` threads.
@@ -73,8 +68,6 @@ def launch_options(kernel: Kernel, backend: str, warp: int) -> dict[str, int]:
         warps = min(kernel.warps, 4) if kernel.matrix else max(1, kernel.warps * 32 // warp)
         return {"num_warps": warps, "num_stages": 1 if kernel.matrix else kernel.stages}
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
-    if not kernel.matrix:
-        options["maxnreg"] = ROW_REGISTERS
-    elif kernel.constants["PRECISION"] == "ieee" and kernel.reads[0].dtype is torch.float32:
-        options["maxnreg"] = MOST_REGISTERS
+    if kernel.registers or not kernel.matrix:
+        options["maxnreg"] = kernel.registers or ROW_REGISTERS
     return options

@@ -1,8 +1,9 @@
 """A process of its own: build kernels ahead of time, print one JSON object of figures and faults.
 
 ``python -m tests.kernels.aot_builds FOLDER CASE...``. A case is ``name/dtype/rows/cols@target`` for a kernel of the
-library, ``attention/dtype/block/dim/c@target`` for the attention kernels (``c`` causal, ``t`` tf32, ``-`` neither); a
-``!`` before it leaves the promise of alignment out. FOLDER holds the cache, so that builds are kept between runs.
+library, ``attention/dtype/block/dim/c@target`` for the attention kernels (``c`` causal, ``p`` padded keys, ``t``
+tf32, ``-`` none); a ``!`` before it leaves the promise of alignment out. FOLDER holds the cache, so that builds are
+kept between runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dscompile.codegen.triton_backend.bars import faults
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import example, generate
 from dscompile.codegen.triton_backend.targets import find_target
-from dscompile.codegen.triton_backend.templates.attention import Attention, attention_kernels
+from dscompile.codegen.triton_backend.templates.attention import Attention, Sizes, attention_kernels
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -34,8 +35,17 @@ def kernels(case: str) -> list[Kernel]:
     dtype, block, dim, flags = rest
     listed = 8 * (4096 // int(block)) * 8
     precision = "tf32" if "t" in flags else "ieee"
-    use = Attention(2, 8, 4096, int(dim), int(block), listed, DTYPES[dtype], "c" in flags, False, precision)
-    return list(attention_kernels(use).values())
+    use = Attention(
+        int(dim),
+        int(block),
+        DTYPES[dtype],
+        int(dim) ** -0.5,
+        (8 * int(dim),) * 4,
+        "c" in flags,
+        "p" in flags,
+        precision=precision,
+    )
+    return list(attention_kernels(use, Sizes(2, 8, 4096, listed, 8)).values())
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dscompile.codegen.triton_backend import cache
+import dscompile
+from dscompile import attention_ops
+from dscompile.codegen.cpu.choice import choose_attention
+from dscompile.codegen.regions import cut, region_module
+from dscompile.codegen.triton_backend import attention, cache
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import example, generate
 from dscompile.codegen.triton_backend.targets import TARGETS, launch_options
-from dscompile.codegen.triton_backend.templates.attention import Attention, offsets_and_indices
+from dscompile.codegen.triton_backend.templates.attention import Attention, Sizes, attention_kernels
+from dscompile.config import Config
 from dscompile.errors import UnsupportedError
+from dscompile.sparsity import BigBirdSparsityConfig
 from dscompile.tools.cli import run
+from tests.build import Hand
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the extra is not installed")
 
@@ -87,7 +96,7 @@ def test_row_kernels_have_as_many_threads_on_every_target() -> None:
     assert threads == {128}
 
 
-# -- attention's arguments ---------------------------------------------------------------------------------------------
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,17 +110,92 @@ def test_row_kernels_have_as_many_threads_on_every_target() -> None:
     ],
 )
 def test_an_attention_without_a_kernel_is_refused(changes: dict[str, object], says: str) -> None:
-    use = dataclasses.replace(Attention(1, 2, 64, 16, 16, 8, torch.float32), **changes)  # type: ignore[arg-type]
+    use = dataclasses.replace(Attention(16, 16, torch.float32, 0.25, (16,) * 4), **changes)  # type: ignore[arg-type]
+    assert says in use.refusal()
     with pytest.raises(UnsupportedError, match=says.replace(".", r"\.")):
-        use.check()
+        attention_kernels(use)
 
 
-def test_the_listing_of_a_layout() -> None:
-    layout = torch.tensor([[[1, 0, 1], [0, 0, 0], [1, 1, 1]], [[0, 1, 0], [1, 0, 0], [0, 0, 0]]])
-    offsets, indices = offsets_and_indices(layout)
-    assert offsets.tolist() == [[0, 2, 2, 5], [5, 6, 7, 7]]
-    assert indices.tolist() == [0, 2, 0, 1, 2, 1, 0]
-    assert offsets.dtype == indices.dtype == torch.int32
+def test_one_source_and_one_build_serve_every_size() -> None:
+    """The sizes of a call are arguments: neither the source nor what is compiled in knows them."""
+    use = Attention(64, 64, torch.bfloat16, 0.125, (512,) * 4)
+    symbolic = attention_kernels(use)
+    for sizes in (Sizes(1, 8, 128, 10, 1), Sizes(4, 8, 4096, 512, 8)):
+        for what, kernel in attention_kernels(use, sizes).items():
+            assert kernel.source == symbolic[what].source
+            assert kernel.constants == symbolic[what].constants
+    names = [name for name, _ in symbolic["forward"].sizes]
+    assert names == ["heads", "layout_heads", "seq", "q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head"]
+
+
+def layout(heads: int = 2, blocks: int = 3, block: int = 16, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """q, k, v on fake GPUs, and the operator's other arguments."""
+    q = torch.empty(2, heads, blocks * block, 16, dtype=dtype, device="cuda")
+    rows, columns = torch.empty(1, blocks + 1, dtype=torch.int32, device="cuda"), q.new_empty(9, dtype=torch.int32)
+    return [q, q, q, rows, columns, rows, columns, block, False, None, 0.25]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, ""),
+        ({"block": 48}, "blocks of 16, 32, 64, 128, not 48"),
+        ({"dtype": torch.float64}, "not torch.float64"),
+    ],
+)
+def test_attention_that_runs_gathered_on_a_gpu_is_counted_with_its_reason(arguments: Any, says: str) -> None:
+    h = Hand()
+    with h.mode:
+        operands = layout(**arguments)
+    inputs = [
+        h.input(f"x{i}", *x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for i, x in enumerate(operands)
+    ]
+    for node, value in zip(inputs, operands, strict=True):
+        if isinstance(node, torch.fx.Node):
+            node.meta["val"] = value
+    result = h.call(torch.ops.dscompile.block_sparse_attention.default, *inputs)
+    out = h.graph.call_function(operator.getitem, (result, 0))
+    out.meta["val"] = result.meta["val"][0]
+    (region,) = cut(h.done([out]), Config(regions="whole"))
+    choices, missing = choose_attention(region_module(region), Config())
+    assert choices == []
+    assert says in "".join(missing)
+    assert bool(missing) is bool(says)
+
+
+def test_a_fallback_on_a_gpu_is_warned_of_once_for_each_reason(caplog: pytest.LogCaptureFixture) -> None:
+    attention.warn_gathered.cache_clear()
+    q = torch.randn(1, 2, 96, 16)
+    rows, columns = torch.tensor([[0, 2, 4]], dtype=torch.int32), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    index = (rows, columns, rows, columns, 48, False, None, 0.25)
+    for _ in range(2):
+        out, lse = attention_ops._forward_gpu(q, q, q, *index)
+        attention_ops._backward_gpu(out, q, q, q, out, lse, *index)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=0.25)
+    torch.testing.assert_close(out, dense)
+    (record,) = [r for r in caplog.records if "many times slower" in r.getMessage()]
+    assert "blocks of 16, 32, 64, 128, not 48" in record.getMessage()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("seq", [256, 231])
+def test_attention_on_a_gpu_is_that_of_the_cpu(dtype: torch.dtype, seq: int) -> None:
+    """The same call on both devices, forward and backward: launched by Triton's driver, not interpreted."""
+    pattern = BigBirdSparsityConfig(2, 32).make_layout(256)
+    padding = torch.zeros(2, seq, dtype=torch.bool)
+    padding[1, -40:] = True
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        q, k, v, grad = (torch.randn(2, 2, seq, 64).to(device, dtype).requires_grad_() for _ in range(4))
+        out = dscompile.sparse_attention(
+            q, k, v, pattern.to(device), 32, causal=True, key_padding_mask=padding.to(device)
+        )
+        results.append([t.cpu() for t in (out, *torch.autograd.grad(out, (q, k, v), grad))])
+    for cpu, gpu in zip(*results, strict=True):
+        torch.testing.assert_close(gpu, cpu, atol=2e-2 if dtype is torch.bfloat16 else 1e-4, rtol=2e-2)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from dscompile.codegen.triton_backend.bars import EXCEPTIONS
 from dscompile.codegen.triton_backend.library import entries
 from dscompile.codegen.triton_backend.targets import TARGETS, find_target
 from dscompile.errors import UnsupportedError
-from tests.kernels.workers import work
+from tests.kernels.workers import ROOT, work
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed"
@@ -99,3 +103,64 @@ def test_every_exception_has_a_reason_and_known_targets() -> None:
 def test_an_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(UnsupportedError, match=r"'sm_91'.*Did you mean 'sm_90'.*sm_80, sm_90, sm_100, gfx942"):
         find_target("sm_91")
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+BUILD = """
+import sys
+from pathlib import Path
+import torch
+from dscompile.codegen.triton_backend.aot import build
+from dscompile.codegen.triton_backend.library import example, generate
+from dscompile.codegen.triton_backend.targets import find_target
+kernel = generate("softmax", example("softmax", torch.bfloat16, 64, 256)).kernels[0]
+print(build(kernel, find_target("sm_90"), folder=Path(sys.argv[1])).figures.registers)
+"""
+
+
+def assembler(tmp_path: Path, body: str) -> dict[str, str]:
+    """The environment of a process whose ptxas is a script: ``body``, then the real one."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    real = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    script = tmp_path / "ptxas"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {real} "$@"\n{body}\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    extra = {"TRITON_PTXAS_PATH": str(script), "TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **extra}
+
+
+@needs_triton
+def test_an_assembler_that_fails_is_named_and_the_next_build_is_whole(tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.touch()
+    environment = assembler(tmp_path, f'[ -e {bad} ] && {{ echo "ptxas fatal: no space left" >&2; exit 1; }}')
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, str(tmp_path / "built")]
+    failed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "RunError: kernel 'softmax' cannot be built for sm_90: " in last
+    assert "fatal: no space left" in last
+    assert "softmax.py" in last
+    bad.unlink()
+    again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert 0 < int(again.stdout) <= 80
+
+
+@needs_triton
+def test_a_build_that_is_killed_leaves_nothing_that_the_next_one_waits_for(tmp_path: Path) -> None:
+    slow, begun = tmp_path / "slow", tmp_path / "begun"
+    slow.touch()
+    environment = assembler(tmp_path, f"touch {begun}; [ -e {slow} ] && sleep 120")
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, str(tmp_path / "built")]
+    first = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, 9)
+    first.wait()
+    assert begun.exists(), "it was killed while it assembled"
+    slow.unlink()
+    again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert 0 < int(again.stdout) <= 80, again.stderr

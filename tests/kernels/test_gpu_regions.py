@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dscompile.codegen import gpu, lower
 from dscompile.codegen.emit import emit_program
@@ -20,6 +21,7 @@ from dscompile.config import Config
 from dscompile.program import check_lifetimes
 from dscompile.report import GraphReport
 from dscompile.runtime.execute import load_region
+from dscompile.torch_compat import FakeTensorMode
 from tests.build import Hand
 
 aten = torch.ops.aten
@@ -28,10 +30,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def norm_backward(h: Hand) -> list[Any]:
+def norm_backward(h: Hand, rows: Any = 512) -> list[Any]:
     with torch.device("cuda"):
         grad, x, mean, rstd, weight, bias = (
-            h.input("grad", 512, 64), h.input("x", 512, 64), h.input("mean", 512, 1), h.input("rstd", 512, 1),
+            h.input("grad", rows, 64), h.input("x", rows, 64), h.input("mean", rows, 1), h.input("rstd", rows, 1),
             h.input("weight", 64), h.input("bias", 64),
         )  # fmt: skip
     result = h.call(aten.native_layer_norm_backward.default, grad, x, [64], mean, rstd, weight, bias, [True] * 3)
@@ -84,7 +86,7 @@ def test_a_norm_backward_is_ours_because_it_reads_its_operands_once(inductor: li
 def test_a_pointwise_region_is_inductors(inductor: list[Any]) -> None:
     code = lower_region(region(what="sin"), Config())
     assert (code.kind, len(inductor)) == ("inductor", 1)
-    assert code.choice == "our kernels move 32768 bytes, Inductor's about 32768"
+    assert code.choice == "our 1 kernel move 32768 bytes, Inductor's about 32768"
 
 
 def test_the_option_turns_ours_off(inductor: list[Any]) -> None:
@@ -158,3 +160,39 @@ def test_the_runtime_binds_the_launchers_of_a_region_loaded_from_disk(
     dx, dw, db = load_region(code)(arguments)
     assert (dx.shape, dw.shape, db.shape) == ((512, 64), (64,), (64,))
     assert [n for _, n in launched] == [8, 4]
+
+
+# -- symbolic sizes ----------------------------------------------------------------------------------------------------
+
+
+def symbolic(rows: Any, mode: FakeTensorMode) -> Region:
+    """A norm's backward over a symbolic number of rows."""
+    h = Hand()
+    h.mode = mode
+    (found,) = cut(h.done(norm_backward(h, rows)), Config(regions="whole"))
+    return found
+
+
+def test_sizes_are_arguments_of_the_kernels_and_read_off_the_inputs() -> None:
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    rows = mode.from_tensor(torch.empty(4096, 2)).shape[0]
+    found = symbolic(rows, mode)
+    choice = choose(region_module(found), found.key)
+    assert choice.assembled is not None, choice.why
+    name = str(rows)
+    assert f"    {name} = i0.shape[0]" in choice.assembled.source
+    assert f"({name}, 64, )" in choice.assembled.source
+    assert f"{name}={name})" in choice.assembled.source
+    first, finish = choice.assembled.kernels
+    assert [(n, str(size)) for n, size in first.sizes] == [("rows", name)]
+    assert "4096" not in first.source.partition("import")[2], "only the header's estimate knows the example"
+    assert [(n, int(size)) for n, size in finish.sizes] == [("rows", 128)], "partial results are as many for every size"
+
+
+def test_a_size_that_data_decide_is_inductors() -> None:
+    env = ShapeEnv()
+    found = symbolic(env.create_unbacked_symint(), FakeTensorMode(shape_env=env))
+    choice = choose(region_module(found), found.key)
+    assert choice.assembled is None
+    assert "has a size that data decide (u0)" in choice.why

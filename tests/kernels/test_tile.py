@@ -111,7 +111,7 @@ def test_a_product_between_two_operators_keeps_them_apart() -> None:
     ("function", "dtype", "reason"),
     [
         (lambda x: x * 2, torch.float64, "torch.float64 is not computed in fp32 without loss"),
-        (lambda x: x.sum(1), torch.float32, "it reduces a dimension between others"),
+        (lambda x: torch.cat([x] * 4, 1).sum(1), torch.float32, "it reduces a dimension between others"),
         (lambda x: x.cumsum(-1), torch.float32, "aten.cumsum.default is not a tile operator"),
         (lambda x: x**2.5, torch.float32, "with exponent 2.5 is not a tile operator"),
         (lambda x: x.amax(-1), torch.int64, "of torch.int64 is not a tile reduction"),
@@ -124,6 +124,25 @@ def test_what_the_language_does_not_have_is_left_to_pytorch_with_the_reason(
 ) -> None:
     found = fused(function, (4, 6, 8), dtype=dtype)
     assert reason in reasons(found)
+
+
+def test_a_short_dimension_between_others_is_added_up_where_it_is_read() -> None:
+    """The groups of grouped-query attention: one kernel, each element read once, one rounding."""
+    found = fused(lambda x: x.sum(1) * 2, (64, 4, 32), dtype=torch.bfloat16)
+    assert len(found.kernels) == 1
+    assert found.bytes == 2 * (64 * 4 * 32 + 64 * 32)
+
+
+def test_a_sum_around_a_kept_dimension_reads_its_operand_once() -> None:
+    """A batch norm's: rows first, then the few results of each channel."""
+    found = fused(lambda x: x.sum((0, 2, 3)), (8, 16, 32, 32))
+    assert len(found.kernels) == 2
+    assert found.bytes == 4 * (8 * 16 * 32 * 32 + 2 * 8 * 16 + 16)
+
+
+def test_a_scattered_slice_is_one_kernel() -> None:
+    found = fused(lambda x, y: torch.slice_scatter(x.sin(), y, 1, 2, 5) + 1, (64, 8), (64, 3))
+    assert len(found.kernels) == 1
 
 
 def test_attention_stays_one_operator() -> None:

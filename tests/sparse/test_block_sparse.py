@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,10 @@ import dscompile
 from dscompile.block_layout import BlockLayout
 from dscompile.block_sparse import SparseAttentionUtils, SparseSelfAttention
 from dscompile.errors import ConfigError, UnsupportedError
-from dscompile.sparsity import (
-    BigBirdSparsityConfig,
-    BSLongformerSparsityConfig,
-    DenseSparsityConfig,
-    FixedSparsityConfig,
-    LocalSlidingWindowSparsityConfig,
-    VariableSparsityConfig,
-)
+from dscompile.sparsity import FixedSparsityConfig
+from tests.sparse.layouts import HEADS, LAYOUTS
 
-HEADS, SIZE = 2, 16
-LAYOUTS: dict[str, Callable[[], Any]] = {
-    "dense": lambda: DenseSparsityConfig(HEADS),
-    "fixed": lambda: FixedSparsityConfig(HEADS, num_local_blocks=2),
-    "fixed per head": lambda: FixedSparsityConfig(HEADS, 16, True, num_local_blocks=2, num_different_global_patterns=2),
-    "variable": lambda: VariableSparsityConfig(HEADS, num_random_blocks=1, local_window_blocks=[1, 2]),
-    "bigbird": lambda: BigBirdSparsityConfig(HEADS, 16, True),
-    "longformer": lambda: BSLongformerSparsityConfig(HEADS, global_block_indices=[1]),
-    "window": lambda: LocalSlidingWindowSparsityConfig(HEADS),
-}
+SIZE = 16
 TOLERANCE = {torch.float32: (5e-5, 5e-4), torch.bfloat16: (3e-2, 3e-2), torch.float64: (1e-12, 1e-10)}
 """Absolute and relative; fp32 is DeepSpeed's own bar, bf16 a few units of its rounding on values around 1."""
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
 import torch
-from torch import Tensor
 
+from dscompile.codegen.tile.indexing import Div
 from dscompile.codegen.tile.ir import Buffer
 from dscompile.codegen.tile.schedule import power
 from dscompile.codegen.triton_backend.kernel import Kernel
@@ -17,46 +15,49 @@ from dscompile.codegen.triton_backend.templates import attention_text as text
 from dscompile.errors import UnsupportedError
 
 BLOCKS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE = 64
 """Most rows of a tile: with 128 the gradients of k and v do not fit the registers of any target but sm_100."""
 MAX_DIM = 256
-_SHARED = 160 * 1024
-"""Bytes of tiles in flight: every CUDA target's opt-in shared memory, with room for the rest."""
+MOST_REGISTERS = 255
+"""Of a CUDA thread."""
+SHARED = 160 * 1024
+"""Bytes of tiles in flight: the opt-in shared memory of every CUDA target, with room for the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One use of block-sparse attention.
+    """What is decided when a kernel of block-sparse attention is compiled.
 
     Attributes:
-        batch, heads, seq, dim: of q, k and v, which are ``[batch, heads, seq, dim]`` and contiguous. block: of the
-        layout. listed: blocks of the layout, all heads together. dtype: of q, k, v. causal, padded: masks inside the
-        listed blocks. precision: of fp32 products, ``ieee`` or ``tf32`` (rounds operands to 11 bits).
-        scale: of the scores; default ``1 / sqrt(dim)``.
+        dim: head size. block: of the layout. dtype: of q, k, v. scale: of the scores. causal, padded: masks inside the
+        listed blocks. ragged: the sequence is not whole blocks. precision: of fp32 products, ``ieee`` or ``tf32``
+        (rounds operands to 11 bits). rows: elements between two rows of q, k, v and (in backward) the gradient.
+        shared: bytes of shared memory for tiles in flight.
     """
 
-    batch: int
-    heads: int
-    seq: int
     dim: int
     block: int
-    listed: int
     dtype: torch.dtype
+    scale: float
+    rows: tuple[int, int, int, int]
     causal: bool = False
     padded: bool = False
+    ragged: bool = False
     precision: str = "ieee"
-    scale: float | None = None
+    shared: int = SHARED
 
-    def check(self) -> None:
-        """Raise :class:`UnsupportedError` for what no kernel is generated for."""
+    def refusal(self) -> str:
+        """Why no kernel is generated for it ("" if one is)."""
         if self.block not in BLOCKS:
-            raise UnsupportedError(f"sparse attention has blocks of {', '.join(map(str, BLOCKS))}, not {self.block}.")
+            return f"the Triton kernels take blocks of {', '.join(map(str, BLOCKS))}, not {self.block}"
         if self.dim % 8 or not 8 <= self.dim <= MAX_DIM:
-            raise UnsupportedError(f"sparse attention has a head size of 8, 16, ... {MAX_DIM}, not {self.dim}.")
-        if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UnsupportedError(f"sparse attention is computed in float32, float16 and bfloat16, not {self.dtype}.")
+            return f"the Triton kernels take a head size of 8, 16, ... {MAX_DIM}, not {self.dim}"
+        if self.dtype not in DTYPES:
+            return f"the Triton kernels take {', '.join(map(str, DTYPES))}, not {self.dtype}"
         if self.precision not in ("ieee", "tf32"):
-            raise UnsupportedError(f"precision is 'ieee' or 'tf32', not {self.precision!r}.")
+            return f"the precision of products is 'ieee' or 'tf32', not {self.precision!r}"
+        return ""
 
     def tile(self, what: str) -> int:
         """Rows and columns of one product in the kernel ``what``.
@@ -70,98 +71,140 @@ class Attention:
         return min(self.block, most)
 
 
-def offsets_and_indices(layout: Tensor) -> tuple[Tensor, Tensor]:
-    """The listed blocks of every row of a layout ``[heads, rows, cols]``: int32 ``[heads, rows + 1]`` and indices.
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of one call: of q ``[batch, heads, seq, dim]`` and of the layout, ``listed`` blocks over all heads."""
 
-    For the columns, pass ``layout.transpose(1, 2)``.
-    """
-    heads, rows, _ = layout.shape
-    used = layout != 0
-    counts = used.sum(-1).reshape(-1)
-    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    starts = ends[:-1].reshape(heads, rows)
-    offsets = torch.cat([starts, ends[rows::rows].reshape(heads, 1)], 1)
-    return offsets.to(torch.int32).contiguous(), used.nonzero()[:, 2].to(torch.int32).contiguous()
+    batch: int
+    heads: int
+    seq: int
+    listed: int
+    layout_heads: int
+
+    def numbers(self, dim: int) -> dict[str, int]:
+        """The run-time integers of the kernels, for q, k, v and grad that lie ``[batch, seq, heads, dim]``."""
+        strides = {"batch": self.seq * self.heads * dim, "head": dim}
+        found = {f"{name}_{of}": stride for name in ("q", "k", "v", "grad") for of, stride in strides.items()}
+        return found | {
+            "batch": self.batch, "heads": self.heads, "seq": self.seq, "listed": self.listed,
+            "layout_heads": self.layout_heads,
+        }  # fmt: skip
 
 
-def attention_kernels(use: Attention) -> dict[str, Kernel]:
-    """``forward``, ``backward_q`` and ``backward_kv``.
+BATCH, HEADS, SEQ, LISTED, LAYOUT_HEADS = (
+    sympy.Symbol(name, integer=True, positive=True) for name in ("batch", "heads", "seq", "listed", "layout_heads")
+)
+KERNELS = ("forward", "backward_q", "backward_kv")
+_LISTING = ("padding", "offsets", "indices")
+_OPERANDS = {
+    "forward": (("q", "k", "v", *_LISTING), ("out", "lse")),
+    "backward_q": (("q", "k", "v", "grad", "out", "lse", *_LISTING), ("dq", "delta")),
+    "backward_kv": (("q", "k", "v", "grad", "lse", "delta", *_LISTING), ("dk", "dv")),
+}
+_BODIES = {"forward": text.FORWARD, "backward_q": text.BACKWARD_Q, "backward_kv": text.BACKWARD_KV}
+_TITLES = {
+    "forward": "Block-sparse attention, forward: out and the softmax's statistics.",
+    "backward_q": "Block-sparse attention, backward: the gradient of q, and what the softmax's backward subtracts.",
+    "backward_kv": "Block-sparse attention, backward: the gradients of k and v, block column by block column.",
+}
+_STATISTICS = {
+    "forward": "",
+    "backward_q": "\n    out [batch, seq, heads, dim]; lse float32 [batch, heads, seq];",
+    "backward_kv": "\n    lse and delta float32 [batch, heads, seq];",
+}
+_RESULTS = {
+    "forward": "out [batch, seq, heads, dim] {dtype}; lse float32 [batch, heads, seq], a natural logarithm",
+    "backward_q": "dq [batch, seq, heads, dim] {dtype}; delta float32 [batch, heads, seq]",
+    "backward_kv": "dk, dv [batch, seq, heads, dim] {dtype}",
+}
+_COMPUTES = {
+    "forward": "out = softmax(SCALE * q k^T over the visible keys) v; lse = log(sum of exp of the scores)",
+    "backward_q": "delta = sum(grad * out); dq = SCALE * (p * (grad v^T - delta)) k, p recomputed from lse",
+    "backward_kv": "dv = p^T grad; dk = SCALE * (p * (grad v^T - delta))^T q, p recomputed from lse",
+}
 
-    ``delta``, which both backward kernels read, is the sum over ``dim`` of gradient times result, in fp32: a row
-    reduction that fusion makes (:func:`delta`).
+
+def attention_kernels(use: Attention, sizes: Sizes | None = None) -> dict[str, Kernel]:
+    """``forward``, ``backward_q`` and ``backward_kv``, in the order in which they are launched.
+
+    Args:
+        use: what is compiled in.
+        sizes: numbers to build ahead of time for. Without, the sizes are symbols, and one kernel serves them all.
 
     Raises:
         UnsupportedError: a block, head size, dtype or precision that there is no kernel for.
     """
-    use.check()
-    elements = use.batch * use.heads * use.seq
-    blocks = -(-use.seq // use.block)
-    values = {
-        n: Buffer(n, use.dtype, sympy.Integer(elements * use.dim))
-        for n in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")
-    }
-    values |= {n: Buffer(n, torch.float32, sympy.Integer(elements)) for n in ("lse", "delta")}
-    values["keep"] = Buffer("keep", torch.int8, sympy.Integer(use.batch * use.seq if use.padded else 1))
-    values["offsets"] = Buffer("offsets", torch.int32, sympy.Integer(use.heads * (blocks + 1)))
-    values["indices"] = Buffer("indices", torch.int32, sympy.Integer(max(use.listed, 1)))
-    listing = ("keep", "offsets", "indices")
-    inner = ("q", "k", "v", "grad", "lse", "delta")
-    return {
-        "forward": _kernel(use, "forward", text.FORWARD, values, ("q", "k", "v", *listing), ("out", "lse")),
-        "backward_q": _kernel(use, "backward_q", text.BACKWARD_Q, values, (*inner, *listing), ("dq",)),
-        "backward_kv": _kernel(use, "backward_kv", text.BACKWARD_KV, values, (*inner, *listing), ("dk", "dv")),
-    }
+    if reason := use.refusal():
+        raise UnsupportedError(f"sparse attention: {reason}.")
+    return {what: _kernel(use, what, sizes) for what in KERNELS}
 
 
-_TITLES = {
-    "forward": "Block-sparse attention, forward: out and the softmax's statistics.",
-    "backward_q": "Block-sparse attention, backward: the gradient of q.",
-    "backward_kv": "Block-sparse attention, backward: the gradients of k and v, block column by block column.",
-}
+def _buffers(use: Attention) -> dict[str, Buffer]:
+    elements = BATCH * HEADS * SEQ
+    found = {
+        n: Buffer(n, use.dtype, elements * use.dim) for n in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")
+    }  # fmt: skip
+    found |= {n: Buffer(n, torch.float32, elements) for n in ("lse", "delta")}
+    found["padding"] = Buffer("padding", torch.uint8, BATCH * SEQ if use.padded else sympy.Integer(1))
+    found["offsets"] = Buffer("offsets", torch.int32, LAYOUT_HEADS * (Div(SEQ + use.block - 1, use.block) + 1))
+    found["indices"] = Buffer("indices", torch.int32, LISTED)
+    return found
 
 
-def _kernel(
-    use: Attention, what: str, body: str, values: Mapping[str, Buffer], reads: tuple[str, ...], writes: tuple[str, ...]
-) -> Kernel:
+def _kernel(use: Attention, what: str, sizes: Sizes | None) -> Kernel:
     name = f"attention_{what}"
-    ideal = sum(int(values[n].bytes) for n in (*reads, *writes))
-    moved = ideal + _reread(use, what)
+    values = _buffers(use)
+    reads, writes = _OPERANDS[what]
+    operands = [n for n in ("q", "k", "v", "grad") if n in reads]
+    tile = use.tile(what)
+    parts = use.block // tile
+    per_head = [values[n].bytes for n in (*reads, *writes) if n not in _LISTING]
+    ideal = sympy.Add(*per_head)
+    streamed = ("q", "grad") if what == "backward_kv" else ("k", "v")
+    pair = 2 * use.block * use.dim * use.dtype.itemsize
+    moved = ideal - sum(values[n].bytes for n in streamed) + BATCH * LISTED * parts * pair
     head = text.HEAD.format(
         title=f"{name}: {_TITLES[what]}",
+        operands=", ".join(operands),
+        dtype=str(use.dtype).removeprefix("torch."),
+        rows=", ".join(f"{n.upper()}_ROW" for n in operands),
+        statistics=_STATISTICS[what],
+        results=_RESULTS[what].format(dtype=str(use.dtype).removeprefix("torch.")),
+        nodes=_COMPUTES[what],
         moves=moved,
-        listed_blocks=use.listed,
-        block=use.block,
+        ideal=ideal,
         listed="query rows" if what == "backward_kv" else "key columns",
         of="column" if what == "backward_kv" else "row",
     )
-    tile = use.tile(what)
-    tiles = -(-use.seq // use.block) * (use.block // tile)
+    strides = [f"{n}_{of}" for n in operands for of in ("batch", "head")]
+    names = ("heads", "layout_heads", "seq", *strides)
+    tiles = Div(SEQ + use.block - 1, sympy.Integer(use.block)) * parts
+    numbers = {} if sizes is None else sizes.numbers(use.dim)
+    known = {sympy.Symbol(n, integer=True, positive=True): sympy.Integer(v) for n, v in numbers.items()}
+
+    def at(expr: sympy.Expr) -> sympy.Expr:
+        return expr.xreplace(known)
+
     return Kernel(
         name,
-        head + body.format(name=name),
-        tuple(values[n] for n in reads),
-        tuple(values[n] for n in writes),
-        (("heads", sympy.Integer(use.heads)), ("seq", sympy.Integer(use.seq))),
+        head + _BODIES[what].format(name=name),
+        tuple(Buffer(n, values[n].dtype, at(values[n].numel)) for n in reads),
+        tuple(Buffer(n, values[n].dtype, at(values[n].numel)) for n in writes),
+        tuple((n, at(sympy.Symbol(n, integer=True, positive=True))) for n in names),
         {
             "DIM": use.dim, "DIM_BLOCK": max(power(use.dim), 16), "BLOCK": use.block, "TILE": tile,
-            "CAUSAL": use.causal, "PADDED": use.padded, "RAGGED": use.seq % use.block != 0, "PRECISION": use.precision,
-            "SCALE": 1 / math.sqrt(use.dim) if use.scale is None else use.scale,
+            "CAUSAL": use.causal, "PADDED": use.padded, "RAGGED": use.ragged, "PRECISION": use.precision,
+            "SCALE": use.scale, **dict(zip(("Q_ROW", "K_ROW", "V_ROW", "GRAD_ROW"), use.rows, strict=True)),
         },
-        (sympy.Integer(tiles), sympy.Integer(use.batch * use.heads)),
+        (at(BATCH * HEADS * tiles),),
         warps=_warps(use, tile),
         stages=_stages(use, what),
-        bytes=moved,
-        ideal=ideal,
+        bytes=0 if sizes is None else int(at(moved)),
+        ideal=0 if sizes is None else int(at(ideal)),
         nodes=(name,),
         kind="matrix",
+        registers=_registers(use, what),
     )  # fmt: skip
-
-
-def _reread(use: Attention, what: str) -> int:
-    """Bytes read again: every listed block brings its two tiles, where an ideal kernel reads each tensor once."""
-    pair = 2 * use.block * use.dim * use.dtype.itemsize
-    once = 2 * use.batch * use.heads * use.seq * use.dim * use.dtype.itemsize
-    return max(use.batch * use.listed * (use.block // use.tile(what)) * pair - once, 0)
 
 
 def _warps(use: Attention, tile: int) -> int:
@@ -171,13 +214,14 @@ def _warps(use: Attention, tile: int) -> int:
     return tile // 16 * (2 if power(use.dim) > 64 and tile == TILE else 1)
 
 
+def _registers(use: Attention, what: str) -> int:
+    """All that there are, where ptxas left to itself was seen to spill a few for one program more."""
+    ordinary = use.dtype is torch.float32 and use.precision == "ieee"
+    return MOST_REGISTERS if ordinary or (what == "backward_kv" and use.tile(what) < TILE) else 0
+
+
 def _stages(use: Attention, what: str) -> int:
     """How many turns' tiles are in flight: three if they fit, fewer for wide heads and fp32."""
     tile = use.tile(what) * max(power(use.dim), 16) * use.dtype.itemsize
     held = tile * (1 if what == "forward" else 2)
-    return max(1, min(3, (_SHARED - held) // (2 * tile)))
-
-
-def delta(grad: Tensor, out: Tensor) -> Tensor:
-    """``[batch, heads, seq]`` fp32: what the softmax's backward subtracts from every score's gradient."""
-    return (grad.float() * out.float()).sum(-1)
+    return max(1, min(3, (use.shared - held) // (2 * tile)))

@@ -1,0 +1,51 @@
+"""Kernels and bytes beside TorchInductor's for the same graphs: its code generator runs, no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from tests.kernels.workers import work
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the extra 'triton' is not installed"
+)
+
+BACKWARD = ("layer_norm_backward", "rms_norm_backward")
+
+
+@pytest.fixture(scope="module")
+def norms() -> dict[str, Any]:
+    return work("count_kernels", [f"library/{name}" for name in ("layer_norm", *BACKWARD)])
+
+
+@pytest.mark.parametrize("name", ["layer_norm", *BACKWARD])
+def test_a_norm_takes_no_more_kernels_and_fewer_bytes_than_inductors(norms: dict[str, Any], name: str) -> None:
+    """The ideal: every input and output of the graph once."""
+    found = norms[f"library/{name}"]
+    assert not isinstance(found, str), found
+    figures = found[""]
+    assert figures["alone"] == []
+    assert figures["ours"] <= figures["inductor"]
+    assert figures["bytes"] <= 1.05 * figures["graph ideal"]
+    if name in BACKWARD:
+        assert figures["inductor bytes"] > 1.1 * figures["graph ideal"], "sums over columns read their operands again"
+
+
+MORE = {"resnet/backward", "bert/forward", "gpt2/forward", "mixtral/forward"}
+"""Graphs in which we take more launches: Inductor generates gather, scatter, embedding, pooling and cumsum; the tile
+language has none of them, so that PyTorch's operators run, one launch each. Such regions are Inductor's by bytes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llama", "gpt2", "mistral", "mixtral", "bert", "t5", "vit", "resnet"])
+def test_a_model_takes_no_more_launches_than_inductors_but_for_named_graphs(model: str) -> None:
+    (found,) = work("count_kernels", [model]).values()
+    assert not isinstance(found, str), found
+    for half, figures in found.items():
+        ours = figures["ours"] + len(figures["alone"])
+        theirs = figures["inductor"] + len(figures["their alone"])
+        assert (ours > theirs) == (f"{model}/{half}" in MORE), (half, figures)
+        assert figures["bytes"] < figures["inductor bytes"], (half, figures)

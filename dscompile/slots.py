@@ -217,6 +217,7 @@ class Slot:
             self.offered if boundary else None,
             None if master else spec.dtype,
             spec.wire,
+            spec.tile_argument,
         )
 
     # -- accumulation ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dscompile.errors import ConfigError
-from dscompile.torch_compat import register_group
+from dscompile.torch_compat import register_group, unflattened, whole_world
 
 DATA = "dp"
 """The axis over which ZeRO shards, and over whose ranks batches differ."""
@@ -51,6 +51,9 @@ class World:
         axes = tuple(mesh.mesh_dim_names)
         sizes = tuple(int(n) for n in mesh.shape)
         ranks = mesh.mesh.flatten().tolist()
+        grid = columns_of(mesh) > 1
+        if grid:
+            axes, sizes = (axes[0].removesuffix(_ROWS),), (sizes[0] * sizes[1],)
         if len(ranks) > dist.get_world_size() or max(ranks) >= dist.get_world_size():
             raise ConfigError(
                 f"the mesh has ranks {ranks}, but the process group has {dist.get_world_size()}; "
@@ -60,7 +63,7 @@ class World:
         whole = len(axes) == 1 and ranks == list(range(dist.get_world_size()))
         groups = axes if whole else tuple(f"{axis}@{digest}" for axis in axes)
         for axis, group in zip(axes, groups, strict=True):
-            register_group(group, mesh.get_group(axis))
+            register_group(group, whole_world() if grid else mesh.get_group(axis))
         return cls(axes, sizes, groups, mesh.device_type)
 
     def _index(self, axis: str) -> int:
@@ -75,6 +78,34 @@ class World:
     def group(self, axis: str = DATA) -> str:
         """Logical group name of an axis. Raises :class:`ConfigError` if the mesh has no such axis."""
         return self.groups[self._index(axis)]
+
+
+# -- ranks in a grid -------------------------------------------------------------------------------------------------
+
+_ROWS, _COLUMNS = ":rows", ":columns"
+
+
+def _grid_axes(axis: str) -> tuple[str, str]:
+    return axis + _ROWS, axis + _COLUMNS
+
+
+def can_be_grid(mesh: DeviceMesh) -> bool:
+    """Whether :func:`as_grid` may arrange a mesh's ranks: it has one axis, over the whole world."""
+    return mesh.ndim == 1 and mesh.mesh.tolist() == list(range(dist.get_world_size()))
+
+
+def columns_of(mesh: DeviceMesh) -> int:
+    """Columns of a mesh that :func:`as_grid` made, 1 for any other."""
+    names = mesh.mesh_dim_names or ()
+    return int(mesh.shape[1]) if len(names) == 2 and names == _grid_axes(names[0].removesuffix(_ROWS)) else 1
+
+
+def as_grid(mesh: DeviceMesh, axis: str, columns: int) -> DeviceMesh:
+    """The ranks of a one-axis mesh over the whole world, in the same order, as rows of ``columns``.
+
+    :class:`World` sees the one axis all the same. Makes process groups: every rank must call it.
+    """
+    return unflattened(mesh, axis, (mesh.size() // columns, columns), _grid_axes(axis))
 
 
 def default_mesh(device: str = "cpu", expected: int | None = None) -> DeviceMesh:

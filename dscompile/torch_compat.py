@@ -174,6 +174,27 @@ def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
     registered._register_process_group(name, group)
 
 
+def is_registered(name: str) -> bool:
+    """Whether a process group is registered under a logical name."""
+    try:
+        process_group(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def mesh_of_groups(device: str, ranks: torch.Tensor, axes: tuple[str, ...], groups: tuple[str, ...]) -> DeviceMesh:
+    """A mesh over registered process groups that knows them by their logical names, so that pickles do too.
+
+    Stands on ``DeviceMesh._dim_group_names``.
+    """
+    found = [process_group(name) for name in groups]
+    mesh = DeviceMesh.from_group(found, device, mesh=ranks, mesh_dim_names=axes)
+    mesh._dim_group_names = list(groups)
+    mesh._pg_registry = dict(zip(groups, found, strict=True))
+    return mesh
+
+
 def whole_world() -> torch.distributed.ProcessGroup:
     """The default process group."""
     return cast(torch.distributed.ProcessGroup, torch.distributed.group.WORLD)

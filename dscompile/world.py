@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dscompile.errors import ConfigError
-from dscompile.torch_compat import register_group, unflattened, whole_world
+from dscompile.torch_compat import is_registered, mesh_of_groups, register_group, unflattened, whole_world
 
 DATA = "dp"
 """The axis over which ZeRO shards, and over whose ranks batches differ."""
@@ -53,6 +53,7 @@ class World:
         ranks = mesh.mesh.flatten().tolist()
         grid = columns_of(mesh) > 1
         if grid:
+            _revive(mesh, axes[0].removesuffix(_ROWS), sizes)
             axes, sizes = (axes[0].removesuffix(_ROWS),), (sizes[0] * sizes[1],)
         if len(ranks) > dist.get_world_size() or max(ranks) >= dist.get_world_size():
             raise ConfigError(
@@ -103,9 +104,28 @@ def columns_of(mesh: DeviceMesh) -> int:
 def as_grid(mesh: DeviceMesh, axis: str, columns: int) -> DeviceMesh:
     """The ranks of a one-axis mesh over the whole world, in the same order, as rows of ``columns``.
 
-    :class:`World` sees the one axis all the same. Makes process groups: every rank must call it.
+    :class:`World` sees the one axis all the same. Every rank must call it: the first call makes process groups, later
+    ones find them under their logical names, as meshes do that are unpickled in another process.
     """
-    return unflattened(mesh, axis, (mesh.size() // columns, columns), _grid_axes(axis))
+    sizes, axes = (mesh.size() // columns, columns), _grid_axes(axis)
+    groups = _grid_groups(axis, sizes)
+    if not all(map(is_registered, groups)):
+        made = unflattened(mesh, axis, sizes, axes)
+        for name, part in zip(groups, axes, strict=True):
+            register_group(name, made.get_group(part))
+    return mesh_of_groups(mesh.device_type, mesh.mesh.view(sizes), axes, groups)
+
+
+def _grid_groups(axis: str, sizes: tuple[int, ...]) -> tuple[str, str]:
+    """The logical names of a grid's groups."""
+    rows, columns = _grid_axes(f"{axis}@{sizes[0]}x{sizes[1]}")
+    return rows, columns
+
+
+def _revive(mesh: DeviceMesh, axis: str, sizes: tuple[int, ...]) -> None:
+    """Make the groups of a grid that was unpickled where no grid has been made yet. Every rank comes here."""
+    if not all(map(is_registered, _grid_groups(axis, sizes))):
+        as_grid(init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=(axis,)), axis, sizes[1])
 
 
 def default_mesh(device: str = "cpu", expected: int | None = None) -> DeviceMesh:

@@ -143,8 +143,8 @@ def _plan(model: nn.Module, config: Config, world: int, group: str, columns: int
             shape = tuple(param.shape)
             real = param.is_floating_point()
             layout = choose_layout(shape, world, stage, columns) if real else ShardLayout(shape, REPLICATED, world)
-            dtypes = parameter_dtypes(config.precision) if real else ()
-            spec = ShardSpec(fqn, shape, layout.dim, world, group, stage, *dtypes, tile=layout.tile)
+            dtypes = parameter_dtypes(config.precision) if real else (None, None, None)
+            spec = ShardSpec(fqn, shape, layout.dim, world, group, stage, *dtypes, layout.tile)
             plan[id(param)] = _Planned(param, spec, [])
     for module in model.modules():
         for name, held in module._parameters.items():  # named_parameters() leaves out the other names of a tied one

@@ -55,7 +55,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """A tensor of ``shape`` cut along ``dim`` into ``world`` pieces; with a ``tile``, into fewer and these once more."""
+    """A tensor of ``shape`` cut along ``dim`` into ``world`` pieces; with a ``tile``, into fewer, and these again."""
 
     shape: tuple[int, ...]
     dim: int

@@ -190,8 +190,9 @@ def mesh_of_groups(device: str, ranks: torch.Tensor, axes: tuple[str, ...], grou
     """
     found = [process_group(name) for name in groups]
     mesh = DeviceMesh.from_group(found, device, mesh=ranks, mesh_dim_names=axes)
-    mesh._dim_group_names = list(groups)
-    mesh._pg_registry = dict(zip(groups, found, strict=True))
+    inner: Any = mesh  # its annotations want a private string type for names
+    inner._dim_group_names = list(groups)
+    inner._pg_registry = dict(zip(groups, found, strict=True))
     return mesh
 
 

@@ -1,6 +1,7 @@
 """The matrix of the parameter contract in eager mode: each row on 2 and on 3 ranks, against one process.
 
-On 4 ranks, which form a grid, the rows run in tests/distributed/test_grid.py."""
+On 4 ranks, which form a grid, the rows run in tests/distributed/test_grid.py.
+"""
 
 from __future__ import annotations
 

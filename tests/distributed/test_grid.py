@@ -170,7 +170,7 @@ def test_grid() -> None:
 
 
 def trained(rank: int, world: int, folder: str, save: bool) -> list[Tensor]:
-    """Two AdamW steps; saved after the first, or only the second, from what was saved. Batches are equal on all ranks."""
+    """Two AdamW steps; saved after the first, or the second, from what was saved. All ranks have one batch."""
     model = dscompile.distribute(seeded(Net, 0 if save else 7))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if save:

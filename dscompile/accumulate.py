@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dscompile.errors import ShardingError, UnsupportedError
-from dscompile.ops import reduce_grad
+from dscompile.ops import REPLICATED, reduce_grad
 from dscompile.placement import spec_of
 from dscompile.sharded import Sync, set_variant, sharded_modules, slots_in
 from dscompile.slots import Slot, slot_of
@@ -76,8 +76,10 @@ def reduce_pending(model: nn.Module) -> None:
 def _reduce(slot: Slot) -> None:
     spec, full = slot.spec, cast(Tensor, slot.accumulated)
     with torch.no_grad():
-        rows, out = spec.rows(slot.rank)[1], slot.shard.dtype
-        local = reduce_grad(full, spec.dim, rows, spec.world, spec.group, spec.wire, out)
+        shape = slot.shard.shape
+        rows = 0 if spec.dim == REPLICATED else shape[spec.dim]
+        tile = None if spec.tile is None else (spec.tile.dim, shape[spec.tile.dim], spec.tile.parts)
+        local = reduce_grad(full, spec.dim, rows, spec.world, spec.group, spec.wire, slot.shard.dtype, tile)
         grad = wrap_like(slot.param, local)
         slot.param.grad = grad if slot.param.grad is None else slot.param.grad + grad
     slot.close_window()

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dscompile.collectives import COLLECTIVES
 from dscompile.ops import mean_of_parts
+from dscompile.pieces import corner, cut, fill, put_piece
 from dscompile.placement import compute_copy, resident_of
 from dscompile.resident import is_fresh, set_fresh
-from dscompile.shard_layout import ShardLayout, decode, stays_local
+from dscompile.shard_layout import REPLICATED, ShardLayout, decode, stays_local
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 
@@ -69,11 +70,7 @@ def pack_shards(
     flat = new(_like(shards[0], dtype), (total(found),))
     for shard, (layout, start, stop) in zip(shards, _offsets(found), strict=True):
         piece = flat[start:stop].view(layout.piece)
-        source = shard.reshape(layout.grid) if layout.dim < 0 else shard
-        rows = source.shape[layout.axis]
-        piece.narrow(layout.axis, 0, rows).copy_(source)
-        if rows < layout.chunk:
-            piece.narrow(layout.axis, rows, layout.chunk - rows).zero_()
+        put_piece(piece, shard.reshape(layout.grid) if layout.dim == REPLICATED else shard)
     return flat
 
 
@@ -105,22 +102,8 @@ def unpack_params(
     fulls = []
     for layout, start, stop in _offsets(found):
         fulls.append(new(like, layout.shape))
-        _fill(fulls[-1], ranks[:, start:stop], layout)
+        fill(fulls[-1], ranks[:, start:stop], layout)
     return fulls
-
-
-def _fill(full: Tensor, pieces: Tensor, layout: ShardLayout) -> None:
-    """Write padded pieces (``[world, piece_numel]``) into the full tensor."""
-    grid = full.view(layout.grid)
-    pieces = pieces.view(layout.world, *layout.piece)
-    if layout.grid[layout.axis] == layout.world * layout.chunk:
-        split = (*layout.grid[: layout.axis], layout.world, layout.chunk, *layout.grid[layout.axis + 1 :])
-        grid.view(split).copy_(pieces.movedim(0, layout.axis))
-        return
-    for rank in range(layout.world):
-        first, stop = layout.rows(rank)
-        if stop > first:
-            grid.narrow(layout.axis, first, stop - first).copy_(pieces[rank].narrow(layout.axis, 0, stop - first))
 
 
 def _unpack_params_fake(
@@ -147,18 +130,7 @@ def pack_grads(
     flat = new(_like(grads[0], dtype), (world * total(found),))
     ranks = flat.view(world, -1)
     for grad, (layout, start, stop) in zip(grads, _offsets(found), strict=True):
-        pieces = ranks[:, start:stop].view(world, *layout.piece)
-        grid = grad.reshape(layout.grid)
-        if layout.grid[layout.axis] == world * layout.chunk:
-            split = (*layout.grid[: layout.axis], world, layout.chunk, *layout.grid[layout.axis + 1 :])
-            pieces.copy_(grid.reshape(split).movedim(layout.axis, 0))
-            continue
-        pieces.zero_()
-        for rank in range(world):
-            first, stop_row = layout.rows(rank)
-            if stop_row > first:
-                part = grid.narrow(layout.axis, first, stop_row - first)
-                pieces[rank].narrow(layout.axis, 0, stop_row - first).copy_(part)
+        cut(grad, ranks[:, start:stop], layout)
     return flat
 
 
@@ -191,8 +163,7 @@ def unpack_shards(
     """
     shards = []
     for layout, start, stop in _offsets(decode(layouts, world)):
-        first, stop_row = layout.rows(rank)
-        piece = flat[start:stop].view(layout.piece).narrow(layout.axis, 0, stop_row - first)
+        piece = corner(flat[start:stop].view(layout.piece), layout.piece_shape(rank))
         shards.append(piece.to(dtype or flat.dtype, copy=True, memory_format=torch.contiguous_format))
     return shards
 
@@ -299,7 +270,7 @@ def fill_residents(
     results = []
     for shard, (layout, start, stop) in zip(shards, _offsets(decode(layouts, world)), strict=True):
         results.append(_held(shard, layout, dtype))
-        _fill(results[-1], ranks[:, start:stop], layout)
+        fill(results[-1], ranks[:, start:stop], layout)
     return results
 
 

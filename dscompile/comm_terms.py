@@ -43,42 +43,49 @@ def _layouts(key: Key, world: Key) -> list[ShardLayout] | None:
     return None if numbers is None else decode(numbers, world[1])
 
 
-def _full_term(
-    table: TermTable, shard: Key, dim: int, size: int, world: int, group: Key, dtype: Any, node: fx.Node, value: Any
-) -> Key:
+Cut = tuple[int, int, int, tuple[int, ...] | None]
+"""``dim, size, world, tile`` as the markers say it: of the whole for ``unshard``, of the part for ``reduce_grad``."""
+
+
+def _full_term(table: TermTable, shard: Key, cut: Cut, group: Key, dtype: Any, node: fx.Node, value: Any) -> Key:
     """A full parameter, read as ``dtype`` (None: as it is). A cast before the gather is one after it."""
     if dtype is None and _head(shard) == "cast":
         shard, dtype = shard.op[1], shard.op[2]
-    if dim == REPLICATED:
+    if cut[0] == REPLICATED:
         return shard if dtype is None else table.intern(("cast", shard, dtype), node, value)
-    return table.intern(("unshard", shard, dim, size, world, group, dtype), node, value)
+    return table.intern(("unshard", shard, cut, group, dtype), node, value)
 
 
 def cast_term(table: TermTable, source: Key, dtype: torch.dtype, node: fx.Node) -> Key:
     """``source`` in another dtype, and in the same layout."""
-    if _head(source) == "unshard" and source.op[6] is None:
-        return table.intern((*source.op[:6], dtype), node)
+    if _head(source) == "unshard" and source.op[4] is None:
+        return table.intern((*source.op[:4], dtype), node)
     return table.intern(("cast", source, dtype), node)
 
 
 def _gathered_term(
     table: TermTable, shard: Key, layout: ShardLayout, group: Key, dtype: Any, node: fx.Node, value: Any
 ) -> Key:
-    size = layout.shape[layout.dim] if layout.dim != REPLICATED else 0
-    return _full_term(table, shard, layout.dim, size, layout.world, group, dtype, node, value)
+    return _full_term(table, shard, _cut(layout, layout.shape), group, dtype, node, value)
+
+
+def _cut(layout: ShardLayout, shape: tuple[int, ...]) -> Cut:
+    """A layout as the markers say it, with the sizes of ``shape``."""
+    size = 0 if layout.dim == REPLICATED else shape[layout.dim]
+    tile = None if layout.tile is None else (layout.tile.dim, shape[layout.tile.dim], layout.tile.parts)
+    return layout.dim, size, layout.world, tile
+
+
+def _tile(args: tuple[Key, ...], position: int) -> tuple[int, ...] | None:
+    """An optional ``tile`` argument."""
+    numbers = _numbers(args[position]) if len(args) > position and args[position] != (type(None), None) else None
+    return None if numbers is None else tuple(numbers)
 
 
 def _reduced_term(
-    table: TermTable,
-    grad: Key,
-    layout: ShardLayout,
-    rows: int,
-    group: Key,
-    dtypes: tuple[Any, Any],
-    node: fx.Node,
-    value: Any,
+    table: TermTable, grad: Key, cut: Cut, group: Key, dtypes: tuple[Any, Any], node: fx.Node, value: Any
 ) -> Key:
-    return table.intern(("reduce_grad", grad, layout.dim, rows, layout.world, group, *dtypes), node, value)
+    return table.intern(("reduce_grad", grad, cut, group, *dtypes), node, value)
 
 
 def _typed(args: tuple[Key, ...], position: int) -> Any:
@@ -89,14 +96,14 @@ def _typed(args: tuple[Key, ...], position: int) -> Any:
 def _unshard(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
     """``unshard``: who takes the gradient (a leaf, an accumulator), and how it travels, does not change the value."""
     shard, _, _, dim, size, world, group, *_ = args
-    return _full_term(table, shard, dim[1], size[1], world[1], group, _typed(args, 7), node, None)
+    return _full_term(table, shard, (dim[1], size[1], world[1], _tile(args, 9)), group, _typed(args, 7), node, None)
 
 
 def _reduce_grad(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
     grad, dim, local, world, group, *_ = args
     rows = 0 if dim[1] == REPLICATED else local[1]
-    key = ("reduce_grad", grad, dim[1], rows, world[1], group, _typed(args, 5), _typed(args, 6))
-    return table.intern(key, node)
+    cut = dim[1], rows, world[1], _tile(args, 7)
+    return table.intern(("reduce_grad", grad, cut, group, _typed(args, 5), _typed(args, 6)), node)
 
 
 def _pack_shards(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:
@@ -162,7 +169,8 @@ def _unpack_params(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str,
             return None
         grads = zip(packed.op[1], layouts, values, strict=True)
         dtypes = packed.op[4], out
-        return Several(_reduced_term(table, grad, layout, 0, group, dtypes, node, v) for grad, layout, v in grads)
+        cut = REPLICATED, 0, world[1], None
+        return Several(_reduced_term(table, grad, cut, group, dtypes, node, v) for grad, _, v in grads)
     return None
 
 
@@ -194,9 +202,9 @@ def _unpack_shards(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str,
         return None
     terms = []
     for grad, layout, value in zip(reduced.op[1].op[1], layouts, node.meta["val"], strict=True):
-        first, stop = layout.rows(rank[1])
         dtypes = reduced.op[1].op[4], _typed(args, 4)
-        terms.append(_reduced_term(table, grad, layout, stop - first, reduced.op[3], dtypes, node, value))
+        cut = _cut(layout, layout.local_shape(rank[1]))
+        terms.append(_reduced_term(table, grad, cut, reduced.op[3], dtypes, node, value))
     return Several(terms)
 
 

@@ -27,11 +27,12 @@ from dscompile.deferred import build_deferred, is_deferred, materialise
 from dscompile.dtypes import cast_inputs, convert_buffers, parameter_dtypes
 from dscompile.errors import ConfigError, ShardingError, UnsupportedError
 from dscompile.ops import REPLICATED
-from dscompile.placement import Mark, ShardSpec, choose_dim, mark_of, set_mark
+from dscompile.placement import Mark, ShardSpec, choose_columns, choose_layout, mark_of, set_mark
+from dscompile.shard_layout import ShardLayout
 from dscompile.sharded import adopt, adopt_containers, slots_in
 from dscompile.slots import window
 from dscompile.torch_compat import has_hooks, process_group, set_local
-from dscompile.world import DATA, World, default_mesh
+from dscompile.world import DATA, World, as_grid, can_be_grid, columns_of, default_mesh
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,13 +80,21 @@ def distribute(
         raise ConfigError(
             f"zero.reduce_micro_batches needs stage 2 or 3, not {settings.zero.stage}: the others keep whole gradients."
         )
-    if mesh is None:
-        mesh = known[0].param.device_mesh if known else default_mesh(_device(model))
+    if known and (mesh is None or can_be_grid(mesh)):
+        mesh = known[0].param.device_mesh  # a grid, if the first call made one
+    elif mesh is None:
+        mesh = default_mesh(_device(model))
     world = World.of(mesh)
-    plan = _plan(model, settings, world.size(axis), world.group(axis))
+    group, size = world.group(axis), world.size(axis)
+    columns = columns_of(mesh)
+    if not known and can_be_grid(mesh):
+        columns = choose_columns([tuple(p.shape) for p in model.parameters()], size, settings.zero.stage)
+    plan = _plan(model, settings, size, group, columns)
     _check(model, plan)
-    _agree(plan, world.group(axis))
-    placer = _Placer(mesh, axis, world.group(axis), settings, sync_init)
+    _agree(plan, group)
+    if columns > columns_of(mesh):
+        mesh = as_grid(mesh, axis, columns)
+    placer = _Placer(mesh, axis, group, settings, sync_init)
     _place(model, plan, placer, buffers=not known)
     for planned in plan:
         for module, name in planned.owners:
@@ -123,7 +132,7 @@ def _device(model: nn.Module) -> str:
     return next((p.device.type for p in model.parameters()), "cpu")
 
 
-def _plan(model: nn.Module, config: Config, world: int, group: str) -> list[_Planned]:
+def _plan(model: nn.Module, config: Config, world: int, group: str, columns: int) -> list[_Planned]:
     """The parameters not sharded yet, each once, in ``named_parameters()`` order."""
     stage = config.zero.stage
     plan: dict[int, _Planned] = {}
@@ -132,9 +141,11 @@ def _plan(model: nn.Module, config: Config, world: int, group: str) -> list[_Pla
             if is_lazy(param):
                 raise UnsupportedError(f"parameter {fqn} has no shape yet; run one forward pass before distribute().")
             shape = tuple(param.shape)
-            dim = choose_dim(shape, world, stage) if param.is_floating_point() else REPLICATED
-            dtypes = parameter_dtypes(config.precision) if param.is_floating_point() else ()
-            plan[id(param)] = _Planned(param, ShardSpec(fqn, shape, dim, world, group, stage, *dtypes), [])
+            real = param.is_floating_point()
+            layout = choose_layout(shape, world, stage, columns) if real else ShardLayout(shape, REPLICATED, world)
+            dtypes = parameter_dtypes(config.precision) if real else (None, None, None)
+            spec = ShardSpec(fqn, shape, layout.dim, world, group, stage, *dtypes, layout.tile)
+            plan[id(param)] = _Planned(param, spec, [])
     for module in model.modules():
         for name, held in module._parameters.items():  # named_parameters() leaves out the other names of a tied one
             if held is not None and id(held) in plan:
@@ -190,13 +201,15 @@ class _Placer:
     def parameter(self, full: Tensor, spec: ShardSpec) -> DTensor:
         """The DTensor parameter of a full value, which may be freed afterwards."""
         self.broadcast(full)
-        rank = self.mesh.get_local_rank(self.axis)
+        rank = process_group(self.group).rank()
         value = full.detach()
         if spec.dtype is not None and value.dtype.itemsize < torch.float32.itemsize:
             value = value.float()  # a 16-bit model gets fp32 masters
         local = spec.shard_of(value, rank).clone(memory_format=torch.contiguous_format)
         placements: list[Placement] = [Replicate()] * self.mesh.ndim
-        if spec.dim != REPLICATED:
+        if spec.tile is not None:
+            placements = [Shard(spec.dim), Shard(spec.tile.dim)]
+        elif spec.dim != REPLICATED:
             placements[cast(tuple[str, ...], self.mesh.mesh_dim_names).index(self.axis)] = Shard(spec.dim)
         stride = torch.empty(value.shape, device="meta").stride()
         wrapped = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=value.shape, stride=stride)

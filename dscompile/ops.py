@@ -7,30 +7,33 @@ the kernels below run the collectives in place, so a sharded model is right ever
 
 Layout, as ``torch.chunk``: along ``dim`` of full size ``n``, rank ``r`` of ``w`` holds rows ``[min(r*c, n),
 min((r+1)*c, n))`` with ``c = ceil(n / w)``; trailing ranks may hold none. ``dim == -1`` means replicated. ``group`` is
-a *logical* name (:mod:`dscompile.world`), equal on every rank, so graphs and cache keys are too.
+a *logical* name (:mod:`dscompile.world`), equal on every rank, so graphs and cache keys are too. A ``tile`` of three
+integers is a second cut (:class:`dscompile.shard_layout.Tile`): its dimension, that dimension's size (full for
+``unshard``, local for ``reduce_grad``), and in how many parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dscompile.collectives import COLLECTIVES
+from dscompile.pieces import corner, cut, fill, put_piece
 from dscompile.shard_layout import REPLICATED as REPLICATED
-from dscompile.shard_layout import chunk_rows, local_rows
+from dscompile.shard_layout import ShardLayout, Tile, chunk_rows, local_rows
 from dscompile.torch_compat import FakeTensor, FakeTensorMode, group_backend, process_group
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 LIBRARY.define(
     "unshard(Tensor shard, Tensor? leaf, Tensor? accumulated, int dim, SymInt size, int world, str group, "
-    "ScalarType? dtype=None, ScalarType? wire=None) -> Tensor"
+    "ScalarType? dtype=None, ScalarType? wire=None, int[]? tile=None) -> Tensor"
 )
 LIBRARY.define(
     "reduce_grad(Tensor grad, int dim, SymInt local, int world, str group, "
-    "ScalarType? wire=None, ScalarType? out=None) -> Tensor"
+    "ScalarType? wire=None, ScalarType? out=None, int[]? tile=None) -> Tensor"
 )
 
 _c10d = COLLECTIVES
@@ -46,6 +49,7 @@ def unshard(
     accumulated: Tensor | None = None,
     dtype: torch.dtype | None = None,
     wire: torch.dtype | None = None,
+    tile: Sequence[int] | None = None,
 ) -> Tensor:
     """The full value of a sharded parameter, contiguous and in fresh memory.
 
@@ -60,8 +64,10 @@ def unshard(
             often a parameter is used in one backward pass, it joins once.
         dtype: the shard is cast to it before it is gathered, so it is the value's and the wire's; None: as it is.
         wire: in which dtype the gradient travels. It arrives in the shard's.
+        tile: the second cut.
     """
-    out: Tensor = torch.ops.dscompile.unshard.default(shard, leaf, accumulated, dim, size, world, group, dtype, wire)
+    constants = dim, size, world, group, dtype, wire, tile
+    out: Tensor = torch.ops.dscompile.unshard.default(shard, leaf, accumulated, *constants)
     return out
 
 
@@ -73,6 +79,7 @@ def reduce_grad(
     group: str,
     wire: torch.dtype | None = None,
     out: torch.dtype | None = None,
+    tile: Sequence[int] | None = None,
 ) -> Tensor:
     """Mean over the group's ranks of ``grad`` (full shape), of which this rank keeps its ``local`` rows along ``dim``.
 
@@ -81,7 +88,7 @@ def reduce_grad(
     (``grad``'s if None), 16-bit ones added in fp32; the result is of dtype ``out`` (``wire`` if None). A group of one
     sends nothing, so it rounds nothing to ``wire``.
     """
-    mean: Tensor = torch.ops.dscompile.reduce_grad.default(grad, dim, local, world, group, wire, out)
+    mean: Tensor = torch.ops.dscompile.reduce_grad.default(grad, dim, local, world, group, wire, out, tile)
     return mean
 
 
@@ -120,11 +127,39 @@ def _unshard_kernel(
     group: str,
     dtype: torch.dtype | None = None,
     wire: torch.dtype | None = None,
+    tile: Sequence[int] | None = None,
 ) -> Tensor:
     take(accumulated)
     if world == 1 or dim == REPLICATED:
         return _copied(shard, dtype)
-    return _gather(shard if dtype is None else shard.to(dtype), dim, size, world, group)
+    shard = shard if dtype is None else shard.to(dtype)
+    if tile is not None:
+        return _gather_tiles(shard, _tiled(_resized(shard, dim, size, tile), dim, world, tile), group)
+    return _gather(shard, dim, size, world, group)
+
+
+def _resized(source: Tensor, dim: int, size: int, tile: Sequence[int] | None) -> list[int]:
+    """The shape of ``source`` with another size of each dimension that is cut."""
+    shape = list(source.shape)
+    if dim != REPLICATED:
+        shape[dim] = size
+    if tile is not None:
+        shape[tile[0]] = tile[1]
+    return shape
+
+
+def _tiled(shape: Sequence[int], dim: int, world: int, tile: Sequence[int]) -> ShardLayout:
+    return ShardLayout(tuple(shape), dim, world, Tile(tile[0], tile[2]))
+
+
+def _gather_tiles(shard: Tensor, layout: ShardLayout, group: str) -> Tensor:
+    piece = shard.new_empty(layout.piece)
+    put_piece(piece, shard)
+    world = layout.world
+    gathered: Tensor = _c10d.wait_tensor(_c10d.all_gather_into_tensor(piece.view(1, -1), world, group))
+    full = shard.new_empty(layout.shape)
+    fill(full, gathered.view(world, -1), layout)
+    return full
 
 
 def _copied(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -155,10 +190,16 @@ def _reduce_kernel(
     group: str,
     wire: torch.dtype | None = None,
     out: torch.dtype | None = None,
+    tile: Sequence[int] | None = None,
 ) -> Tensor:
     if world == 1:
         return _copied(grad, out or wire)
-    mean = _mean(grad if wire is None else grad.to(wire), dim, local, world, group)
+    grad = grad if wire is None else grad.to(wire)
+    if tile is None:
+        mean = _mean(grad, dim, local, world, group)
+    else:
+        shape = tuple(_resized(grad, dim, local, tile))
+        mean = _mean_of_tiles(grad, _tiled(grad.shape, dim, world, tile), shape, group)
     return mean if out is None else mean.to(out)
 
 
@@ -169,6 +210,21 @@ def _mean(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
     if ordered:
         return _sum_in_order(grad, dim, local, world, group)
     return _reduce_scatter(grad, dim, local, world, group)
+
+
+def _mean_of_tiles(grad: Tensor, layout: ShardLayout, local: tuple[int, ...], group: str) -> Tensor:
+    """The mean of this rank's pieces, whose shape without padding is ``local``."""
+    world, width = layout.world, layout.piece_numel
+    pieces = grad.new_empty(world, width)
+    cut(grad, pieces, layout)
+    if group_backend(group, grad.device) == "gloo":
+        sizes = [width] * world
+        got: Tensor = _c10d.wait_tensor(_c10d.all_to_all_single(pieces.view(-1), sizes, sizes, group))
+        mean = mean_of_parts(got.view(world, width))
+    else:
+        total: Tensor = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(pieces, "sum", world, group))
+        mean = total.mul(1 / world)
+    return corner(mean.view(layout.piece), local).contiguous()
 
 
 def _sum_in_order(grad: Tensor, dim: int, local: int, world: int, group: str) -> Tensor:
@@ -243,11 +299,9 @@ def _unshard_fake(
     group: str,
     dtype: torch.dtype | None = None,
     wire: torch.dtype | None = None,
+    tile: Sequence[int] | None = None,
 ) -> Tensor:
-    shape = list(shard.shape)
-    if dim != REPLICATED:
-        shape[dim] = size
-    return shard.new_empty(shape, dtype=dtype)
+    return shard.new_empty(_resized(shard, dim, size, tile), dtype=dtype)
 
 
 def _reduce_fake(
@@ -258,11 +312,9 @@ def _reduce_fake(
     group: str,
     wire: torch.dtype | None = None,
     out: torch.dtype | None = None,
+    tile: Sequence[int] | None = None,
 ) -> Tensor:
-    shape = list(grad.shape)
-    if dim != REPLICATED:
-        shape[dim] = local
-    return grad.new_empty(shape, dtype=out or wire)
+    return grad.new_empty(_resized(grad, dim, local, tile), dtype=out or wire)
 
 
 torch.library.register_fake("dscompile::unshard", _unshard_fake, lib=LIBRARY)
@@ -278,9 +330,8 @@ def _shape_quickly(mode: FakeTensorMode, func: Any, types: Any, args: tuple[Any,
     reads = func is torch.ops.dscompile.unshard.default
     dim, size = (args[3], args[4]) if reads else (args[1], args[2])
     dtypes = args[7:8] if reads else args[6:4:-1]  # the first that is given counts
-    shape = list(source.shape)
-    if dim != REPLICATED:
-        shape[dim] = size
+    last = 9 if reads else 7
+    shape = _resized(source, dim, size, args[last] if len(args) > last else None)
     if (
         kwargs
         or type(source) is not FakeTensor
@@ -300,10 +351,11 @@ for _name in ("unshard", "reduce_grad"):
 
 
 def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    shard, leaf, accumulated, ctx.dim, _, ctx.world, ctx.group, dtype, ctx.wire = inputs
+    shard, leaf, accumulated, ctx.dim, _, ctx.world, ctx.group, dtype, ctx.wire, tile = inputs
     ctx.typed = dtype is not None or ctx.wire is not None
     ctx.dtype = shard.dtype if leaf is None else leaf.dtype
     ctx.local = 0 if ctx.dim == REPLICATED else shard.shape[ctx.dim]
+    ctx.tile = None if tile is None else [tile[0], shard.shape[tile[0]], tile[2]]
     ctx.to_leaf = leaf is not None
     # No saved tensor: a checkpointed block reads again in backward, when another reader may have the accumulator, and
     # checkpointing compares the tensors that the two runs save.
@@ -311,7 +363,7 @@ def _unshard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     if ctx.to_leaf:
         return None, grad.to(ctx.dtype), None, *nothing
     accumulated = ctx.accumulated
@@ -322,22 +374,25 @@ def _unshard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         setattr(accumulated, _JOINED, True)
         grad = grad + accumulated
     out = ctx.dtype if ctx.typed else None
-    return reduce_grad(grad, ctx.dim, ctx.local, ctx.world, ctx.group, ctx.wire, out), None, None, *nothing
+    local = reduce_grad(grad, ctx.dim, ctx.local, ctx.world, ctx.group, ctx.wire, out, ctx.tile)
+    return local, None, None, *nothing
 
 
 _JOINED = "dscompile_joined"
 
 
 def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, ctx.dim, _, ctx.world, ctx.group, _, _ = inputs
+    grad, ctx.dim, _, ctx.world, ctx.group, _, _, tile = inputs
     ctx.dtype = grad.dtype
     ctx.size = 0 if ctx.dim == REPLICATED else grad.shape[ctx.dim]
+    ctx.tile = None if tile is None else [tile[0], grad.shape[tile[0]], tile[2]]
 
 
 def _reduce_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # No 1/world: a rank's own value has gradients of that rank's loss, a shard those of the mean loss (so unshard
     # averages), and the mean over ranks here divides by as many as that average will.
-    return unshard(grad, ctx.dim, ctx.size, ctx.world, ctx.group).to(ctx.dtype), *(None,) * 6
+    full = unshard(grad, ctx.dim, ctx.size, ctx.world, ctx.group, tile=ctx.tile)
+    return full.to(ctx.dtype), *(None,) * 7
 
 
 torch.library.register_autograd("dscompile::unshard", _unshard_backward, setup_context=_unshard_setup, lib=LIBRARY)

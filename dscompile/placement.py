@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dscompile.shard_layout import REPLICATED, chunk_rows, rank_rows
+from dscompile.pieces import part_of
+from dscompile.shard_layout import REPLICATED, ShardLayout, Tile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +37,7 @@ class ShardSpec:
         dtype: what the model reads it as; None: as its master is.
         wire: in which dtype its gradient travels; None: as it comes.
         accumulate: dtype of its accumulated gradient; None: its master's.
+        tile: the second cut, where ranks form a grid.
     """
 
     fqn: str
@@ -45,6 +49,17 @@ class ShardSpec:
     dtype: torch.dtype | None = None
     wire: torch.dtype | None = None
     accumulate: torch.dtype | None = None
+    tile: Tile | None = None
+
+    @property
+    def layout(self) -> ShardLayout:
+        """Which part each rank holds."""
+        return ShardLayout(self.shape, self.dim, self.world, self.tile)
+
+    @property
+    def tile_argument(self) -> tuple[int, int, int] | None:
+        """The ``tile`` of :func:`dscompile.ops.unshard`: dimension, its full size, parts."""
+        return None if self.tile is None else (self.tile.dim, self.shape[self.tile.dim], self.tile.parts)
 
     @property
     def keeps_copy(self) -> bool:
@@ -56,37 +71,54 @@ class ShardSpec:
         """Full size of the sharded dimension; 0 if replicated."""
         return 0 if self.dim == REPLICATED else self.shape[self.dim]
 
-    def rows(self, rank: int) -> tuple[int, int]:
-        """First row and number of rows along ``dim`` that a rank holds."""
-        first, stop = rank_rows(self.size, self.world, rank)
-        return first, stop - first
-
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of a rank's shard."""
-        if self.dim == REPLICATED:
-            return self.shape
-        return (*self.shape[: self.dim], self.rows(rank)[1], *self.shape[self.dim + 1 :])
+        return self.layout.local_shape(rank)
 
     def shard_of(self, full: Tensor, rank: int) -> Tensor:
-        """A rank's rows of the full value, as a view."""
-        return full if self.dim == REPLICATED else full.narrow(self.dim, *self.rows(rank))
+        """A rank's part of the full value, as a view."""
+        return full if self.dim == REPLICATED else part_of(full, self.layout, rank)
 
 
-def choose_dim(shape: tuple[int, ...], world: int, stage: int) -> int:
-    """The dimension to cut: fewest ranks left empty, then least padding, then the lowest.
+def choose_layout(shape: tuple[int, ...], world: int, stage: int, columns: int = 1) -> ShardLayout:
+    """How to cut: fewest ranks left empty, then least padding, then the lowest dimensions.
 
     At stages 1 and 2 the shard is a view into a resident full buffer, so dimension 0, whose rows are contiguous, wins
     unless it leaves ranks empty that another dimension would fill. Stage 0, scalars and empty tensors are replicated.
+    ``columns`` above 1: ranks form a grid with so many columns, and there is a second cut.
     """
     if stage == 0 or not shape or 0 in shape:
-        return REPLICATED
+        return ShardLayout(shape, REPLICATED, world)
 
-    def cost(dim: int) -> tuple[int, int, int]:
-        chunk = chunk_rows(shape[dim], world)
-        padding = (chunk * world - shape[dim]) / shape[dim]
-        return world - -(-shape[dim] // chunk), 0 if stage < 3 else padding, dim  # type: ignore[return-value]
+    def cost(layout: ShardLayout) -> tuple[int, int]:
+        return world - layout.filled, 0 if stage < 3 else layout.piece_numel
 
-    return min(range(len(shape)), key=cost)
+    dims = range(len(shape))
+    if columns == 1:
+        return min((ShardLayout(shape, dim, world) for dim in dims), key=cost)
+    return min((ShardLayout(shape, dim, world, Tile(inner, columns)) for dim in dims for inner in dims), key=cost)
+
+
+LARGE = 16
+"""Elements per rank from which a weight is large: an empty rank then means work that others do for it."""
+
+
+def choose_columns(shapes: Sequence[tuple[int, ...]], world: int, stage: int) -> int:
+    """In how many columns to arrange the ranks, 1 for none: a grid only where one cut leaves ranks without their part
+    of a large weight and two cuts leave fewer. Then fewest empty, least padding, most nearly square.
+    """
+    large = [shape for shape in shapes if math.prod(shape) >= LARGE * world and choose_layout(shape, 1, stage).dim >= 0]
+
+    def cost(columns: int) -> tuple[int, int, int]:
+        layouts = [choose_layout(shape, world, stage, columns) for shape in large]
+        empty, padded = sum(world - layout.filled for layout in layouts), sum(layout.piece_numel for layout in layouts)
+        return empty, padded, columns + world // columns
+
+    alone, *_ = cost(1)
+    if not alone:
+        return 1
+    best = min((n for n in range(2, world) if world % n == 0), key=cost, default=1)
+    return best if cost(best)[0] < alone else 1
 
 
 # -- what a tensor carries -------------------------------------------------------------------------------------------

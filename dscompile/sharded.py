@@ -31,7 +31,7 @@ FOREIGN = "_dscompile_foreign"
 _MARKER = torch.ops.dscompile.unshard.default
 
 Tail = tuple[Any, ...]
-"""``dim, size, world, group`` and, where they matter, ``dtype, wire``: the constants of a parameter's marker."""
+"""``dim, size, world, group`` and, where they matter, ``dtype, wire, tile``: the constants of a parameter's marker."""
 
 
 class Sync(enum.Enum):
@@ -157,6 +157,8 @@ def set_variant(module: nn.Module, sync: Sync) -> None:
 def _tail(spec: ShardSpec) -> Tail:
     """The marker's arguments after the tensors; without dtypes where the model computes in its masters' own."""
     plain = (spec.dim, spec.size, spec.world, spec.group)
+    if spec.tile is not None:
+        return *plain, spec.dtype, spec.wire, spec.tile_argument
     return plain if spec.dtype is None and spec.wire is None else (*plain, spec.dtype, spec.wire)
 
 
@@ -184,7 +186,8 @@ def _read(module: nn.Module, name: str, sync: Sync) -> Tensor | None:
 def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
     """A value put there for a moment (``torch.func.functional_call``): a full tensor, or a DTensor placed alike."""
     if isinstance(param, DTensor):
-        return unshard(param.to_local(), spec.dim, spec.size, spec.world, spec.group, dtype=spec.dtype, wire=spec.wire)
+        constants = spec.dim, spec.size, spec.world, spec.group, None, None, spec.dtype, spec.wire, spec.tile_argument
+        return unshard(param.to_local(), *constants)
     return param if spec.dtype is None else param.to(spec.dtype)
 
 

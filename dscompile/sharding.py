@@ -85,12 +85,13 @@ class Sharding:
             spec = self.specs.get(names.get(source.name, ""))
             if spec is None:
                 continue
-            found = (*node.args[3:], *(None,) * (9 - len(node.args)))
-            placed = (spec.dim, spec.size, spec.world, spec.group, spec.dtype, spec.wire)
+            arguments: tuple[Any, ...] = (*node.args[3:], *(None,) * (10 - len(node.args)))
+            found = (*arguments[:-1], None if arguments[-1] is None else tuple(arguments[-1]))
+            placed = (spec.dim, spec.size, spec.world, spec.group, spec.dtype, spec.wire, spec.tile_argument)
             if found != placed:
                 raise VerifyError(
-                    f"rule placement: %{node.name} gathers {spec.fqn!r} as (dim, size, world, group, dtype, wire) "
-                    f"{found}, but it is placed as {placed}.\n  {describe(node)}"
+                    f"rule placement: %{node.name} gathers {spec.fqn!r} as (dim, size, world, group, dtype, wire, "
+                    f"tile) {found}, but it is placed as {placed}.\n  {describe(node)}"
                 )
 
 

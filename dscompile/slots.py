@@ -39,7 +39,13 @@ def attribute_keys(name: str) -> tuple[str, str, str, str, str]:
 def alias(tensor: Tensor) -> Tensor:
     """The same memory as a tensor that is no view in autograd's eyes: views cost Dynamo another fake tensor each."""
     same = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return same.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return static(same.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()))
+
+
+def static(tensor: Tensor) -> Tensor:
+    """Say that a graph input's sizes never change: another model's parameter, cut otherwise, is no dynamic shape."""
+    torch._dynamo.mark_static(tensor)
+    return tensor
 
 
 def window(full: Tensor, spec: ShardSpec, rank: int) -> Tensor:
@@ -119,7 +125,7 @@ class Slot:
         self._expect_writes(resident)
         if param.requires_grad:
             with torch.enable_grad():
-                self.shard: Tensor = Attach.apply(param)  # type: ignore[no-untyped-call]
+                self.shard: Tensor = static(Attach.apply(param))  # type: ignore[no-untyped-call]
         else:
             self.shard = alias(self._local)
         known = mark_of(param)
@@ -217,6 +223,7 @@ class Slot:
             self.offered if boundary else None,
             None if master else spec.dtype,
             spec.wire,
+            spec.tile_argument,
         )
 
     # -- accumulation ------------------------------------------------------------------------------------------------
@@ -231,7 +238,7 @@ class Slot:
             strides = (0,) * len(self.spec.shape)
             dtype = self.spec.accumulate or self.shard.dtype
             leaf = torch.empty_strided(self.spec.shape, strides, dtype=dtype, device=self.shard.device)
-            self.leaf = leaf.requires_grad_()
+            self.leaf = static(leaf.requires_grad_())
             accumulated = weakref.WeakMethod(self._accumulated)
             self.leaf.register_post_accumulate_grad_hook(lambda leaf: (m := accumulated()) and m(leaf))
         if not self._hooked:

@@ -31,6 +31,7 @@ from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed import Store, distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
@@ -171,6 +172,38 @@ def register_group(name: str, group: torch.distributed.ProcessGroup) -> None:
             return
         registered._unregister_process_group(name)
     registered._register_process_group(name, group)
+
+
+def is_registered(name: str) -> bool:
+    """Whether a process group is registered under a logical name."""
+    try:
+        process_group(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def mesh_of_groups(device: str, ranks: torch.Tensor, axes: tuple[str, ...], groups: tuple[str, ...]) -> DeviceMesh:
+    """A mesh over registered process groups that knows them by their logical names, so that pickles do too.
+
+    Stands on ``DeviceMesh._dim_group_names``.
+    """
+    found = [process_group(name) for name in groups]
+    mesh = DeviceMesh.from_group(found, device, mesh=ranks, mesh_dim_names=axes)
+    inner: Any = mesh  # its annotations want a private string type for names
+    inner._dim_group_names = list(groups)
+    inner._pg_registry = dict(zip(groups, found, strict=True))
+    return mesh
+
+
+def whole_world() -> torch.distributed.ProcessGroup:
+    """The default process group."""
+    return cast(torch.distributed.ProcessGroup, torch.distributed.group.WORLD)
+
+
+def unflattened(mesh: DeviceMesh, axis: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh with one axis split into several. Stands on ``DeviceMesh._unflatten``."""
+    return mesh._unflatten(axis, sizes, names)
 
 
 def process_group(name: str) -> torch.distributed.ProcessGroup:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dscompile.errors import ConfigError
-from dscompile.torch_compat import register_group
+from dscompile.torch_compat import is_registered, mesh_of_groups, register_group, unflattened, whole_world
 
 DATA = "dp"
 """The axis over which ZeRO shards, and over whose ranks batches differ."""
@@ -51,6 +51,10 @@ class World:
         axes = tuple(mesh.mesh_dim_names)
         sizes = tuple(int(n) for n in mesh.shape)
         ranks = mesh.mesh.flatten().tolist()
+        grid = columns_of(mesh) > 1
+        if grid:
+            _revive(mesh, axes[0].removesuffix(_ROWS), sizes)
+            axes, sizes = (axes[0].removesuffix(_ROWS),), (sizes[0] * sizes[1],)
         if len(ranks) > dist.get_world_size() or max(ranks) >= dist.get_world_size():
             raise ConfigError(
                 f"the mesh has ranks {ranks}, but the process group has {dist.get_world_size()}; "
@@ -60,7 +64,7 @@ class World:
         whole = len(axes) == 1 and ranks == list(range(dist.get_world_size()))
         groups = axes if whole else tuple(f"{axis}@{digest}" for axis in axes)
         for axis, group in zip(axes, groups, strict=True):
-            register_group(group, mesh.get_group(axis))
+            register_group(group, whole_world() if grid else mesh.get_group(axis))
         return cls(axes, sizes, groups, mesh.device_type)
 
     def _index(self, axis: str) -> int:
@@ -75,6 +79,53 @@ class World:
     def group(self, axis: str = DATA) -> str:
         """Logical group name of an axis. Raises :class:`ConfigError` if the mesh has no such axis."""
         return self.groups[self._index(axis)]
+
+
+# -- ranks in a grid -------------------------------------------------------------------------------------------------
+
+_ROWS, _COLUMNS = ":rows", ":columns"
+
+
+def _grid_axes(axis: str) -> tuple[str, str]:
+    return axis + _ROWS, axis + _COLUMNS
+
+
+def can_be_grid(mesh: DeviceMesh) -> bool:
+    """Whether :func:`as_grid` may arrange a mesh's ranks: it has one axis, over the whole world."""
+    return mesh.ndim == 1 and mesh.mesh.tolist() == list(range(dist.get_world_size()))
+
+
+def columns_of(mesh: DeviceMesh) -> int:
+    """Columns of a mesh that :func:`as_grid` made, 1 for any other."""
+    names = mesh.mesh_dim_names or ()
+    return int(mesh.shape[1]) if len(names) == 2 and names == _grid_axes(names[0].removesuffix(_ROWS)) else 1
+
+
+def as_grid(mesh: DeviceMesh, axis: str, columns: int) -> DeviceMesh:
+    """The ranks of a one-axis mesh over the whole world, in the same order, as rows of ``columns``.
+
+    :class:`World` sees the one axis all the same. Every rank must call it: the first call makes process groups, later
+    ones find them under their logical names, as meshes do that are unpickled in another process.
+    """
+    sizes, axes = (mesh.size() // columns, columns), _grid_axes(axis)
+    groups = _grid_groups(axis, sizes)
+    if not all(map(is_registered, groups)):
+        made = unflattened(mesh, axis, sizes, axes)
+        for name, part in zip(groups, axes, strict=True):
+            register_group(name, made.get_group(part))
+    return mesh_of_groups(mesh.device_type, mesh.mesh.view(sizes), axes, groups)
+
+
+def _grid_groups(axis: str, sizes: tuple[int, ...]) -> tuple[str, str]:
+    """The logical names of a grid's groups."""
+    rows, columns = _grid_axes(f"{axis}@{sizes[0]}x{sizes[1]}")
+    return rows, columns
+
+
+def _revive(mesh: DeviceMesh, axis: str, sizes: tuple[int, ...]) -> None:
+    """Make the groups of a grid that was unpickled where no grid has been made yet. Every rank comes here."""
+    if not all(map(is_registered, _grid_groups(axis, sizes))):
+        as_grid(init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=(axis,)), axis, sizes[1])
 
 
 def default_mesh(device: str = "cpu", expected: int | None = None) -> DeviceMesh:

@@ -16,7 +16,7 @@ from torch import fx
 from dscompile.blocks import blocks
 from dscompile.comm import REDUCE_GRAD, UNSHARD, comm_role
 from dscompile.graph import GraphKind, Phase, StepGraph, info
-from dscompile.shard_layout import REPLICATED, ShardLayout
+from dscompile.shard_layout import REPLICATED, ShardLayout, Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ def reduces(graph: StepGraph) -> list[Marker]:
 
 def _unshard(node: fx.Node) -> Marker:
     shard, _, _, dim, _, world, group, *rest = node.args
-    return _marker(node, shard, node, dim, world, group, rest[0] if rest else None)
+    dtype, _, tile = (*rest, None, None, None)[:3]
+    return _marker(node, shard, node, dim, world, group, dtype, None, tile)
 
 
 def _reduce(node: fx.Node) -> Marker:
@@ -69,11 +70,20 @@ def _reduce(node: fx.Node) -> Marker:
 
 
 def _marker(
-    node: fx.Node, operand: Any, full: Any, dim: Any, world: Any, group: Any, dtype: Any = None, out: Any = None
+    node: fx.Node,
+    operand: Any,
+    full: Any,
+    dim: Any,
+    world: Any,
+    group: Any,
+    dtype: Any = None,
+    out: Any = None,
+    tile: Any = None,
 ) -> Marker:
     assert isinstance(operand, fx.Node)
     shape = tuple(int(s) for s in full.meta["val"].shape)
-    return Marker(node, operand, ShardLayout(shape, dim, world), group, dtype, out)
+    second = None if tile is None else Tile(tile[0], tile[2])
+    return Marker(node, operand, ShardLayout(shape, dim, world, second), group, dtype, out)
 
 
 def typed(dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:

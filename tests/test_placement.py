@@ -9,7 +9,7 @@ from torch import Tensor
 from dscompile import ops
 from dscompile.config import Config
 from dscompile.errors import ConfigError
-from dscompile.placement import ShardSpec, choose_dim
+from dscompile.placement import ShardSpec, choose_layout
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from dscompile.placement import ShardSpec, choose_dim
     ],
 )
 def test_cut_dimension(shape: tuple[int, ...], world: int, stage: int, dim: int) -> None:
-    assert choose_dim(shape, world, stage) == dim
+    assert choose_layout(shape, world, stage).dim == dim
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6, 7])

@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -58,14 +58,18 @@ def export_safetensors(directory: str | Path, tag: str | None, file: str | Path)
             temporary.unlink(missing_ok=True)
 
 
+Box = Sequence[tuple[int, int]]
+"""First index, and the one after the last, of each dimension."""
+
+
 class _Weights(Protocol):
     """Named tensors of a file."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each."""
 
-    def part(self, name: str, dim: int, first: int, count: int) -> Tensor:
-        """Rows ``first`` to ``first + count`` along ``dim``; all of it if ``dim`` is negative."""
+    def part(self, name: str, box: Box) -> Tensor:
+        """The part from the first index to before the last of each dimension."""
 
 
 class _Safetensors:
@@ -75,11 +79,12 @@ class _Safetensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._file.entries.items()}
 
-    def part(self, name: str, dim: int, first: int, count: int) -> Tensor:
-        if dim == 0:
-            return self._file.rows(name, first, count)
-        whole = self._file.tensor(name)
-        return whole if dim < 0 else whole.narrow(dim, first, count)
+    def part(self, name: str, box: Box) -> Tensor:
+        shape = self._file.entries[name].shape
+        if not box or list(box[1:]) != [(0, size) for size in shape[1:]]:
+            return _narrowed(self._file.tensor(name), box)
+        first, last = box[0]
+        return self._file.rows(name, first, last - first)
 
 
 class _Mapped:
@@ -91,9 +96,12 @@ class _Mapped:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def part(self, name: str, dim: int, first: int, count: int) -> Tensor:
-        whole = self._tensors[name]
-        return whole if dim < 0 else whole.narrow(dim, first, count)
+    def part(self, name: str, box: Box) -> Tensor:
+        return _narrowed(self._tensors[name], box)
+
+
+def _narrowed(whole: Tensor, box: Box) -> Tensor:
+    return whole[tuple(slice(first, last) for first, last in box)]
 
 
 def load_weights(model: nn.Module, path: str | Path, *, key: str | None = None, strict: bool = True) -> list[str]:
@@ -141,9 +149,10 @@ def _part(target: Tensor, weights: _Weights, name: str) -> Tensor:
     if isinstance(target, DTensor) and (spec is None or slot is None):
         raise CheckpointError(f"{name}: a DTensor that dscompile.distribute did not make; load it with PyTorch's DCP.")
     if spec is None or slot is None or spec.dim < 0:
-        part = weights.part(name, -1, 0, 0)
+        box = [(0, size) for size in target.shape]
     else:
-        part = weights.part(name, spec.dim, *spec.rows(slot.rank))
+        box = spec.layout.box(slot.rank)
+    part = weights.part(name, box)
     if part.dtype != target.dtype and not (part.is_floating_point() and target.is_floating_point()):
         raise CheckpointError(f"{name}: is {part.dtype} in the file and {target.dtype} in the model.")
     return torch.empty(part.shape, dtype=target.dtype).copy_(part)

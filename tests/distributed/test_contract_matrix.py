@@ -1,4 +1,7 @@
-"""The matrix of the parameter contract in eager mode: each row on 2 and on 3 ranks, against one process."""
+"""The matrix of the parameter contract in eager mode: each row on 2 and on 3 ranks, against one process.
+
+On 4 ranks, which form a grid, the rows run in tests/distributed/test_grid.py.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +46,11 @@ class Odd(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.5))
         self.one = nn.Parameter(torch.randn(1))
         self.unused = nn.Parameter(torch.randn(4))
+        self.wide = nn.Parameter(torch.randn(9, 9))  # one cut gives 4 ranks 3 + 3 + 3 + 0: they form a grid
         self.register_buffer("shift", torch.randn(5))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = torch.tanh(self.inner(self.embed(tokens) + self.shift)) * self.scale
+        x = torch.tanh(self.inner(self.embed(tokens) + self.shift)) * self.scale * self.wide.cos().mean()
         return F.cross_entropy((self.head(x) * self.one).flatten(0, 1), tokens.flatten().roll(1))
 
 

@@ -31,11 +31,12 @@ class Net(nn.Module):
         self.second = nn.Linear(5, 5, bias=False)
         self.second.weight = nn.Parameter(torch.randn(5, 5))
         self.scale = nn.Parameter(torch.tensor(0.5))
+        self.wide = nn.Parameter(torch.randn(9, 9))  # 4 ranks form a grid
         self.third = nn.Linear(5, 5, bias=False)
         self.third.weight = self.second.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.third(self.second(self.first(x)).tanh()) * self.scale
+        return self.third(self.second(self.first(x)).tanh()) * self.scale * self.wide.cos().mean()
 
 
 def loss(model: nn.Module, rank: int) -> Tensor:

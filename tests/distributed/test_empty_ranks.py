@@ -1,4 +1,4 @@
-"""No rank of a large world is left without its part of a large weight, as far as DTensor's ``Shard`` can say it."""
+"""No rank of a large world is left without its part of a large weight, in one cut or, on a grid of ranks, in two."""
 
 from __future__ import annotations
 
@@ -37,11 +37,8 @@ def gpt() -> nn.Module:
     return GPT(SIZES["gpt-30m"])
 
 
-# What torch.chunk along one dimension, and so DTensor's Shard on a mesh of one axis, cannot give to every rank: every
-# dimension is shorter than the world, or ceil(size / ceil(size / world)) is.
-NOT_FILLED = {
-    ("gpt", 1024): {"positions.weight", *(f"blocks.{i}.{w}.weight" for i in range(6) for w in ("qkv", "proj"))},
-}
+GRIDS = {("gpt", 1024): (32, 32)}
+"""``[1536, 512]`` in one cut: 1536 / 1024 rows are two, for 768 ranks."""
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -62,4 +59,6 @@ def test_no_rank_is_empty(name: str, world: int, stage: int) -> None:
                 assert param.to_local().numel() == parts[-1]  # DTensor's own rule agrees, for the last rank
                 if 0 in parts:
                     empty.add(fqn)
-    assert empty == NOT_FILLED.get((name, world), set())
+        meshes = {tuple(param.device_mesh.shape) for param in model.parameters()}
+    assert not empty
+    assert meshes == {GRIDS.get((name, world), (world,))}

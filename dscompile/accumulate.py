@@ -76,7 +76,7 @@ def reduce_pending(model: nn.Module) -> None:
 def _reduce(slot: Slot) -> None:
     spec, full = slot.spec, cast(Tensor, slot.accumulated)
     with torch.no_grad():
-        rows, out = spec.rows(slot.rank)[1], slot.shard.dtype
+        rows, out = spec.rows(slot.rank)[1], slot.param.grad_dtype or slot.shard.dtype
         local = reduce_grad(full, spec.dim, rows, spec.world, spec.group, spec.wire, out)
         grad = wrap_like(slot.param, local)
         slot.param.grad = grad if slot.param.grad is None else slot.param.grad + grad

@@ -17,6 +17,7 @@ from dscompile.distribution import distribute
 from dscompile.engine.data import Loader, create_loader
 from dscompile.engine.ds_config import EngineConfig, report
 from dscompile.engine.engine import Engine, Parts
+from dscompile.engine.host_adam import HostStep, keep_reduced_gradients
 from dscompile.engine.optimizers import create_optimizer
 from dscompile.engine.processes import default_device, init_distributed
 from dscompile.engine.schedules import create_schedule
@@ -189,7 +190,10 @@ def _optimizer(
             raise ConfigError(f"initialize(optimizer=...): the function returned {type(made).__name__}, no optimizer.")
         return made
     assert settings.optimizer is not None
-    return create_optimizer(settings.optimizer.type, chosen, settings.optimizer.params)
+    optimizer = create_optimizer(settings.optimizer.type, chosen, settings.optimizer.params)
+    if isinstance(optimizer, HostStep):
+        keep_reduced_gradients(optimizer, settings.batch.accumulation)
+    return optimizer
 
 
 def _scheduler(settings: EngineConfig, given: Any, optimizer: torch.optim.Optimizer | None) -> Any:

@@ -111,18 +111,31 @@ def create_optimizer(kind: str, parameters: Parameters, arguments: Mapping[str, 
         UnsupportedError: a name or value of DeepSpeed's that does not exist here, or an optimizer that would compute
             something else on shards.
     """
+    name, cls, given = resolve_optimizer(kind, arguments)
+    groups = _groups(parameters, name)
+    _check_shards(cls, name, groups)
+    made = _choose_implementation(cls, groups, given)
+    return build(f"optimizer {name}", lambda: _make(made, groups, given), given)
+
+
+def resolve_optimizer(
+    kind: str, arguments: Mapping[str, Any] | None = None
+) -> tuple[str, type[Optimizer], dict[str, Any]]:
+    """The optimizer's name, its class, and the arguments that the class takes; nothing is made.
+
+    Raises:
+        ConfigError: an unknown name or key (with the nearest one).
+        UnsupportedError: a name or value of DeepSpeed's that does not exist here.
+    """
     name = find_name("optimizer", kind, (*_BY_NAME, *REFUSED))
     if name in REFUSED:
         raise UnsupportedError(f"optimizer {name}: {REFUSED[name]}.")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in (arguments or {}).items()}
     if "max_grad_norm" in given:
         raise ConfigError(f"optimizer {name}: max_grad_norm is no optimizer parameter; set gradient_clipping instead.")
-    groups = _groups(parameters, name)
     cls = _resolve(name, given)
-    _check_shards(cls, name, groups)
     check_keys(f"optimizer {name}", given, accepted(cls))
-    made = _choose_implementation(cls, groups, given)
-    return build(f"optimizer {name}", lambda: _make(made, groups, given), given)
+    return name, cls, given
 
 
 def _make(cls: Callable[..., Optimizer], groups: list[dict[str, Any]], given: Mapping[str, Any]) -> Optimizer:

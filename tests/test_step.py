@@ -139,6 +139,6 @@ def test_a_distributed_model_is_refused_not_left_without_gradients() -> None:
         for stage in (0, 1, 3):
             model = dscompile.distribute(nn.Linear(4, 3), config={"zero": {"stage": stage}, "summary": False})
             with pytest.raises(UnsupportedError, match=f"distributed models yet .weight is placed at stage {stage}"):
-                compile_step(model, lambda model, x: model(x).square().mean(), torch.randn(2, 4))
+                dscompile.compile_step(model, lambda model, x: model(x).square().mean(), torch.randn(2, 4))
     finally:
         dist.destroy_process_group()

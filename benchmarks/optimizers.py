@@ -1,7 +1,8 @@
-"""Optimizer steps: ``python -m benchmarks.optimizers`` times LAMB against PyTorch's AdamW on a GPT's parameters.
+"""Optimizer steps: ``python -m benchmarks.optimizers`` times ours against PyTorch's AdamW on a GPT's parameters.
 
 ``adamw`` is ``torch.optim.AdamW(fused=True)``; ``lamb`` our LAMB with its C++ kernel, ``lamb_foreach`` without it, both
-with a weight decay. Fused AdamW moves 28 bytes a parameter (reads x, g, m, v; writes x, m, v). LAMB cannot apply a
+with a weight decay. ``host`` is our AdamW of 16-bit training given fp32 gradients, ``host_bf16`` given bf16 ones, as
+that training gives it. Fused AdamW moves 28 bytes a parameter (reads x, g, m, v; writes x, m, v). LAMB cannot apply a
 direction before it has the norm of all of it: 24 and then 16 bytes, 1.43 times as many, unless a tensor stays in the
 cache between its two sweeps.
 """
@@ -17,10 +18,11 @@ import torch
 from benchmarks import machine
 from benchmarks.measure import Sample, interleave, paired_ratio, summary, timed
 from benchmarks.results import save, table
+from dscompile.engine.host_adam import HostAdamW
 from dscompile.engine.lamb import Lamb
 from dscompile.engine.optimizers import create_optimizer
 
-NAMES = ("adamw", "lamb", "lamb_foreach")
+NAMES = ("adamw", "host", "host_bf16", "lamb", "lamb_foreach")
 
 
 def shapes(millions: float, width: int) -> list[tuple[int, ...]]:
@@ -40,6 +42,12 @@ def optimizer(name: str, sizes: list[tuple[int, ...]]) -> torch.optim.Optimizer:
     params = [torch.nn.Parameter(torch.randn(size, generator=generator).mul_(0.02)) for size in sizes]
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator)
+    if name.startswith("host"):
+        for param in params if name == "host_bf16" else ():
+            grad, param.grad = param.grad, None
+            param.grad_dtype = torch.bfloat16
+            param.grad = grad.bfloat16()
+        return HostAdamW(params, lr=1e-4, weight_decay=0.01)
     if name == "adamw":
         return create_optimizer("AdamW", params, {"lr": 1e-4, "weight_decay": 0.01})
     return Lamb(params, lr=1e-4, weight_decay=0.01, compiled=name == "lamb")

@@ -76,10 +76,10 @@ def reduce_pending(model: nn.Module) -> None:
 def _reduce(slot: Slot) -> None:
     spec, full = slot.spec, cast(Tensor, slot.accumulated)
     with torch.no_grad():
-        shape = slot.shard.shape
+        shape, out = slot.shard.shape, slot.param.grad_dtype or slot.shard.dtype
         rows = 0 if spec.dim == REPLICATED else shape[spec.dim]
         tile = None if spec.tile is None else (spec.tile.dim, shape[spec.tile.dim], spec.tile.parts)
-        local = reduce_grad(full, spec.dim, rows, spec.world, spec.group, spec.wire, slot.shard.dtype, tile)
+        local = reduce_grad(full, spec.dim, rows, spec.world, spec.group, spec.wire, out, tile)
         grad = wrap_like(slot.param, local)
         slot.param.grad = grad if slot.param.grad is None else slot.param.grad + grad
     slot.close_window()

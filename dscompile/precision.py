@@ -180,12 +180,14 @@ class GradientReport:
     Attributes:
         norm: L2 norm of all unscaled gradients before clipping, over all shards, each replicated parameter once.
         overflow: whether any gradient on any rank is infinite or NaN. The gradients are untouched then: skip the step.
-        clip_coefficient: what clipping multiplied the unscaled gradients by; 1.0 if nothing was clipped.
+        clip_coefficient: what clipping multiplies the unscaled gradients by; 1.0 if nothing is clipped.
+        factor: what the gradients were multiplied by, unscaled and clipped; 1.0 after an overflow.
     """
 
     norm: float
     overflow: bool
     clip_coefficient: float
+    factor: float = 1.0
 
 
 def finish_gradients(
@@ -194,6 +196,7 @@ def finish_gradients(
     scale: float = 1.0,
     max_norm: float = 0.0,
     group: dist.ProcessGroup | None = None,
+    in_place: bool = True,
 ) -> GradientReport:
     """Unscale and clip every ``.grad`` in place, and say whether the step must be skipped. A collective.
 
@@ -205,6 +208,8 @@ def finish_gradients(
         scale: what the loss was multiplied by.
         max_norm: clip the global norm to it: gradients are multiplied by ``max_norm / (norm + 1e-6)`` if that is below
             1 (torch's and DeepSpeed's formula); 0: no clipping.
+        in_place: False: leave the gradients as they are, for an optimizer that multiplies them by the report's
+            ``factor`` as it reads them.
         group: the ranks that agree; by default those the parameters are sharded over. Plain parameters belong to no
             group: without ``group`` nothing is sent for them.
 
@@ -231,11 +236,11 @@ def finish_gradients(
         return GradientReport(norm if not math.isfinite(norm) else math.inf, True, 1.0)
     coefficient = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
     factor = coefficient / scale
-    if factor != 1.0:
+    if factor != 1.0 and in_place:
         with torch.no_grad():
             for gradient in held:
                 gradient.mul_(factor)
-    return GradientReport(norm, False, coefficient)
+    return GradientReport(norm, False, coefficient, factor)
 
 
 def _measure(

@@ -70,8 +70,10 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> DTensor | None:
-        """The local gradient as the parameter's; none if it was frozen since."""
-        return wrap_like(ctx.param, grad) if grad is not None and ctx.param.requires_grad else None
+        """The local gradient as the parameter's, in its ``grad_dtype``; none if it was frozen since."""
+        if grad is None or not ctx.param.requires_grad:
+            return None
+        return wrap_like(ctx.param, grad.to(ctx.param.grad_dtype))
 
 
 class Slot:

@@ -21,6 +21,7 @@ from dscompile.config import Config
 from dscompile.errors import UnsupportedError
 from dscompile.graph import GraphInput, GraphKind, InputKind, StepGraph
 from dscompile.params import FrameInputs, from_aot
+from dscompile.sharded import slots_in
 from dscompile.torch_compat import export_joint
 
 Loss = Callable[..., Tensor]
@@ -51,7 +52,8 @@ def trace_step(model: nn.Module, loss: Loss, *batch: Any) -> StepGraph:
         batch: example inputs; their shapes are those of the graph.
 
     Raises:
-        UnsupportedError: the step cannot be captured as one graph, or the loss is not a scalar.
+        UnsupportedError: the step cannot be captured as one graph, the loss is not a scalar, or the model is
+            distributed.
     """
     with contextlib.ExitStack() as stack:
         graph, _ = _trace(stack, model, loss, batch)
@@ -62,6 +64,12 @@ def _trace(
     stack: contextlib.ExitStack, model: nn.Module, loss: Loss, batch: Sequence[Any]
 ) -> tuple[StepGraph, tuple[str, ...]]:
     """The joint graph and the exporter's names of its state inputs, in order; ``stack`` keeps its fakes alive."""
+    placed = slots_in(model)
+    if placed:  # the exporter would take the shards for constants, and the gradients would be none
+        raise UnsupportedError(
+            f"the step entry does not take distributed models yet ({placed[0].spec.fqn} is placed at stage "
+            f'{placed[0].spec.stage}). Use torch.compile(model, backend="dscompile").'
+        )
     module = _Step(model, loss)
     try:
         joint, names = export_joint(stack, module, tuple(batch))
@@ -176,5 +184,8 @@ def compile_step(
         loss: ``loss(model, *batch) -> scalar tensor``.
         batch: example inputs with the shapes of every later batch.
         config: as for :meth:`Config.load`.
+
+    Raises:
+        UnsupportedError: as :func:`trace_step` does.
     """
     return CompiledStep(model, loss, batch, Config.load(config))

@@ -6,6 +6,7 @@ Each helper says which private name it stands on, so that a new PyTorch release 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -237,15 +238,18 @@ def set_local(tensor: DTensor, local: torch.Tensor) -> None:
 
 
 def wrap_like(tensor: DTensor, local: torch.Tensor) -> DTensor:
-    """A local value as a DTensor placed like ``tensor``.
+    """A local value as a DTensor placed like ``tensor``, of the local value's dtype.
 
-    Differentiable if gradients are being recorded. Stands on ``DTensor._spec``.
+    Differentiable if gradients are being recorded. Stands on ``DTensor._spec`` and its ``tensor_meta``.
     """
     if torch.is_grad_enabled() and local.requires_grad:
         return DTensor.from_local(
             local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )
-    return DTensor(local, tensor._spec, requires_grad=False)
+    spec = tensor._spec
+    if spec.tensor_meta is not None and spec.tensor_meta.dtype != local.dtype:
+        spec = dataclasses.replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=local.dtype))
+    return DTensor(local, spec, requires_grad=False)
 
 
 def without_torch_function() -> contextlib.AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import dscompile
@@ -129,3 +130,15 @@ def test_a_graph_break_is_refused_with_the_way_out(batch: tuple[Tensor, Tensor])
 
     with pytest.raises(UnsupportedError, match=r"torch\.compile"):
         dscompile.trace_step(Model(), breaks, *batch)
+
+
+def test_a_distributed_model_is_refused_not_left_without_gradients() -> None:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        for stage in (0, 1, 3):
+            model = dscompile.distribute(nn.Linear(4, 3), config={"zero": {"stage": stage}, "summary": False})
+            with pytest.raises(UnsupportedError, match=f"distributed models yet .weight is placed at stage {stage}"):
+                dscompile.compile_step(model, lambda model, x: model(x).square().mean(), torch.randn(2, 4))
+    finally:
+        dist.destroy_process_group()

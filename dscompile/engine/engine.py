@@ -30,6 +30,7 @@ from dscompile.engine.data import Loader
 from dscompile.engine.ds_config import EngineConfig
 from dscompile.engine.finish import Finisher
 from dscompile.engine.gc_freeze import GcFreeze
+from dscompile.engine.host_adam import HostStep, keep_reduced_gradients
 from dscompile.engine.outputs import tensors_in
 from dscompile.engine.progress import Progress
 from dscompile.engine.saving import Position, load, save, save_half
@@ -339,6 +340,8 @@ class Engine(WholeSteps):
             )
         self.window.resize(train_batch_size // unit)
         self.batch = type(self.batch)(train_batch_size, self.batch.micro, train_batch_size // unit)
+        if isinstance(self.optimizer, HostStep):
+            keep_reduced_gradients(self.optimizer, self.batch.accumulation)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients; inside a window also those accumulated without reduction."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dscompile.engine.ds_config import EngineConfig
+from dscompile.engine.host_adam import HostStep
 from dscompile.engine.window import Window
 from dscompile.errors import ShardingError
 from dscompile.precision import GradientReport, LossScaler, finish_gradients
@@ -69,7 +70,10 @@ class Finisher:
             self._check_used()
         scale = (self._scaler.scale if self._scaler is not None else 1.0) * self._window.divisor / self._sum_over
         clip = self._config.gradient_clipping
-        self.report = finish_gradients(self._model.parameters(), scale=scale, max_norm=clip)
+        folded = isinstance(optimizer, HostStep)
+        self.report = finish_gradients(self._model.parameters(), scale=scale, max_norm=clip, in_place=not folded)
+        if isinstance(optimizer, HostStep):
+            optimizer.gradient_factor = self.report.factor
         self._skip = self.report.overflow and self._config.skip_overflow
         if self._scaler is not None:
             self._skip = self._scaler.update(self.report.overflow)

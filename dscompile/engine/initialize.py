@@ -17,9 +17,10 @@ from dscompile.distribution import distribute
 from dscompile.engine.data import Loader, create_loader
 from dscompile.engine.ds_config import EngineConfig, report
 from dscompile.engine.engine import Engine, Parts
-from dscompile.engine.optimizers import create_optimizer
+from dscompile.engine.host_adam import HostStep, keep_reduced_gradients
+from dscompile.engine.optimizers import create_optimizer, resolve_optimizer
 from dscompile.engine.processes import default_device, init_distributed
-from dscompile.engine.schedules import create_schedule
+from dscompile.engine.schedules import create_schedule, resolve_schedule
 from dscompile.engine.swap import Replaced
 from dscompile.errors import ConfigError
 from dscompile.world import DATA, World, default_mesh
@@ -81,6 +82,10 @@ def initialize(
     world, rank = dist.get_world_size(), dist.get_rank()
     _check_axes(mpu, mesh_param, world)
     settings = _agreed(source, world, rank, device)
+    if optimizer is None and settings.optimizer is not None:  # before anything is moved, sharded or built
+        resolve_optimizer(settings.optimizer.type, settings.optimizer.params)
+    if lr_scheduler is None and settings.scheduler is not None:
+        resolve_schedule(settings.scheduler.type, settings.scheduler.params)
     if settings.logging.level is not None:
         logging.getLogger("dscompile").setLevel(settings.logging.level.upper())
     if rank == 0:
@@ -189,7 +194,10 @@ def _optimizer(
             raise ConfigError(f"initialize(optimizer=...): the function returned {type(made).__name__}, no optimizer.")
         return made
     assert settings.optimizer is not None
-    return create_optimizer(settings.optimizer.type, chosen, settings.optimizer.params)
+    optimizer = create_optimizer(settings.optimizer.type, chosen, settings.optimizer.params)
+    if isinstance(optimizer, HostStep):
+        keep_reduced_gradients(optimizer, settings.batch.accumulation)
+    return optimizer
 
 
 def _scheduler(settings: EngineConfig, given: Any, optimizer: torch.optim.Optimizer | None) -> Any:

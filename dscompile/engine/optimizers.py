@@ -9,7 +9,8 @@ Three of DeepSpeed's habits are kept, because a configuration that is carried ov
 
 A sharded parameter is a DTensor, and the update of an elementwise optimizer is the same on a shard; any other is
 refused there. PyTorch's fused kernel is taken where it has one for the device; for DTensors it has Adam's only
-(torch 2.13), and the others' sweeps over all tensors are taken.
+(torch 2.13), and the others' sweeps over all tensors are taken. Adam and AdamW of masters whose model computes in 16
+bits on a CPU are those of :mod:`dscompile.engine.host_adam`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from dscompile.engine.adam_kernel import adam_kernel
 from dscompile.engine.arguments import accepted, build, check_keys, find_name
-from dscompile.engine.lamb import Lamb
+from dscompile.engine.host_adam import HostAdam, HostAdamW
+from dscompile.engine.lamb import WORTH, Lamb
 from dscompile.engine.lion import Lion
 from dscompile.errors import ConfigError, UnsupportedError
 from dscompile.placement import spec_of
@@ -108,18 +111,31 @@ def create_optimizer(kind: str, parameters: Parameters, arguments: Mapping[str, 
         UnsupportedError: a name or value of DeepSpeed's that does not exist here, or an optimizer that would compute
             something else on shards.
     """
+    name, cls, given = resolve_optimizer(kind, arguments)
+    groups = _groups(parameters, name)
+    _check_shards(cls, name, groups)
+    made = _choose_implementation(cls, groups, given)
+    return build(f"optimizer {name}", lambda: _make(made, groups, given), given)
+
+
+def resolve_optimizer(
+    kind: str, arguments: Mapping[str, Any] | None = None
+) -> tuple[str, type[Optimizer], dict[str, Any]]:
+    """The optimizer's name, its class, and the arguments that the class takes; nothing is made.
+
+    Raises:
+        ConfigError: an unknown name or key (with the nearest one).
+        UnsupportedError: a name or value of DeepSpeed's that does not exist here.
+    """
     name = find_name("optimizer", kind, (*_BY_NAME, *REFUSED))
     if name in REFUSED:
         raise UnsupportedError(f"optimizer {name}: {REFUSED[name]}.")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in (arguments or {}).items()}
     if "max_grad_norm" in given:
         raise ConfigError(f"optimizer {name}: max_grad_norm is no optimizer parameter; set gradient_clipping instead.")
-    groups = _groups(parameters, name)
     cls = _resolve(name, given)
-    _check_shards(cls, name, groups)
     check_keys(f"optimizer {name}", given, accepted(cls))
-    _choose_implementation(cls, groups, given)
-    return build(f"optimizer {name}", lambda: _make(cls, groups, given), given)
+    return name, cls, given
 
 
 def _make(cls: Callable[..., Optimizer], groups: list[dict[str, Any]], given: Mapping[str, Any]) -> Optimizer:
@@ -181,18 +197,35 @@ def _check_shards(cls: type[Optimizer], name: str, groups: list[dict[str, Any]])
             )
 
 
-def _choose_implementation(cls: type[Optimizer], groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
-    """Ask for PyTorch's fused kernel where it has one, and for the sweep over all tensors on shards.
+_HOST: Mapping[type[Optimizer], type[Optimizer]] = {torch.optim.Adam: HostAdam, torch.optim.AdamW: HostAdamW}
+
+
+def _choose_implementation(
+    cls: type[Optimizer], groups: list[dict[str, Any]], given: dict[str, Any]
+) -> type[Optimizer]:
+    """Take our own Adam where it applies, else PyTorch's fused kernel or sweep over all tensors on shards.
 
     Unless the user chose an implementation. PyTorch would loop over DTensors, at five times the cost of small ones.
     """
     chosen = any(given.get(key) is not None for key in ("fused", "foreach"))
     if chosen or given.get("capturable") or given.get("differentiable"):
-        return
+        return cls
     params = [p for group in groups for p in group["params"]]
+    variant = any(group.get(key) for group in (given, *groups) for key in ("amsgrad", "maximize"))
+    if cls in _HOST and not variant and _worth_a_kernel(params) and adam_kernel() is not None:
+        return _HOST[cls]
     plain = not any(isinstance(p, DTensor) for p in params)
     devices, on_shards = _FUSED.get(cls, ((), False))
     if (plain or on_shards) and all(p.is_floating_point() and p.device.type in devices for p in params):
         given["fused"] = True
     elif not plain and cls in ELEMENTWISE and "foreach" in accepted(cls):
         given["foreach"] = True
+    return cls
+
+
+def _worth_a_kernel(params: list[Tensor]) -> bool:
+    """Whether these are masters on a CPU of a model that computes in 16 bits, and enough to build a kernel for."""
+    specs = [spec_of(p) for p in params]
+    half = all(spec is not None and spec.dtype is not None for spec in specs)
+    # Of whole parameters: every rank must choose alike.
+    return half and all(p.device.type == "cpu" for p in params) and sum(p.numel() for p in params) >= WORTH

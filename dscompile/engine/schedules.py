@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -178,6 +178,21 @@ def create_schedule(
         ConfigError: an unknown name or key (with the nearest one), or a value out of range.
         UnsupportedError: one of PyTorch's that cannot be made from a file.
     """
+    name, make, given = resolve_schedule(kind, arguments)
+    made: Schedule | torch.optim.lr_scheduler.LRScheduler
+    made = build(f"scheduler {name}", lambda: make(optimizer, **given), given)
+    return made
+
+
+def resolve_schedule(
+    kind: str, arguments: Mapping[str, Any] | None = None
+) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+    """The schedule's name, what makes it, and the arguments; nothing is made.
+
+    Raises:
+        ConfigError: an unknown name or key (with the nearest one).
+        UnsupportedError: one of PyTorch's that cannot be made from a file.
+    """
     name = find_name("scheduler", kind, (*SCHEDULES, *_OF_TORCH, *_NOT_FROM_FILE))
     if name in _NOT_FROM_FILE:
         raise UnsupportedError(
@@ -186,9 +201,7 @@ def create_schedule(
     make = SCHEDULES.get(name) or _OF_TORCH[name]
     given = dict(arguments or {})
     check_keys(f"scheduler {name}", given, accepted(make))
-    made: Schedule | torch.optim.lr_scheduler.LRScheduler
-    made = build(f"scheduler {name}", lambda: make(optimizer, **given), given)
-    return made
+    return name, make, given
 
 
 def _warn_short(schedule: _Warmup, total: int) -> None:

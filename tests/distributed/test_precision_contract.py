@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import dscompile
+from dscompile.engine.host_adam import HostAdamW, keep_reduced_gradients
 from dscompile.placement import mark_of, resident_of
 from dscompile.torch_compat import local_of
 from tests.distributed.contract import data, full, param, run_checks, seeded
@@ -69,19 +70,33 @@ class Stack(nn.Module):
 
 
 def check_bytes_held_are_those_of_the_zero_table(rank: int, world: int) -> None:
-    """Bytes a parameter, with Adam: p16 + master + m + v between steps, and the fp32 gradient of the master before one.
+    """Bytes a parameter, with the engine's Adam: p16 + master + m + v between steps, and a 16-bit gradient before one.
 
-    ZeRO's table (K = 12) is 16 | 4 + 12/N | 2 + 14/N | 16/N with 16-bit gradients kept; these are dropped here between
-    steps, and are 32-bit shards before one.
+    ZeRO's table (K = 12) is 16 | 4 + 12/N | 2 + 14/N | 16/N, with 16-bit gradients kept; these are dropped here between
+    steps. Stage 1 keeps no whole gradient and stage 3 no 16-bit shard of the parameter: 2 and 2/N fewer.
     """
-    elements = 4 * 64 * 64
-    between = {0: 2 + 12, 1: 2 + 12 / world, 2: 2 + 12 / world, 3: 12 / world}
-    gradient = {0: 4, 1: 4 / world, 2: 4 / world, 3: 4 / world}
     table = {0: 16, 1: 4 + 12 / world, 2: 2 + 14 / world, 3: 16 / world}
+    spared = {0: 0, 1: 2 - 2 / world, 2: 0, 3: 2 / world}
+    before = {stage: table[stage] - spared[stage] for stage in table}
+    gradient = {0: 2, 1: 2 / world, 2: 2 / world, 3: 2 / world}
+    _count_bytes(HostAdamW, gradient, before)
+
+
+def check_bytes_with_an_optimizer_of_torchs(rank: int, world: int) -> None:
+    """It takes fp32 gradients only: 2 bytes more before a step at stage 0, 2/N at the others."""
+    gradient = {0: 4, 1: 4 / world, 2: 4 / world, 3: 4 / world}
+    _count_bytes(torch.optim.AdamW, gradient, {0: 18, 1: 2 + 16 / world, 2: 2 + 16 / world, 3: 16 / world})
+
+
+def _count_bytes(adam: type[torch.optim.Adam], gradient: dict[int, float], expected: dict[int, float]) -> None:
+    """``gradient`` and ``expected`` are bytes a parameter just before a step, by stage."""
+    elements, rank = 4 * 64 * 64, torch.distributed.get_rank()
     for stage in range(4):
         before = live_bytes()
         model = make(seeded(Stack), stage)
-        run, optimizer = compiled(model), torch.optim.AdamW(model.parameters(), 1e-3)
+        run, optimizer = compiled(model), adam(model.parameters(), 1e-3)
+        if isinstance(optimizer, HostAdamW):
+            keep_reduced_gradients(optimizer, accumulation=1)
         for _ in range(2):
             run(data((4, 64), rank)).square().mean().backward()
             with_gradients = live_bytes() - before
@@ -90,10 +105,10 @@ def check_bytes_held_are_those_of_the_zero_table(rank: int, world: int) -> None:
         run(data((4, 64), rank))  # a forward pass refreshes copies
         held = live_bytes() - before
         slack = 0.02 * elements  # counters of the optimizer, and what a compiled frame keeps
-        assert held == pytest.approx(between[stage] * elements, abs=slack), (stage, held / elements)
-        assert held <= table[stage] * elements + slack
-        expected = between[stage] + gradient[stage]
-        assert with_gradients == pytest.approx(expected * elements, abs=slack), (stage, with_gradients / elements)
+        between = expected[stage] - gradient[stage]
+        assert held == pytest.approx(between * elements, abs=slack), (stage, held / elements)
+        count = with_gradients / elements
+        assert with_gradients == pytest.approx(expected[stage] * elements, abs=slack), (stage, count)
         del model, run, optimizer
         torch.compiler.reset()
 

@@ -377,6 +377,24 @@ def test_ranks_with_different_configurations_all_say_so() -> None:
 # -- what goes wrong in the loop ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"optimizer": {"type": "AdmW"}}, "unknown optimizer 'AdmW'"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "OneBitAdam"),
+        ({"optimizer": {"type": "Adam", "params": {"learning_rate": 1}}}, "unknown parameter 'learning_rate'"),
+        ({"scheduler": {"type": "WarmUp"}}, "unknown scheduler 'WarmUp'"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"steps": 1}}}, "unknown parameter 'steps'"),
+    ],
+)
+def test_an_unknown_optimizer_or_schedule_leaves_the_model_alone(wrong: dict[str, Any], said: str) -> None:
+    model = make_model()
+    with pytest.raises(DscompileError, match=said):
+        dscompile.initialize(model=model, config=config(**wrong))
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert type(model) is nn.Sequential
+
+
 def test_a_plain_step_in_mid_accumulation_is_an_error() -> None:
     engine, optimizer, *_ = make(gradient_accumulation_steps=3)
     one_step(engine)

@@ -1,9 +1,9 @@
 """Decompositions of tanh and tanh-GELU for CPU that vectorise well.
 
-Inductor's C++ calls Sleef's ``tanh`` for eight or sixteen lanes at a time, which takes 5 to 10 times as long as ``exp``:
-a region with a tanh-GELU computes, where it should wait for memory. These forms need one ``exp`` and one division each.
-GELU and its gradient err no more than PyTorch's kernels do; ``tanh`` stays within 1.4 ulp in fp32 (Sleef: 1.0, PyTorch's
-eager kernel: 0.6). ``tests/codegen/test_activations.py`` measures both.
+Inductor's C++ calls Sleef's ``tanh``, which takes 5 to 10 times as long as ``exp``: a region with a tanh-GELU computes
+where it should wait for memory. These forms need one ``exp`` and one division each. GELU and its gradient err no more
+than PyTorch's kernels do; ``tanh`` stays within 1.4 ulp in fp32 (Sleef: 1.0, PyTorch's eager kernel: 0.6).
+``tests/codegen/test_activations.py`` measures both.
 """
 
 from __future__ import annotations

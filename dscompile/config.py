@@ -81,6 +81,17 @@ class PrecisionConfig(BaseModel):
     )
 
 
+class RecomputeConfig(BaseModel):
+    """What backward computes again instead of saving it, in the names of DeepSpeed's transformer kernels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    gelu_checkpoint: bool = Field(False, description="The outputs of GELU and SiLU, from their saved inputs.")
+    normalize_invertible: bool = Field(
+        False, description="The outputs of LayerNorm and RMSNorm, from their saved inputs; any weight will do."
+    )
+
+
 class Config(BaseModel):
     """Options of one compilation. Every field is an option of the same name in JSON and in ``options=``."""
 
@@ -141,6 +152,9 @@ class Config(BaseModel):
     )
     sparse_attention: SparseAttentionConfig | None = Field(
         None, description="Make attention block-sparse, in the keys of DeepSpeed's section; unset: leave it dense."
+    )
+    recompute: RecomputeConfig | None = Field(
+        None, description="Cheap activations that backward computes again, to save fewer bytes; unset: none."
     )
     rank_timeout: float = Field(
         30.0,

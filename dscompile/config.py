@@ -134,6 +134,10 @@ class Config(BaseModel):
         "auto",
         description="Dense attention on CPU: 'auto' takes our kernel where it was measured faster than PyTorch's.",
     )
+    norm_backward: Literal["auto", "kernel", "inductor"] = Field(
+        "auto",
+        description="LayerNorm's gradients on CPU: 'auto' takes our one-sweep kernel where it was measured faster.",
+    )
     buffers: Choice = Field(
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",

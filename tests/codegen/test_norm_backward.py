@@ -153,8 +153,8 @@ def test_a_compiled_model_has_eagers_gradients() -> None:
     model, x = nn.Sequential(Residual(), Residual(), nn.LayerNorm(8)), torch.randn(2, 6, 8, requires_grad=True)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="dscompile", options={"summary": False, "norm_backward": "kernel"})
-    leaves = [x, *model.parameters()]
-    wanted = torch.autograd.grad(model(x).square().sum(), leaves)
-    found = torch.autograd.grad(compiled(x).square().sum(), leaves)
+    leaves, probe = [x, *model.parameters()], torch.randn(2, 6, 8)
+    wanted = torch.autograd.grad((model(x) * probe).sum(), leaves)
+    found = torch.autograd.grad((compiled(x) * probe).sum(), leaves)
     for value, exact in zip(found, wanted, strict=True):
         assert (value - exact).norm() <= 1e-5 * exact.norm()

@@ -1,6 +1,6 @@
-"""Decompositions that replace Inductor's own where those write memory for nothing, or are wrong.
+"""Decompositions that replace Inductor's own where those write memory for nothing, are slow, or are wrong.
 
-A decomposition here gives bit for bit the values of the one it replaces.
+A decomposition here gives bit for bit the values of the one it replaces; those of :mod:`.activations` are as accurate.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.codegen import activations
 from dscompile.torch_compat import OpOverload
 
 _MEAN = 1  # at::Reduction::Mean
@@ -88,6 +89,9 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     return {
         aten.nll_loss_backward.default: nll_loss_backward,
         aten.nll_loss2d_backward.default: nll_loss_backward,
+        aten.tanh.default: activations.tanh,
+        aten.gelu.default: activations.gelu,
+        aten.gelu_backward.default: activations.gelu_backward,
         aten.index_put.default: index_put,
         aten._unsafe_index_put.default: index_put,
     }

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from dscompile.codegen.cpu.choice import choose_attention
+from dscompile.codegen.cpu.norms import choose_norms
 from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.gpu import TritonRegion, choose, on_gpu
@@ -57,6 +58,7 @@ def lower_region(region: Region, config: Config) -> RegionCode:
                 attention=tuple(attention),
                 fallbacks=tuple(fallbacks),
             )
+    attention += choose_norms(module, config)
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()

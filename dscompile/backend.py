@@ -200,12 +200,12 @@ class Frame:
 
     def _pipeline(self) -> str:
         """The configured pipeline; the default one of a sharded model is that of its ZeRO stage."""
-        from dscompile.passes import with_sparse_attention, zero_pipeline
+        from dscompile.passes import with_recompute, with_sparse_attention, zero_pipeline
 
         stage, text = self.sharding.stage, self.config.pipeline
         if text == "default" and stage is not None:
             text = zero_pipeline(stage, self.config.zero)
-        return with_sparse_attention(text, self.config)
+        return with_recompute(with_sparse_attention(text, self.config), self.config)
 
     def _merge(self, verdict: str) -> None:
         """The weakest verdict of a compilation is its verdict."""

@@ -81,6 +81,17 @@ class PrecisionConfig(BaseModel):
     )
 
 
+class RecomputeConfig(BaseModel):
+    """What backward computes again instead of saving it, in the names of DeepSpeed's transformer kernels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    gelu_checkpoint: bool = Field(False, description="The outputs of GELU and SiLU, from their saved inputs.")
+    normalize_invertible: bool = Field(
+        False, description="The outputs of LayerNorm and RMSNorm, from their saved inputs; any weight will do."
+    )
+
+
 class Config(BaseModel):
     """Options of one compilation. Every field is an option of the same name in JSON and in ``options=``."""
 
@@ -123,6 +134,10 @@ class Config(BaseModel):
         "auto",
         description="Dense attention on CPU: 'auto' takes our kernel where it was measured faster than PyTorch's.",
     )
+    norm_backward: Literal["auto", "kernel", "inductor"] = Field(
+        "auto",
+        description="LayerNorm's gradients on CPU: 'auto' takes our one-sweep kernel where it was measured faster.",
+    )
     buffers: Choice = Field(
         "auto",
         description="Reuse large CPU buffers from step to step, not return them to the system; 'auto': on Linux.",
@@ -141,6 +156,9 @@ class Config(BaseModel):
     )
     sparse_attention: SparseAttentionConfig | None = Field(
         None, description="Make attention block-sparse, in the keys of DeepSpeed's section; unset: leave it dense."
+    )
+    recompute: RecomputeConfig | None = Field(
+        None, description="Cheap activations that backward computes again, to save fewer bytes; unset: none."
     )
     rank_timeout: float = Field(
         30.0,

@@ -3,7 +3,8 @@
 ``linear_cross_entropy`` is ``cross_entropy(input @ weight.T + bias, target)``. A chunk's logits become its loss, then
 in place its gradient, and with that its part of the gradients of ``input`` and ``weight``, before the next chunk
 starts: so the peak is two chunks and the gradients, in place of three tensors of all logits. The gradients are those
-for a loss gradient of 1; backward only scales them. No product is computed twice.
+for a loss gradient of 1; backward only scales them. No product is computed twice, and rows that do not count (masked
+language models) are not projected at all.
 
 The idea of taking the loss's gradient in forward, chunk by chunk, is that of Liger-Kernel (arXiv:2410.10989); Cut
 Cross-Entropy (arXiv:2411.09009) recomputes the logits instead.
@@ -90,12 +91,31 @@ def _kernel(
     total = int(counted.sum())
     _check_classes(target, counted, weight.shape[0])
     mean = reduction == MEAN
-    work = _Work(input, weight, bias, gradients, scale=1.0 / total if mean and total else 1.0)
+    places = _places(input, counted, total)
+    work = _Work(input, weight, bias, gradients, total if places is not None else input.shape[0])
+    work.scale = 1.0 / total if mean and total else 1.0
     losses = torch.zeros((), dtype=torch.float64, device=input.device)
-    for start in range(0, input.shape[0], work.rows):
+    for start in range(0, work.count, work.rows):
         part = slice(start, start + work.rows)
-        losses += work.chunk(part, target[part], counted[part] if total < input.shape[0] else None)
+        if places is None:
+            losses += work.chunk(part, target[part], counted[part] if total < input.shape[0] else None)
+        else:
+            losses += work.chunk(places[part], target[places[part]], None)
     return ((losses / total if mean else losses).to(work.exact), *work.results())
+
+
+def _places(input: Tensor, counted: Tensor, total: int) -> Tensor | None:
+    """Where the rows are that count, int64 ``[total]``, if only these need be projected; None: all are.
+
+    A masked language model counts one row of seven, and the others' gradient is 0: DeepSpeed's BERT projects no others.
+    But 0 times infinity is NaN: if a row that does not count is not finite, all are projected, as in PyTorch.
+    """
+    if total == input.shape[0]:
+        return None
+    exact = input.sum(1, dtype=loss_dtype(input.dtype))
+    if not bool((exact.isfinite() | counted).all()):
+        return None
+    return counted.nonzero().squeeze(1)
 
 
 def _check_classes(target: Tensor, counted: Tensor, vocabulary: int) -> None:
@@ -110,23 +130,28 @@ def _check_classes(target: Tensor, counted: Tensor, vocabulary: int) -> None:
 class _Work:
     """The buffers of one call: a chunk's logits and probabilities, and the gradients that grow chunk by chunk."""
 
-    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, gradients: bool, scale: float) -> None:
-        self.input, self.weight, self.bias, self.scale = input, weight, bias, scale
+    scale = 1.0
+    """What the gradients are multiplied with."""
+
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, gradients: bool, count: int) -> None:
+        """``count`` rows of ``input`` will come in chunks; the others' gradient is 0."""
+        self.input, self.weight, self.bias, self.count = input, weight, bias, count
         self.exact = loss_dtype(input.dtype)
-        rows, vocabulary = input.shape[0], weight.shape[0]
-        chunks = max(1, math.ceil(rows * vocabulary * self.exact.itemsize / CHUNK_BYTES))
-        self.rows = max(1, math.ceil(rows / chunks))
+        vocabulary = weight.shape[0]
+        chunks = max(1, math.ceil(count * vocabulary * self.exact.itemsize / CHUNK_BYTES))
+        self.rows = max(1, math.ceil(count / chunks))
         self.logits = input.new_empty((self.rows, vocabulary))
         self.probabilities = torch.empty((self.rows, vocabulary), dtype=self.exact, device=input.device)
-        self.grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if gradients else None
+        fresh = torch.empty_like if count == input.shape[0] else torch.zeros_like
+        self.grad_input = fresh(input, memory_format=torch.contiguous_format) if gradients else None
         # sums over chunks are kept in the exact dtype: one rounding to 16 bits, as of one product
         self.grad_weight = torch.zeros(weight.shape if gradients else (0,), dtype=self.exact, device=weight.device)
         self.grad_bias = torch.zeros(vocabulary if gradients else 0, dtype=self.exact, device=weight.device)
 
-    def chunk(self, part: slice, target: Tensor, counted: Tensor | None) -> Tensor:
+    def chunk(self, part: slice | Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
         """The summed loss of some rows (fp64, scalar); adds their part of the gradients.
 
-        ``counted`` says which rows count, None that all do.
+        ``part`` says where the rows are in the input; ``counted`` which of them count, None that all do.
         """
         input = self.input[part]
         logits, probabilities = self.logits[: len(input)], self.probabilities[: len(input)]
@@ -150,14 +175,16 @@ class _Work:
             self._add_gradients(part, input, logits, probabilities)
         return losses.sum(dtype=torch.float64)
 
-    def _add_gradients(self, part: slice, input: Tensor, logits: Tensor, probabilities: Tensor) -> None:
+    def _add_gradients(self, part: slice | Tensor, input: Tensor, logits: Tensor, probabilities: Tensor) -> None:
         assert self.grad_input is not None
         same = logits.dtype is self.exact
         gradient = probabilities if same else logits.copy_(probabilities)
-        rows = self.grad_input[part]
+        rows = self.grad_input[part] if isinstance(part, slice) else torch.empty_like(input)
         torch.mm(gradient, self.weight, out=rows)
         if self.scale != 1.0:
             rows.mul_(self.scale)
+        if isinstance(part, Tensor):
+            self.grad_input.index_copy_(0, part, rows)
         if same:
             self.grad_weight.addmm_(gradient.t(), input, alpha=self.scale)
         else:

@@ -13,6 +13,7 @@ from dscompile.passes import bucket as _bucket  # noqa: F401  (each registers it
 from dscompile.passes import canonicalise as _canonicalise  # noqa: F401
 from dscompile.passes import fuse_loss as _fuse_loss  # noqa: F401
 from dscompile.passes import prefetch as _prefetch  # noqa: F401
+from dscompile.passes import recompute as _recompute  # noqa: F401
 from dscompile.passes import sparse_attention as _sparse_attention  # noqa: F401
 from dscompile.passes import unshard as _unshard  # noqa: F401
 from dscompile.passes import zero as _zero  # noqa: F401
@@ -55,3 +56,20 @@ def with_sparse_attention(pipeline: str, config: Config) -> str:
         )
     first, _, rest = text.partition(",")
     return ",".join(filter(None, (first, "sparse_attention", rest)))
+
+
+def with_recompute(pipeline: str, config: Config) -> str:
+    """``pipeline`` with the pass that the ``recompute`` section asks for, right after ``fuse_loss``.
+
+    Raises:
+        PipelineError: a pipeline without ``fuse_loss`` lacks the pass: where it belongs is for the user to say.
+    """
+    text = PIPELINES.get(pipeline, pipeline)
+    if config.recompute is None or re.search(r"\brecompute\b", text):
+        return text
+    if config.pipeline not in PIPELINES or "fuse_loss" not in text:
+        raise PipelineError(
+            f"pipeline: {text!r} lacks 'recompute', which the option 'recompute' asks for. "
+            "Add the pass before those that plan communication, or use a named pipeline."
+        )
+    return text.replace("fuse_loss", "fuse_loss,recompute", 1)

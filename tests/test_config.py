@@ -116,9 +116,9 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
 OTHER: dict[str, Any] = {
     "pipeline": "canonicalise", "verify": "end", "limit": 3, "regions": "aten", "donate": False, "rng": "fused",
     "sanitize": True, "kernels": "inductor", "gemm": "default", "attention": "aten",
-    "buffers": "off", "fused_loss": "off", "cache": False, "summary": False,
+    "norm_backward": "inductor", "buffers": "off", "fused_loss": "off", "cache": False, "summary": False,
     "zero": {"stage": 2}, "precision": {"param_dtype": "bf16"}, "sparse_attention": {"mode": "bigbird"},
-    "rank_timeout": 5.0,
+    "rank_timeout": 5.0, "recompute": {"gelu_checkpoint": True},
 }  # fmt: skip
 """For every option that matters to a compiled program, a value that is not its default."""
 

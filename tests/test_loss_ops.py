@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import allocation_peak
 from dscompile import linear_cross_entropy, loss_ops
@@ -93,3 +94,44 @@ def test_operator_is_registered_right() -> None:
     x, weight, bias = leaves
     arguments = (x, weight, bias, target, loss_ops.MEAN, -100, True)
     torch.library.opcheck(torch.ops.dscompile.linear_cross_entropy.default, arguments)
+
+
+def product_flops(target: Tensor, classes: int = 64) -> int:
+    """Operations in the matrix products of one loss with gradients, as the profiler counts them."""
+    x, weight = torch.randn(len(target), 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as prof:
+        linear_cross_entropy(x, weight, target)
+    return sum(event.flops for event in prof.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+
+
+@pytest.mark.parametrize("one_in", [1, 4, 7])
+def test_only_rows_that_count_are_projected(one_in: int) -> None:
+    rows = 84
+    target = torch.full((rows,), -100)
+    target[::one_in] = 3
+    every = product_flops(torch.full((rows,), 3))
+    assert every >= 2 * (2 * rows * 8 * 64)  # a multiplication and an addition each: forward, input's gradient
+    assert product_flops(target) * one_in == every
+
+
+def test_the_memory_of_a_masked_loss_is_that_of_its_rows() -> None:
+    """The buffers are of the rows that count: an eighth of all logits, twice."""
+    rows, classes = 512, 4096
+    x, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
+    target = torch.full((rows,), -100)
+    target[::8] = 1
+    logits = 4 * rows * classes
+    assert allocation_peak(lambda: linear_cross_entropy(x, weight, target)) < 0.45 * logits
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_row_that_does_not_count_spreads_its_nan_as_in_pytorch(bad: float) -> None:
+    leaves, target = problem(torch.float32, True)
+    with torch.no_grad():
+        leaves[0][4, 2] = bad  # target[4] is ignored
+    x, weight, bias = leaves
+    got = torch.autograd.grad(linear_cross_entropy(x, weight, target, bias), leaves)
+    wanted = torch.autograd.grad(F.cross_entropy(F.linear(x, weight, bias), target), leaves)
+    for gradient, want in zip(got, wanted, strict=True):
+        assert torch.equal(gradient.isnan(), want.isnan())
+    assert wanted[1].isnan().all()

@@ -161,15 +161,15 @@ def _gains(
             for n in (rows, columns, columns, rows)
         )
         out, lse = FORWARD(q, k, v, 0.0, causal)
-        forward = _gain(lambda: FORWARD(q, k, v, 0.0, causal), lambda: kernels.forward(q, k, v, blocks))
-        backward = _gain(
+        forward = gain(lambda: FORWARD(q, k, v, 0.0, causal), lambda: kernels.forward(q, k, v, blocks))
+        backward = gain(
             lambda: BACKWARD(grad, q, k, v, out, lse, 0.0, causal),
             lambda: kernels.backward(grad, q, k, v, out, lse, blocks),
         )
     return forward, backward
 
 
-def _gain(theirs: Callable[[], Any], mine: Callable[[], Any]) -> float:
+def gain(theirs: Callable[[], Any], mine: Callable[[], Any]) -> float:
     """Their least seconds over ours, of five interleaved rounds after one to warm up."""
 
     def seconds(call: Callable[[], Any]) -> float:

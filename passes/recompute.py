@@ -1,0 +1,209 @@
+"""Recompute cheap activations in backward instead of saving them: the outputs of GELU and of norms. Bitwise.
+
+DeepSpeed's transformer kernels drop the output of GELU (``gelu_checkpoint``) and one side of a LayerNorm
+(``normalize_invertible``), for BERT's memory. Here that is a rewrite of the joint graph: a backward node that reads
+such an output reads a second computation of it, from operands that are saved anyway, so the output itself need not be.
+
+DeepSpeed's invertible norm keeps the output and divides by the weight to get the input back, which loses accuracy and
+fails where a weight is 0. One side is as large as the other: here the *input* is kept and the output computed again,
+the same bytes for the same bits, whatever the weight.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from dscompile.effects import shared_operand
+from dscompile.graph import Phase, Role, StepGraph, annotate, info
+from dscompile.manager import PassContext, graph_pass
+from dscompile.split import saved_for_backward
+from dscompile.torch_compat import tensor_bytes
+
+aten = torch.ops.aten
+
+GELU = "gelu_checkpoint"
+NORM = "normalize_invertible"
+
+_POLICIES = {
+    aten.gelu.default: GELU,
+    aten.silu.default: GELU,
+    aten.native_layer_norm.default: NORM,
+    aten._fused_rms_norm.default: NORM,
+}
+"""The operators that a policy computes again."""
+
+
+@graph_pass("recompute", after={"canonicalise", "fuse_loss", "sparse_attention"}, optional=True)
+def recompute(graph: StepGraph, ctx: PassContext) -> None:
+    """Let backward compute the outputs that the ``recompute`` section names, if that saves bytes."""
+    section = ctx.config.recompute
+    policies = {name for name in (GELU, NORM) if section is not None and getattr(section, name)}
+    if not policies or not any(info(n).phase is Phase.BACKWARD for n in graph.nodes if n.op == "call_function"):
+        return
+    kept = _Kept(graph)
+    for value in kept.saved:
+        plan = _plan(value, kept, policies)
+        if plan is None:
+            continue
+        size = _bytes(value)
+        if plan.missing:
+            names = ", ".join(f"%{node.name}" for node in plan.missing)
+            ctx.decide(value, "saved", f"to compute it again, {names} would have to be saved instead", bytes=size)
+        elif graph.edit("recompute", value, why=f"{plan.policy}: its operands are saved anyway"):
+            ctx.decide(value, "recomputed", f"{plan.policy}: its operands are saved anyway", saved_bytes=size)
+            _rewrite(graph, value, plan)
+
+
+class _Kept:
+    """What backward has at hand without the rewrite: graph inputs, and values saved for it."""
+
+    def __init__(self, graph: StepGraph) -> None:
+        self.saved = saved_for_backward(graph)[0]
+        self._outputs = {v for v in graph.output_values() if isinstance(v, fx.Node)}
+        self._at_hand = set(self.saved)
+
+    def has(self, node: fx.Node) -> bool:
+        """Whether backward has ``node`` or what it views."""
+        while (base := shared_operand(node)) is not None:
+            node = base
+        return node.op in ("placeholder", "get_attr") or node in self._at_hand or info(node).role is Role.SYMBOL
+
+    def frees(self, node: fx.Node) -> bool:
+        """Whether dropping ``node`` frees its bytes: what the caller receives, or passed in, stays anyway."""
+        return node.op == "call_function" and node not in self._outputs
+
+
+@dataclass
+class _Plan:
+    """How to compute one saved value again.
+
+    Attributes:
+        policy: the option that asks for it.
+        chain: the nodes to compute, operands first.
+        missing: operands that backward does not have.
+    """
+
+    policy: str
+    chain: list[fx.Node] = field(default_factory=list)
+    missing: list[fx.Node] = field(default_factory=list)
+
+
+def _plan(value: fx.Node, kept: _Kept, policies: set[str]) -> _Plan | None:
+    """The plan for one saved value; None if no policy speaks of it."""
+    if not kept.frees(value):
+        return None
+    plan = _Plan("")
+    seen: set[fx.Node] = set()
+
+    def visit(node: fx.Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        if node is not value and kept.has(node):
+            return
+        policy = _policy(node)
+        if policy not in policies and not _is_cast_or_view(node):
+            plan.missing.append(node)
+            return
+        plan.policy = plan.policy or (policy or "")
+        for operand in node.all_input_nodes:
+            visit(operand)
+        plan.chain.append(node)
+
+    visit(value)
+    return plan if plan.policy else None
+
+
+def _policy(node: fx.Node) -> str | None:
+    """The policy that computes ``node`` again; a part of an operator's results counts with the operator."""
+    if node.target is operator.getitem:
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        # a norm's statistics are what its backward starts from, and small
+        return _POLICIES.get(source.target) if node.args[1] == 0 else None  # type: ignore[arg-type]
+    if _scales_norm(node):
+        return NORM
+    return _POLICIES.get(node.target)  # type: ignore[arg-type]
+
+
+def _scales_norm(node: fx.Node) -> bool:
+    """Whether a product is ``x * rsqrt(..)`` of a norm that the model spells out, or that times its weight."""
+    if node.target is not aten.mul.Tensor or len(node.all_input_nodes) != 2:
+        return False
+    one, other = map(_through, node.all_input_nodes)
+    if aten.rsqrt.default in (one.target, other.target):
+        return True
+    weighted = one if other.op == "placeholder" else other if one.op == "placeholder" else None
+    return weighted is not None and _scales_norm(weighted)
+
+
+def _through(node: fx.Node) -> fx.Node:
+    while _is_cast_or_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_cast_or_view(node: fx.Node) -> bool:
+    return node.target is aten._to_copy.default or shared_operand(node) is not None
+
+
+def _rewrite(graph: StepGraph, value: fx.Node, plan: _Plan) -> None:
+    """Let every backward node that reads ``value``, or a view of it, read a computation in backward."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    forms = _forms(value)
+    late = sorted(
+        {u for form in forms for u in form.users if info(u).phase is Phase.BACKWARD and u.op == "call_function"},
+        key=order.__getitem__,
+    )
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in plan.chain:
+        copies[node] = _again(graph, late[0], node, copies)
+    for form in sorted(forms - {value}, key=order.__getitem__):
+        if any(info(user).phase is Phase.BACKWARD for user in _forms_users(form, forms)):
+            copies[form] = _again(graph, late[0], form, copies)
+    for reader in late:
+        for operand in reader.all_input_nodes:
+            if operand in copies and operand in forms:
+                reader.replace_input_with(operand, copies[operand])
+                graph.touched.add(reader)
+
+
+def _again(graph: StepGraph, before: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """``node`` a second time, in backward, before ``before``."""
+    args = fx.map_arg(node.args, lambda n: copies.get(n, n))
+    kwargs = fx.map_arg(node.kwargs, lambda n: copies.get(n, n))
+    copy = graph.insert_call(before, node.target, args, dict(kwargs), like=node)
+    annotate(copy, phase=Phase.BACKWARD, role=info(node).role)
+    return copy
+
+
+def _forms(value: fx.Node) -> set[fx.Node]:
+    """A value and its forward views, which are not saved but taken again."""
+    found, stack = {value}, [value]
+    while stack:
+        current = stack.pop()
+        for user in current.users:
+            if user not in found and info(user).phase is Phase.FORWARD and shared_operand(user) is current:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _forms_users(form: fx.Node, forms: set[fx.Node]) -> list[fx.Node]:
+    """The users of a view and of the views of it."""
+    found: list[fx.Node] = []
+    stack = [form]
+    while stack:
+        for user in stack.pop().users:
+            if user in forms:
+                stack.append(user)
+            else:
+                found.append(user)
+    return found
+
+
+def _bytes(node: fx.Node) -> int:
+    return tensor_bytes(node.meta["val"])

@@ -1,0 +1,160 @@
+"""LayerNorm's gradients in one sweep: against fp64, its bytes, where it is chosen, and what it takes along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from benchmarks.memory import allocation_peak
+from dscompile import norm_ops
+from dscompile.codegen.cpu.norms import choose_norms
+from dscompile.config import Config
+from dscompile.graph import StepGraph
+from tests.build import trace
+
+aten = torch.ops.aten
+OURS = torch.ops.dscompile.layer_norm_backward.default
+
+
+def problem(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """``grad, x, mean, rstd, weight, residual``."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    grad, x, residual = (torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3))
+    weight = torch.randn(columns, generator=generator).to(dtype)
+    x = 2 * x + 1
+    _, mean, rstd = aten.native_layer_norm.default(x, [columns], weight, weight, 1e-5)
+    return [grad, x, mean, rstd, weight, residual]
+
+
+def reference(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor) -> list[Tensor]:
+    """The definition, in fp64."""
+    grad, x, mean, rstd, weight, residual = (t.double() for t in (grad, x, mean, rstd, weight, residual))
+    normal, scaled = (x - mean) * rstd, grad * weight
+    along, level = (scaled * normal).mean(1, keepdim=True), scaled.mean(1, keepdim=True)
+    return [rstd * (scaled - normal * along - level) + residual, (grad * normal).sum(0), grad.sum(0)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (4, 16), (513, 33), (1023, 512), (2, 4099), (300, 128)])
+def test_the_kernel_against_fp64(rows: int, columns: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        given = problem(rows, columns)
+        found = OURS(*given)
+    finally:
+        torch.set_num_threads(before)
+    kernel, reason = norm_ops.norm_kernel()
+    assert kernel is not None, reason
+    for value, exact in zip(found, reference(*given), strict=True):
+        assert (value - exact).norm() <= 1e-6 * exact.norm() + 1e-6
+
+
+def test_errors_are_at_most_those_of_pytorch() -> None:
+    given = problem(2048, 256)
+    exact = reference(*given)
+    grad, x, mean, rstd, weight, residual = given
+    dx, *rest = aten.native_layer_norm_backward.default(grad, x, [256], mean, rstd, weight, weight, [True] * 3)
+    for ours, theirs, wanted in zip(OURS(*given), (dx + residual, *rest), exact, strict=True):
+        assert (ours - wanted).norm() <= 1.1 * (theirs - wanted).norm()
+
+
+def test_without_a_residual_and_with_strides() -> None:
+    grad, x, mean, rstd, weight, residual = problem(24, 16)
+    spread = torch.stack([grad, grad], dim=2)[:, :, 0]
+    assert not spread.is_contiguous()
+    expected = reference(grad, x, mean, rstd, weight, torch.zeros_like(residual))
+    for value, exact in zip(OURS(spread, x, mean, rstd, weight, None), expected, strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_are_ideal_within_a_twentieth() -> None:
+    """What it allocates beyond its results is two rows a thread: each input is read from memory once, in one sweep."""
+    given = problem(1024, 256)
+    ideal = given[1].nbytes + 2 * given[4].nbytes
+    assert allocation_peak(lambda: OURS(*given)) <= 1.05 * ideal
+
+
+def test_another_dtype_runs_with_pytorchs_kernel() -> None:
+    given = problem(8, 16, torch.float64)
+    for value, exact in zip(OURS(*given), reference(*given), strict=True):
+        torch.testing.assert_close(value, exact)
+
+
+def test_the_fake_kernel_says_what_the_kernel_returns() -> None:
+    torch.library.opcheck(OURS, tuple(problem(4, 8)), test_utils=("test_schema", "test_faketensor"))
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """A pre-norm block's skeleton: the norm's gradient meets the residual's."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8, bias=bias)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.linear(self.norm(x))
+        return result
+
+
+def module_of(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    graph: StepGraph = trace(model, x)
+    return graph.module
+
+
+def chosen(module: fx.GraphModule, **options: Any) -> str:
+    (text,) = choose_norms(module, Config.load(options))
+    module.graph.lint()
+    return text
+
+
+def test_the_residuals_gradient_is_taken_along() -> None:
+    module = module_of(Residual(), torch.randn(4, 8, requires_grad=True))
+    additions = len(module.graph.find_nodes(op="call_function", target=aten.add.Tensor))
+    assert "our kernel with the residual's gradient" in chosen(module, norm_backward="kernel")
+    assert len(module.graph.find_nodes(op="call_function", target=aten.add.Tensor)) == additions - 1
+    (node,) = module.graph.find_nodes(op="call_function", target=OURS)
+    assert node.args[5].name.startswith("tangents")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        (Residual(), {"norm_backward": "inductor"}, "norm_backward='inductor'"),
+        (Residual(), {}, "fewer than"),
+        (Residual(bias=False), {"norm_backward": "kernel"}, "not all three"),
+        (Residual().double(), {"norm_backward": "kernel"}, "not all fp32"),
+    ],
+)
+def test_where_inductor_keeps_it_and_why(model: nn.Module, options: dict[str, Any], reason: str) -> None:
+    dtype = next(model.parameters()).dtype
+    module = module_of(model, torch.randn(4, 8, requires_grad=True, dtype=dtype))
+    text = chosen(module, **options)
+    assert "Inductor" in text
+    assert reason in text
+    assert not module.graph.find_nodes(op="call_function", target=OURS)
+
+
+def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dscompile.codegen.cpu.norms.norm_kernel", lambda: (None, "no C++ compiler"))
+    module = module_of(Residual(), torch.randn(4, 8, requires_grad=True))
+    assert "no C++ compiler" in chosen(module, norm_backward="kernel")
+
+
+def test_a_compiled_model_has_eagers_gradients() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Residual(), Residual(), nn.LayerNorm(8)), torch.randn(2, 6, 8, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="dscompile", options={"summary": False, "norm_backward": "kernel"})
+    leaves, probe = [x, *model.parameters()], torch.randn(2, 6, 8)
+    wanted = torch.autograd.grad((model(x) * probe).sum(), leaves)
+    found = torch.autograd.grad((compiled(x) * probe).sum(), leaves)
+    for value, exact in zip(found, wanted, strict=True):
+        assert (value - exact).norm() <= 1e-5 * exact.norm()

@@ -1,0 +1,160 @@
+"""recompute: what backward computes again, the bytes no longer saved, the same bits, and what is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dscompile.config import Config
+from dscompile.errors import PipelineError
+from dscompile.graph import Phase, StepGraph, info
+from dscompile.manager import Decision, PassContext, parse_pipeline, run_pipeline
+from dscompile.passes import with_recompute
+from dscompile.split import split
+from dscompile.text import print_graph
+from dscompile.tools.gpt import GPT, GPTConfig
+from dscompile.torch_compat import tensor_bytes
+from tests.build import trace
+
+aten = torch.ops.aten
+BOTH = {"gelu_checkpoint": True, "normalize_invertible": True}
+
+
+class Mlp(nn.Module):
+    """What a transformer's second half saves: the norm's both sides, the activation's both sides."""
+
+    def __init__(self, activation: Any = F.gelu, norm: type[nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm = norm(8)
+        self.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 8)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(self.norm(x))
+        result: Tensor = x + self.down(self.activation(hidden))
+        return result
+
+
+def run(graph: StepGraph, **policies: bool) -> list[Decision]:
+    """The decisions; the manager proves the result bit for bit equal."""
+    context = PassContext(Config.load({"recompute": policies}))
+    records = run_pipeline(graph, parse_pipeline("canonicalise,recompute"), context)
+    assert records[1].verdict == "proved"
+    return context.decisions
+
+
+def saved_bytes(graph: StepGraph) -> int:
+    """Bytes of what is saved between the halves, apart from the graph's inputs."""
+    names = {p.name for p in graph.placeholders()}
+    by_name = {n.name: n for n in graph.nodes}
+    return sum(tensor_bytes(by_name[n].meta["val"]) for n in split(graph).saved if n not in names)
+
+
+def joint(model: nn.Module, x: Tensor) -> StepGraph:
+    graph = trace(model, x)
+    run_pipeline(graph, parse_pipeline("canonicalise"), PassContext(Config()))
+    return graph
+
+
+ROWS = 6
+NARROW, WIDE = 4 * ROWS * 8, 4 * ROWS * 32
+
+
+@pytest.mark.parametrize(
+    ("policies", "fewer"),
+    [({"gelu_checkpoint": True}, WIDE), ({"normalize_invertible": True}, NARROW), (BOTH, NARROW + WIDE), ({}, 0)],
+)
+@pytest.mark.parametrize("activation", [F.gelu, F.silu, lambda v: F.gelu(v, approximate="tanh")])
+def test_the_bytes_that_are_no_longer_saved(policies: dict[str, bool], fewer: int, activation: Any) -> None:
+    graph = joint(Mlp(activation), torch.randn(ROWS, 8, requires_grad=True))
+    before = saved_bytes(graph)
+    decisions = run(graph, **policies)
+    assert before - saved_bytes(graph) == fewer
+    assert sum(d.facts["saved_bytes"] for d in decisions if d.choice == "recomputed") == fewer
+
+
+def test_a_spelt_out_rms_norm_is_a_norm() -> None:
+    graph = joint(Mlp(norm=nn.RMSNorm), torch.randn(ROWS, 8, requires_grad=True))
+    before = saved_bytes(graph)
+    decisions = run(graph, normalize_invertible=True)
+    assert before - saved_bytes(graph) >= NARROW
+    assert any(d.choice == "recomputed" for d in decisions)
+
+
+def test_backward_reads_its_own_computation() -> None:
+    graph = joint(Mlp(), torch.randn(ROWS, 8, requires_grad=True))
+    run(graph, gelu_checkpoint=True)
+    first, second = graph.graph.find_nodes(op="call_function", target=aten.gelu.default)
+    assert (info(first).phase, info(second).phase) == (Phase.FORWARD, Phase.BACKWARD)
+    assert first.args == second.args
+    assert all(info(user).phase is Phase.FORWARD for user in first.users)
+
+
+def test_an_output_whose_input_is_not_saved_stays_with_the_reason() -> None:
+    """Without a derivative to its input GELU's input is not saved: computing it again would save as many bytes."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.down(F.gelu(x.sin().detach()))
+            return result
+
+    graph = joint(Frozen(), torch.randn(ROWS, 8))
+    before = print_graph(graph)
+    (decision,) = run(graph, **BOTH)
+    assert decision.choice == "saved"
+    assert "would have to be saved instead" in decision.reason
+    assert print_graph(graph) == before
+
+
+def test_what_the_caller_receives_stays_saved() -> None:
+    class Returned(Mlp):
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.activation(self.up(x))
+            return hidden, self.down(hidden)
+
+    graph = joint(Returned(), torch.randn(ROWS, 8))
+    assert run(graph, **BOTH) == []
+
+
+def test_no_section_or_no_policy_changes_nothing() -> None:
+    graph = joint(Mlp(), torch.randn(ROWS, 8, requires_grad=True))
+    before = print_graph(graph)
+    assert run(graph) == []
+    assert print_graph(graph) == before
+
+
+def test_the_section_puts_the_pass_into_named_pipelines_only() -> None:
+    asked = Config.load({"recompute": BOTH})
+    assert with_recompute("default", asked) == "canonicalise,fuse_loss,recompute"
+    assert with_recompute("default", Config()) == "canonicalise,fuse_loss"
+    assert with_recompute("canonicalise,recompute", asked) == "canonicalise,recompute"
+    with pytest.raises(PipelineError, match="lacks 'recompute'"):
+        with_recompute("canonicalise", Config.load({"recompute": BOTH, "pipeline": "canonicalise"}))
+
+
+@pytest.mark.parametrize("regions", ["auto", "aten"])
+def test_a_gpt_learns_the_same(regions: str) -> None:
+    """Loss and gradients of the compiled model with and without the policies: equal in bits with PyTorch's kernels."""
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def step(options: dict[str, Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        model = GPT(GPTConfig(vocab=64, layers=2, width=16, heads=2, context=8))
+        compiled = torch.compile(model, backend="dscompile", options={"summary": False, "regions": regions, **options})
+        loss = compiled(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    plain, again = step({}), step({"recompute": BOTH})
+    tolerance = 0.0 if regions == "aten" else 1e-6
+    torch.testing.assert_close(again, plain, rtol=tolerance, atol=tolerance)

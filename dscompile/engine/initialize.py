@@ -17,9 +17,9 @@ from dscompile.distribution import distribute
 from dscompile.engine.data import Loader, create_loader
 from dscompile.engine.ds_config import EngineConfig, report
 from dscompile.engine.engine import Engine, Parts
-from dscompile.engine.optimizers import create_optimizer
+from dscompile.engine.optimizers import check_optimizer, create_optimizer
 from dscompile.engine.processes import default_device, init_distributed
-from dscompile.engine.schedules import create_schedule
+from dscompile.engine.schedules import check_schedule, create_schedule
 from dscompile.engine.swap import Replaced
 from dscompile.errors import ConfigError
 from dscompile.world import DATA, World, default_mesh
@@ -87,6 +87,7 @@ def initialize(
         report(settings)
         if settings.logging.state:
             _LOG.info("configuration: %s", json.dumps(dict(settings.given), indent=1, default=str))
+    _check_names(settings, optimizer, lr_scheduler)
     if device.type != "cpu":
         model.to(device)
     given = list(model_parameters) if model_parameters is not None else None
@@ -167,6 +168,16 @@ def _check_axes(mpu: Any, mesh_param: tuple[int, ...] | None, world: int) -> Non
         )
 
 
+def _check_names(settings: EngineConfig, optimizer: OptimizerLike | None, scheduler: Any) -> None:
+    """Raise for an optimizer or schedule that cannot be made while the model is still as it was."""
+    if optimizer is None and settings.optimizer is not None:
+        check_optimizer(settings.optimizer.type, settings.optimizer.params)
+    if scheduler is None and settings.scheduler is not None:
+        check_schedule(settings.scheduler.type, settings.scheduler.params)
+    if optimizer is None and settings.optimizer is None and (scheduler is not None or settings.scheduler is not None):
+        raise ConfigError("a schedule without an optimizer: pass one, or name one in the configuration.")
+
+
 def _optimizer(
     settings: EngineConfig,
     given: OptimizerLike | None,
@@ -195,8 +206,7 @@ def _optimizer(
 def _scheduler(settings: EngineConfig, given: Any, optimizer: torch.optim.Optimizer | None) -> Any:
     if given is None and settings.scheduler is None:
         return None
-    if optimizer is None:
-        raise ConfigError("a schedule without an optimizer: pass one, or name one in the configuration.")
+    assert optimizer is not None  # _check_names
     if given is not None:
         return given(optimizer) if not hasattr(given, "step") else given
     assert settings.scheduler is not None

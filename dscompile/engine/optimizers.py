@@ -108,18 +108,29 @@ def create_optimizer(kind: str, parameters: Parameters, arguments: Mapping[str, 
         UnsupportedError: a name or value of DeepSpeed's that does not exist here, or an optimizer that would compute
             something else on shards.
     """
+    name, cls, given = _read(kind, arguments)
+    groups = _groups(parameters, name)
+    _check_shards(cls, name, groups)
+    _choose_implementation(cls, groups, given)
+    return build(f"optimizer {name}", lambda: _make(cls, groups, given), given)
+
+
+def check_optimizer(kind: str, arguments: Mapping[str, Any] | None = None) -> None:
+    """Raise what :func:`create_optimizer` would about the name and the keys, before there are any shards."""
+    _read(kind, arguments)
+
+
+def _read(kind: str, arguments: Mapping[str, Any] | None) -> tuple[str, type[Optimizer], dict[str, Any]]:
+    """The name, class and constructor arguments that a configuration means; raises if it does not have them."""
     name = find_name("optimizer", kind, (*_BY_NAME, *REFUSED))
     if name in REFUSED:
         raise UnsupportedError(f"optimizer {name}: {REFUSED[name]}.")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in (arguments or {}).items()}
     if "max_grad_norm" in given:
         raise ConfigError(f"optimizer {name}: max_grad_norm is no optimizer parameter; set gradient_clipping instead.")
-    groups = _groups(parameters, name)
     cls = _resolve(name, given)
-    _check_shards(cls, name, groups)
     check_keys(f"optimizer {name}", given, accepted(cls))
-    _choose_implementation(cls, groups, given)
-    return build(f"optimizer {name}", lambda: _make(cls, groups, given), given)
+    return name, cls, given
 
 
 def _make(cls: Callable[..., Optimizer], groups: list[dict[str, Any]], given: Mapping[str, Any]) -> Optimizer:

@@ -178,6 +178,19 @@ def create_schedule(
         ConfigError: an unknown name or key (with the nearest one), or a value out of range.
         UnsupportedError: one of PyTorch's that cannot be made from a file.
     """
+    name, make, given = _read(kind, arguments)
+    made: Schedule | torch.optim.lr_scheduler.LRScheduler
+    made = build(f"scheduler {name}", lambda: make(optimizer, **given), given)
+    return made
+
+
+def check_schedule(kind: str, arguments: Mapping[str, Any] | None = None) -> None:
+    """Raise what :func:`create_schedule` would about the name and the keys, before there is an optimizer."""
+    _read(kind, arguments)
+
+
+def _read(kind: str, arguments: Mapping[str, Any] | None) -> tuple[str, Any, dict[str, Any]]:
+    """The name, class and constructor arguments that a configuration means; raises if it does not have them."""
     name = find_name("scheduler", kind, (*SCHEDULES, *_OF_TORCH, *_NOT_FROM_FILE))
     if name in _NOT_FROM_FILE:
         raise UnsupportedError(
@@ -186,9 +199,7 @@ def create_schedule(
     make = SCHEDULES.get(name) or _OF_TORCH[name]
     given = dict(arguments or {})
     check_keys(f"scheduler {name}", given, accepted(make))
-    made: Schedule | torch.optim.lr_scheduler.LRScheduler
-    made = build(f"scheduler {name}", lambda: make(optimizer, **given), given)
-    return made
+    return name, make, given
 
 
 def _warn_short(schedule: _Warmup, total: int) -> None:

@@ -359,6 +359,36 @@ def test_a_wrong_argument_is_named(arguments: dict[str, Any], says: str) -> None
         dscompile.initialize(**{"model": make_model(), "config": config(), **arguments})
 
 
+@pytest.mark.parametrize(
+    ("section", "named", "says"),
+    [
+        ("optimizer", {"type": "Adamm"}, "Did you mean 'Adam"),
+        ("optimizer", {"type": "OneBitAdam"}, "optimizer OneBitAdam"),
+        ("optimizer", {"type": "Adam", "params": {"ls": 1}}, "'lr'"),
+        ("optimizer", {"type": "Adam", "params": {"max_grad_norm": 1}}, "gradient_clipping"),
+        ("scheduler", {"type": "WarmupLr2"}, "Did you mean 'WarmupLR'"),
+        ("scheduler", {"type": "LambdaLR"}, "scheduler LambdaLR"),
+        ("scheduler", {"type": "WarmupLR", "params": {"warmup_steps": 1}}, "warmup_num_steps"),
+    ],
+)
+def test_an_unknown_optimizer_or_schedule_leaves_the_model_alone(
+    section: str, named: dict[str, Any], says: str
+) -> None:
+    model = make_model()
+    before = list(model.parameters())
+    with pytest.raises(DscompileError, match=says):
+        dscompile.initialize(model=model, config=config(**{section: named}, zero_optimization={"stage": 3}))
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_schedule_without_an_optimizer_leaves_the_model_alone() -> None:
+    model = make_model()
+    before = list(model.parameters())
+    with pytest.raises(ConfigError, match="a schedule without an optimizer"):
+        dscompile.initialize(model=model, config={"train_batch_size": 2}, lr_scheduler=lambda optimizer: optimizer)
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+
+
 def other_config(rank: int, world: int, ours: list[dict[str, Any]]) -> str:
     with pytest.raises(ConfigError) as caught:
         dscompile.initialize(model=make_model(), config=ours[rank])

@@ -21,6 +21,7 @@ from dscompile.config import Config
 from dscompile.errors import UnsupportedError
 from dscompile.graph import GraphInput, GraphKind, InputKind, StepGraph
 from dscompile.params import FrameInputs, from_aot
+from dscompile.placement import spec_of
 from dscompile.torch_compat import export_joint
 
 Loss = Callable[..., Tensor]
@@ -51,7 +52,8 @@ def trace_step(model: nn.Module, loss: Loss, *batch: Any) -> StepGraph:
         batch: example inputs; their shapes are those of the graph.
 
     Raises:
-        UnsupportedError: the step cannot be captured as one graph, or the loss is not a scalar.
+        UnsupportedError: the step cannot be captured as one graph, the loss is not a scalar, or the model is
+            distributed.
     """
     with contextlib.ExitStack() as stack:
         graph, _ = _trace(stack, model, loss, batch)
@@ -62,6 +64,12 @@ def _trace(
     stack: contextlib.ExitStack, model: nn.Module, loss: Loss, batch: Sequence[Any]
 ) -> tuple[StepGraph, tuple[str, ...]]:
     """The joint graph and the exporter's names of its state inputs, in order; ``stack`` keeps its fakes alive."""
+    placed = next((spec.fqn for p in model.parameters() if (spec := spec_of(p)) is not None), None)
+    if placed is not None:  # its modules read shards, which the exporter takes for constants: no gradients
+        raise UnsupportedError(
+            f"the step entry does not take distributed models: parameter {placed} was placed by distribute(). "
+            'Use torch.compile(model, backend="dscompile"), and loss.backward().'
+        )
     module = _Step(model, loss)
     try:
         joint, names = export_joint(stack, module, tuple(batch))

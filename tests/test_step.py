@@ -13,6 +13,7 @@ from dscompile.errors import UnsupportedError
 from dscompile.graph import InputKind, info
 from dscompile.text import print_graph
 from dscompile.text_parse import parse_graph
+from tests.ranks import run_ranks
 
 ATEN = {"regions": "aten", "summary": False}
 
@@ -129,3 +130,19 @@ def test_a_graph_break_is_refused_with_the_way_out(batch: tuple[Tensor, Tensor])
 
     with pytest.raises(UnsupportedError, match=r"torch\.compile"):
         dscompile.trace_step(Model(), breaks, *batch)
+
+
+def of_a_distributed_model(rank: int, world: int, stage: int) -> str:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    dscompile.distribute(model, config={"zero": {"stage": stage}, "summary": False})
+    with pytest.raises(UnsupportedError) as caught:
+        dscompile.compile_step(model, lambda m, x: m(x).square().mean(), torch.ones(2, 3), config=ATEN)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_distributed_model_is_refused(stage: int) -> None:
+    """Its shards would become constants of the graph, which then has no gradients."""
+    (said,) = run_ranks(of_a_distributed_model, 1, stage, timeout=120)
+    assert "parameter 0.weight was placed by distribute()" in said
+    assert "torch.compile" in said

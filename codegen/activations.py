@@ -80,7 +80,7 @@ def gelu_backward(grad_output: Tensor, self: Tensor, *, approximate: str = "none
 
 
 def _exact_slope(x: Tensor, *, short: bool) -> Tensor:
-    """``P(x) + x * p(x)`` with the normal distribution ``P`` and its density ``p``; ``short``: they share one ``exp``."""
+    """``P(x) + x * p(x)`` of the normal distribution ``P`` and its density ``p``; ``short``: with one ``exp``."""
     bell = torch.exp(-0.5 * x * x)
     if short:
         step = 1.0 / (1.0 + _TAIL_STEP * x.abs())

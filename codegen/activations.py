@@ -30,7 +30,7 @@ also what PyTorch's vectorised ``erf`` computes."""
 
 
 def taken(value: Tensor) -> bool:
-    """Whether the forms here serve a value: on CPU, of at most 32 bits (the polynomial has fp32's accuracy)."""
+    """Whether the polynomials here serve a value: on CPU, of at most 32 bits (they have fp32's accuracy)."""
     return value.device.type == "cpu" and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,14 +49,15 @@ def tanh(self: Tensor) -> Tensor:
 
 
 def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
-    """tanh-GELU of any shape, ``x * sigmoid(2 u)`` with ``u = sqrt(2 / pi) * (x + 0.044715 x**3)``.
+    """GELU of any shape; the tanh form is ``x * sigmoid(2 u)`` with ``u = sqrt(2 / pi) * (x + 0.044715 x**3)``.
 
     ``(1 + tanh(u)) / 2`` is ``sigmoid(2 u)``; in this form nothing cancels where ``u`` is negative, so small values are
-    more accurate than PyTorch's. The exact GELU is left to Inductor.
+    more accurate than PyTorch's. The exact GELU is Inductor's: PyTorch's vectorised ``erf`` has one ``exp`` as well.
+    Inductor has no lowering of either form to leave it to: every type and device is served.
     """
-    if approximate != "tanh" or not taken(self):
-        return NotImplemented
-    x = self.float()
+    x = _wide(self)
+    if approximate != "tanh":
+        return (x * 0.5 * (1.0 + torch.erf(x * math.sqrt(0.5)))).to(self.dtype)
     twice = (2.0 * _SCALE) * x * (1.0 + _CUBIC * x * x)
     return (x / (1.0 + torch.exp(-twice))).to(self.dtype)
 
@@ -66,11 +67,9 @@ def gelu_backward(grad_output: Tensor, self: Tensor, *, approximate: str = "none
 
     With ``t = exp(-2 |u|)`` both ``s`` and ``s * (1 - s) = t / (1 + t)**2`` come without cancellation or overflow.
     """
-    if not taken(self):
-        return NotImplemented
+    x, grad = _wide(self), _wide(grad_output)
     if approximate != "tanh":
-        return _exact_gelu_backward(grad_output, self)
-    x, grad = self.float(), grad_output.float()
+        return (grad * _exact_slope(x, short=taken(self))).to(self.dtype)
     square = x * x
     twice = (2.0 * _SCALE) * x * (1.0 + _CUBIC * square)
     slope = (2.0 * _SCALE) * (1.0 + (3.0 * _CUBIC) * square)
@@ -80,14 +79,21 @@ def gelu_backward(grad_output: Tensor, self: Tensor, *, approximate: str = "none
     return (grad * (sigmoid + x * (decay * share * share) * slope)).to(self.dtype)
 
 
-def _exact_gelu_backward(grad_output: Tensor, self: Tensor) -> Tensor:
-    """``g * (P(x) + x * p(x))`` with the normal distribution ``P`` and its density ``p``, which share one ``exp``."""
-    x, grad = self.float(), grad_output.float()
+def _exact_slope(x: Tensor, *, short: bool) -> Tensor:
+    """``P(x) + x * p(x)`` of the normal distribution ``P`` and its density ``p``; ``short``: with one ``exp``."""
     bell = torch.exp(-0.5 * x * x)
-    step = 1.0 / (1.0 + _TAIL_STEP * x.abs())
-    series = _TAIL[0] * step + _TAIL[1]
-    for coefficient in _TAIL[2:]:
-        series = series * step + coefficient
-    tail = (0.5 * series) * step * bell
-    cumulative = torch.where(x < 0, tail, 1.0 - tail)
-    return (grad * (cumulative + x * bell * (1.0 / math.sqrt(2.0 * math.pi)))).to(self.dtype)
+    if short:
+        step = 1.0 / (1.0 + _TAIL_STEP * x.abs())
+        series = _TAIL[0] * step + _TAIL[1]
+        for coefficient in _TAIL[2:]:
+            series = series * step + coefficient
+        tail = (0.5 * series) * step * bell
+        cumulative = torch.where(x < 0, tail, 1.0 - tail)
+    else:
+        cumulative = 0.5 * (1.0 + torch.erf(x * math.sqrt(0.5)))
+    return cumulative + x * bell * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+def _wide(value: Tensor) -> Tensor:
+    """16-bit types are computed in fp32."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

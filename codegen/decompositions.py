@@ -1,6 +1,7 @@
 """Decompositions that replace Inductor's own where those write memory for nothing, are slow, or are wrong.
 
-A decomposition here gives bit for bit the values of the one it replaces; those of :mod:`.activations` are as accurate.
+A decomposition here gives bit for bit the values of the one it replaces; those of :mod:`.activations` are as accurate,
+and :func:`sum_columns` adds in another order.
 """
 
 from __future__ import annotations
@@ -83,12 +84,39 @@ def index_put(
     return torch.where(mask.bool().view(shape), self + value if accumulate else value, self)
 
 
+_ROWS = 32
+"""Rows that are added up at once: as many memory streams as the processor keeps up with."""
+
+_LEAST = (128, 64)
+"""Rows and columns below which a sum of columns is left alone."""
+
+
+def sum_columns(
+    self: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The sum over the rows of an fp32 matrix on CPU, ``[R, C] -> [C]`` (``[1, C]``), in two steps; others are left.
+
+    Inductor sums each group of 8 or 16 columns from the first row to the last: a cache line of each page, at a fifth of
+    memory's speed. In groups of rows the lines are fetched ahead; and sums of sums round less.
+    """
+    least_rows, least_columns = _LEAST
+    if self.dim() != 2 or dim not in ([0], [-2]) or self.dtype is not torch.float32 or self.device.type != "cpu":
+        return NotImplemented
+    rows, columns = self.shape
+    if not isinstance(rows, int) or not isinstance(columns, int) or dtype not in (None, torch.float32):
+        return NotImplemented
+    if rows < least_rows or columns < least_columns or rows % _ROWS or not self.is_contiguous():
+        return NotImplemented
+    return self.view(rows // _ROWS, _ROWS, columns).sum(1).sum(0, keepdim=keepdim)
+
+
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """What to lay over Inductor's table."""
     aten = torch.ops.aten
     return {
         aten.nll_loss_backward.default: nll_loss_backward,
         aten.nll_loss2d_backward.default: nll_loss_backward,
+        aten.sum.dim_IntList: sum_columns,
         aten.tanh.default: activations.tanh,
         aten.gelu.default: activations.gelu,
         aten.gelu_backward.default: activations.gelu_backward,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -77,16 +78,34 @@ def test_special_values_are_those_of_pytorch(name: str) -> None:
     assert torch.equal(found.signbit() | found.isnan(), expected.signbit() | expected.isnan())
 
 
-def test_what_is_not_served_is_left_to_inductor() -> None:
-    single, double = torch.ones(2), torch.ones(2, dtype=torch.float64)
-    unserved: list[Callable[[], object]] = [
-        lambda: activations.tanh(double),
-        lambda: activations.gelu(double, approximate="tanh"),
-        lambda: activations.gelu(single),
-        lambda: activations.gelu_backward(double, double),
-        lambda: activations.tanh(torch.empty(2, device="meta")),
-    ]
-    assert [call() for call in unserved] == [NotImplemented] * len(unserved)
+def test_tanh_of_other_types_and_devices_is_left_to_inductor() -> None:
+    for value in (torch.ones(2, dtype=torch.float64), torch.empty(2, device="meta")):
+        assert activations.tanh(value) is NotImplemented
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_gelu_is_compiled(
+    dtype: torch.dtype, approximate: Literal["none", "tanh"], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Inductor cannot lower a GELU that a decomposition declines: the region would run with PyTorch's kernels."""
+    torch.compiler.reset()
+    x = torch.linspace(-8, 8, 64, dtype=dtype).requires_grad_()
+    step = torch.compile(
+        lambda v: nn.functional.gelu(v, approximate=approximate),
+        backend="dscompile",
+        options={"summary": False, "cache": False},
+    )
+    with caplog.at_level(logging.WARNING):
+        result = step(x)
+        (found,) = torch.autograd.grad(result, x, torch.ones_like(x))
+    assert "aten kernels" not in caplog.text
+    exact = x.detach().double().requires_grad_()
+    output = nn.functional.gelu(exact, approximate=approximate)
+    (wanted,) = torch.autograd.grad(output, exact, torch.ones_like(exact))
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(result.double(), output, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_the_table_has_them() -> None:

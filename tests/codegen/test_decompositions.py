@@ -1,4 +1,4 @@
-"""Our decompositions: bit for bit the values of PyTorch's kernels, and no buffer of zeros."""
+"""Our decompositions: the values of PyTorch's kernels, and no buffer of zeros."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.memory import allocation_peak
-from dscompile.codegen.decompositions import nll_loss_backward
+from dscompile.codegen.decompositions import nll_loss_backward, sum_columns
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,29 @@ def test_a_compiled_cross_entropy_needs_one_buffer_of_the_scores_size() -> None:
 
     torch.testing.assert_close(step(), torch.autograd.grad(F.cross_entropy(scores, target), scores)[0])
     assert allocation_peak(step) < 1.5 * scores.nbytes
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("rows", [128, 4096])
+def test_columns_are_summed_as_accurately(rows: int, keepdim: bool) -> None:
+    x = torch.rand(rows, 64, generator=torch.Generator().manual_seed(0))
+    found, exact = sum_columns(x, [0], keepdim), x.double().sum([0], keepdim)
+    assert found.shape == exact.shape
+    assert (found - exact).abs().max() <= 3e-7 * exact.max()
+
+
+@pytest.mark.parametrize(
+    ("value", "dim", "dtype"),
+    [
+        (torch.ones(128, 64), [1], None),
+        (torch.ones(127, 64), [0], None),
+        (torch.ones(160, 64)[:, ::2], [0], None),
+        (torch.ones(64, 128).t(), [0], None),
+        (torch.ones(130, 64), [0], None),
+        (torch.ones(128, 64), [0], torch.float64),
+        (torch.ones(128, 64).double(), [0], None),
+        (torch.ones(128, 64, 2), [0], None),
+    ],
+)
+def test_other_sums_are_left_to_inductor(value: torch.Tensor, dim: list[int], dtype: torch.dtype | None) -> None:
+    assert sum_columns(value, dim, dtype=dtype) is NotImplemented

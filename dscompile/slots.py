@@ -73,7 +73,7 @@ class Attach(torch.autograd.Function):
         """The local gradient as the parameter's, in its ``grad_dtype``; none if it was frozen since."""
         if grad is None or not ctx.param.requires_grad:
             return None
-        return wrap_like(ctx.param, grad.to(ctx.param.grad_dtype))
+        return wrap_like(ctx.param, grad.to(ctx.param.grad_dtype or grad.dtype))
 
 
 class Slot:

@@ -32,7 +32,7 @@ class HostStep(torch.optim.Adam):
     gradient_factor: float = 1.0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's loss.
 
         Raises:
@@ -56,7 +56,8 @@ class HostStep(torch.optim.Adam):
         if other is not None:
             raise UnsupportedError(f"HostAdam has no {other}; use torch.optim.AdamW.")
         decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
-        hyper = Hyper(*map(float, group["betas"]), float(group["eps"]), decay, decoupled or not decay)
+        beta1, beta2 = group["betas"]
+        hyper = Hyper(float(beta1), float(beta2), float(group["eps"]), decay, decoupled or not decay)
         held = [param for param in cast(list[Tensor], group["params"]) if param.grad is not None]
         if not held:
             return

@@ -118,6 +118,19 @@ def test_tensorboard_through_torchs_writer(tmp_path: Path, monkeypatch: pytest.M
     assert module.calls == [("open", str(tmp_path / "job")), ("loss", 0.5, 3), ("close",)]
 
 
+def test_tensorboards_own_reader_finds_what_was_written(tmp_path: Path) -> None:
+    """Where the package is installed, which the project does not ask for."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    given = {"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}}
+    with Monitor.from_config(given, rank=0) as monitor:
+        monitor.write(3, {"Train/loss": 0.5, "Train/lr": 1e-3})
+        monitor.write(4, {"Train/loss": 0.25})
+    found = reader.EventAccumulator(str(tmp_path / "job"))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("Train/loss")] == [(3, 0.5), (4, 0.25)]
+    assert [(e.step, e.value) for e in found.Scalars("Train/lr")] == [(3, pytest.approx(1e-3))]
+
+
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_is_named_with_the_remedy(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # what an import of a missing module meets

@@ -89,13 +89,26 @@ def _entry(name: str, built: Build) -> dict[str, Any]:
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    table = Table(
-        "kernel", "target", "regs", "shared", "spills", "128-bit", "narrower", "matrix", "MB", "of ideal", "bars"
-    )
+    """One line a build, in 100 columns; the bars that one misses follow the table, in words."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("target", no_wrap=True)
+    for name in ("regs", "shared", "spills", "wide", "narrow"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("matrix", no_wrap=True)
+    for name in ("MB", "x ideal"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bars", no_wrap=True)
     for e in found:
         wide, narrow = (e[f"{w}_loads"] + e[f"{w}_stores"] for w in ("wide", "narrow"))
         matrix = " ".join(f"{n} {k}" for k, n in e["matrix"].items()) or "-"
         cells = [e["registers"], e["shared"], e["spills"], wide, narrow, matrix, f"{e['bytes'] / 1e6:.1f}"]
         ratio = f"{e['bytes'] / max(e['ideal'], 1):.2f}"
-        table.add_row(e["kernel"], e["target"], *map(str, cells), ratio, "; ".join(e["faults"]) or "ok")
-    Console().print(table)
+        missed = " ".join(fault.partition(":")[0] for fault in e["faults"])
+        table.add_row(e["kernel"], e["target"], *map(str, cells), ratio, missed or "ok")
+    console = Console()
+    console.print(table)
+    console.print("wide: global loads and stores of 128 bits a thread; narrow: others. MB: moved, re-reads included.")
+    for e in found:
+        for fault in e["faults"]:
+            console.print(f"{e['kernel']} on {e['target']} misses {fault}")

@@ -212,6 +212,19 @@ def test_the_command_lists_figures_and_writes_sources(tmp_path: Path, capsys: py
     assert "@triton.jit" in (tmp_path / "softmax.py").read_text()
 
 
+@needs_triton
+def test_the_table_shows_whole_names_in_100_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(["kernels", "bias_dropout_residual_backward", "attention"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    for name in ("bias_dropout_residual_backward_1 ", "attention_backward_kv ", "16 HGMMA"):
+        assert name in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -138,7 +138,7 @@ def test_one_choice_serves_every_batch_and_sequence(case: str) -> None:
     assert set(found["errors"]) == {"2 x 9", "3 x 17", "5 x 2"} | ({"2 x 1100"} if case.endswith("long") else set())
     assert all(max(errors) < 5e-6 for errors in found["errors"].values()), found["errors"]
     assert found["strides"]
-    assert len(found["kernels"]) <= {"block": 11, "llama": 4, "mean": 12}[case.partition("-")[0]]
+    assert len(found["kernels"]) <= {"block": 11, "llama": 4, "mean": 18}[case.partition("-")[0]]
 
 
 def test_a_compiled_module_with_symbolic_sizes_is_ours_and_compiled_once() -> None:

@@ -143,8 +143,8 @@ def check_second_model_cut_along_another_dimension(rank: int, world: int) -> Non
     torch.compiler.reset()
     for stage in (1, 3):
         model, reference = dscompile.distribute(seeded(Plain), config={"zero": {"stage": stage}}), seeded(Plain)
-        # [5, 4]: whole rows of a resident copy, 3 + 2; the columns, 2 + 2, pad less
-        assert spec_of(param(model, "weight")).dim == int(stage == 3)
+        # [5, 4]: whole rows of a resident copy, 3 + 2; the columns, 2 + 2, pad less; on 4 ranks only columns fill all
+        assert spec_of(param(model, "weight")).dim == int(stage == 3 or world == 4)
         torch.compile(model, backend="dscompile", options={"regions": "aten"})(data((), rank)).backward()
         mean_loss(reference, lambda m, r: m(data((), r)), world).backward()
         assert_gradients(model, reference)

@@ -365,11 +365,11 @@ def check_reads_are_counted(rank: int, world: int) -> None:
     model = dscompile.distribute(seeded(Odd))
     with torch.no_grad():
         odd_loss(model, 0)
-        assert dscompile.access_count(model) == 6  # embed, inner x 2, scale, head, one
+        assert dscompile.access_count(model) == 7  # embed, inner x 2, scale, wide, head, one
         with dscompile.gathered(model):
             odd_loss(model, 0)
             odd_loss(model, 0)
-    assert dscompile.access_count(model) == 6
+    assert dscompile.access_count(model) == 7
 
 
 def check_deferred_construction(rank: int, world: int) -> None:

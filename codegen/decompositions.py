@@ -15,6 +15,9 @@ from torch import Tensor
 from dscompile.codegen import activations
 from dscompile.torch_compat import OpOverload
 
+_INDUCTORS: Tensor = NotImplemented
+"""What a decomposition returns to leave an operator to Inductor's own."""
+
 _MEAN = 1  # at::Reduction::Mean
 
 
@@ -77,7 +80,7 @@ def index_put(
     mask = indices[0]
     masked = len(indices) == 1 and mask is not None and mask.dtype in (torch.bool, torch.uint8)
     if not masked or values.numel() != 1 or values.device != self.device:
-        return NotImplemented
+        return _INDUCTORS
     assert mask is not None
     value = values.reshape(())
     shape = (*mask.shape, *[1] * (self.dim() - mask.dim()))
@@ -101,12 +104,12 @@ def sum_columns(
     """
     least_rows, least_columns = _LEAST
     if self.dim() != 2 or dim not in ([0], [-2]) or self.dtype is not torch.float32 or self.device.type != "cpu":
-        return NotImplemented
+        return _INDUCTORS
     rows, columns = self.shape
     if not isinstance(rows, int) or not isinstance(columns, int) or dtype not in (None, torch.float32):
-        return NotImplemented
+        return _INDUCTORS
     if rows < least_rows or columns < least_columns or rows % _ROWS or not self.is_contiguous():
-        return NotImplemented
+        return _INDUCTORS
     return self.view(rows // _ROWS, _ROWS, columns).sum(1).sum(0, keepdim=keepdim)
 
 

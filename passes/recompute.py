@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 GELU = "gelu_checkpoint"
 NORM = "normalize_invertible"
 
-_POLICIES = {
+_POLICIES: dict[Any, str] = {
     aten.gelu.default: GELU,
     aten.silu.default: GELU,
     aten.native_layer_norm.default: NORM,
@@ -123,10 +124,10 @@ def _policy(node: fx.Node) -> str | None:
     if node.target is operator.getitem:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         # a norm's statistics are what its backward starts from, and small
-        return _POLICIES.get(source.target) if node.args[1] == 0 else None  # type: ignore[arg-type]
+        return _POLICIES.get(source.target) if node.args[1] == 0 else None
     if _scales_norm(node):
         return NORM
-    return _POLICIES.get(node.target)  # type: ignore[arg-type]
+    return _POLICIES.get(node.target)
 
 
 def _scales_norm(node: fx.Node) -> bool:

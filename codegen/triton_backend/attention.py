@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def _use(q: Tensor, blocks: Blocks, operands: Sequence[Tensor]) -> Attention:
         blocks.block,
         q.dtype,
         float(blocks.scale),
-        (*rows, *(0,) * (4 - len(rows))),
+        cast(tuple[int, int, int, int], (*rows, *(0,) * (4 - len(rows)))),
         causal=blocks.causal,
         padded=blocks.key_padding_mask is not None,
         ragged=bool(operands) and q.shape[2] % blocks.block != 0,
@@ -95,7 +96,8 @@ def _shared(q: Tensor) -> int:
     """Bytes of shared memory for tiles in flight: as many as the GPU at hand gives a program."""
     if not q.is_cuda:
         return SHARED
-    return min(SHARED, torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin - RESERVED)
+    properties: Any = torch.cuda.get_device_properties(q.device)  # its stub lacks the attribute
+    return min(SHARED, int(properties.shared_memory_per_block_optin) - RESERVED)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -117,8 +117,8 @@ class Config(BaseModel):
     )
     gemm: Literal["auto", "amx", "onednn", "default"] = Field(
         "auto",
-        description="fp32 matrix products on CPU: 'auto' takes our kernel on AMX tiles or oneDNN where that was measured "
-        "faster at fp32 accuracy; 'amx' takes our kernel for every product.",
+        description="fp32 matrix products on CPU: 'auto' takes our kernel on AMX tiles or oneDNN where that was "
+        "measured faster at fp32 accuracy; 'amx' takes our kernel for every product.",
     )
     attention: Literal["auto", "kernel", "aten"] = Field(
         "auto",

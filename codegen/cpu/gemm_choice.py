@@ -1,4 +1,4 @@
-"""fp32 matrix products on CPU: our kernel on AMX tiles or PyTorch's, whichever a measurement on this machine favours."""
+"""fp32 matrix products on CPU: our kernel on AMX tiles or PyTorch's, whichever a measurement here favours."""
 
 from __future__ import annotations
 

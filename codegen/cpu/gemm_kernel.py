@@ -53,7 +53,8 @@ class GemmKernel:
         """``out = a @ b (+ bias)``, or False where the operands need PyTorch's product; ``out`` then holds nothing.
 
         Args:
-            a: fp32 ``[m, k]`` or ``[batch, m, k]``, in any layout. b: ``[k, n]`` or ``[batch, k, n]``.
+            a: fp32 ``[m, k]`` or ``[batch, m, k]``, in any layout.
+            b: fp32 ``[k, n]`` or ``[batch, k, n]``, in any layout.
             bias: fp32 ``[n]``, ``[1, n]``, ``[m, 1]`` or ``[m, n]``, or None; of two-dimensional products only.
             out: fp32 of the result's shape, rows of adjacent elements.
         """
@@ -80,8 +81,8 @@ class GemmKernel:
             self.refused += 1
             if self.refused == 1:
                 log.warning(
-                    "a fp32 matrix product [%d, %d] @ [%d, %d] has infinite, huge or tiny elements, which AMX tiles cannot "
-                    "represent at fp32 accuracy; it and later ones like it run on PyTorch's kernel, slower",
+                    "a fp32 matrix product [%d, %d] @ [%d, %d] has infinite, huge or tiny elements, which AMX tiles do "
+                    "not represent at fp32 accuracy; it and later ones like it run on PyTorch's kernel, slower",
                     *(m, k, k, n),
                 )
         return not failed

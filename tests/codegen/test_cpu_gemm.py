@@ -26,7 +26,16 @@ matmul = torch.ops.dscompile.matmul
 tiles = pytest.mark.skipif(bool(gemm_kernel().reason), reason=f"no AMX kernel: {gemm_kernel().reason}")
 
 FORMS = ("nn", "nt", "tn", "tt")
-SHAPES = ((1, 1, 1), (5, 3, 7), (16, 32, 16), (33, 129, 31), (64, 64, 64), (70, 300, 530), (1100, 40, 37), (20, 1100, 1070))
+SHAPES = (
+    (1, 1, 1),
+    (5, 3, 7),
+    (16, 32, 16),
+    (33, 129, 31),
+    (64, 64, 64),
+    (70, 300, 530),
+    (1100, 40, 37),
+    (20, 1100, 1070),
+)
 
 
 def operand(rows: int, columns: int, transposed: bool, seed: int) -> Tensor:
@@ -103,7 +112,9 @@ def test_what_tiles_cannot_represent_runs_on_pytorchs_product(value: float, left
 def test_products_outside_the_range_run_on_pytorchs_product(scale: float) -> None:
     """Each operand is harmless, their product is not: it underflows what tiles keep, or overflows."""
     a, b = operand(40, 70, False, 1) * scale, operand(70, 50, False, 2) * scale
-    torch.testing.assert_close(matmul(a, b, None), a @ b, rtol=1e-5, atol=float((a @ b).abs().nan_to_num().max()) * 1e-6)
+    torch.testing.assert_close(
+        matmul(a, b, None), a @ b, rtol=1e-5, atol=float((a @ b).abs().nan_to_num().max()) * 1e-6
+    )
 
 
 @tiles

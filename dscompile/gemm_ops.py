@@ -2,9 +2,9 @@
 
 ``matmul(a, b, bias)`` is ``a @ b (+ bias)``: fp32 ``[m, k] @ [k, n]`` or ``[batch, m, k] @ [batch, k, n]``, in any
 layout; ``bias`` (two-dimensional products only) can be expanded to ``[m, n]``. The result is contiguous. On CPU it runs
-our C++ kernel (``codegen/cpu/gemm_amx.h``) at fp32 accuracy; where there is none, or the operands leave the range that
-bf16 tiles represent, PyTorch's product. It has no derivative: code generation puts it in the place of PyTorch's products
-after differentiation.
+our C++ kernel (``codegen/cpu/gemm_amx.h``) at fp32 accuracy; where there is none, or the operands leave the range
+that bf16 tiles represent, PyTorch's product. It has no derivative: code generation puts it in the place of PyTorch's
+products after differentiation.
 """
 
 from __future__ import annotations

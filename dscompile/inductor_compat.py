@@ -82,7 +82,7 @@ class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an er
         self.passing = passing
 
 
-@register_lowering(torch.ops.dscompile.matmul.default, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+@register_lowering(torch.ops.dscompile.matmul.default, type_promotion_kind=None)
 def _lower_matmul(a: Any, b: Any, bias: Any) -> Any:
     """``dscompile::matmul`` into a buffer that Inductor plans, as its own products. Stands on ``ExternKernelOut``."""
     inputs = [inductor_ir.ExternKernel.realize_input(x) for x in (a, b, bias) if x is not None]

@@ -100,8 +100,8 @@ def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Shape | None:
         return None
     batch = a.shape[0] if a.dim() == 3 else 1
     m, k, n = (min(int(side), LONGEST) for side in (a.shape[-2], a.shape[-1], b.shape[-1]))
-    transposed = [bool(x.stride(-1) != 1 and x.stride(-2) == 1) for x in (a, b)]
-    return Shape(min(int(batch), 64), m, k, n, *transposed, bias is not None)
+    a_transposed, b_transposed = (bool(x.stride(-1) != 1 and x.stride(-2) == 1) for x in (a, b))
+    return Shape(min(int(batch), 64), m, k, n, a_transposed, b_transposed, bias is not None)
 
 
 def _choice(node: fx.Node, shape: Shape | None, option: str) -> tuple[bool, str]:

@@ -209,6 +209,7 @@ def _facts(graph: StepGraph, regions: Sequence[Region], program: Program) -> dic
         "bytes": total,
         "bytes_compiled": inside,
         "attention": list(dict.fromkeys(choice for code in program.codes.values() for choice in code.attention)),
+        "products": list(dict.fromkeys(line for code in program.codes.values() for line in code.products)),
     }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from dscompile.codegen.cpu.choice import choose_attention
+from dscompile.codegen.cpu.gemm_choice import choose_gemm
 from dscompile.codegen.cpu.norms import choose_norms
 from dscompile.codegen.decompositions import decompositions
 from dscompile.codegen.emit import emit_aten
@@ -59,6 +60,7 @@ def lower_region(region: Region, config: Config) -> RegionCode:
                 fallbacks=tuple(fallbacks),
             )
     attention += choose_norms(module, config)
+    products = choose_gemm(module, config)
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()
@@ -67,13 +69,14 @@ def lower_region(region: Region, config: Config) -> RegionCode:
         reason = f"{_where(region)}: {failure}"
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
         source = emit_aten(module)
-        return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing)
+        return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing, products=tuple(products))
     return RegionCode(
         *(region.key, "inductor", artifact.source_code),
         reference=reference,
         artifact=artifact,
         choice=why,
         attention=tuple(attention),
+        products=tuple(products),
         fallbacks=tuple(fallbacks),
     )
 

@@ -126,9 +126,10 @@ class Config(BaseModel):
         "auto",
         description="On a GPU: 'auto' runs our Triton kernels in regions where they move fewer bytes than Inductor's.",
     )
-    gemm: Literal["auto", "onednn", "default"] = Field(
+    gemm: Literal["auto", "amx", "onednn", "default"] = Field(
         "auto",
-        description="fp32 matrix products on CPU: 'auto' takes oneDNN where it was measured faster at fp32 accuracy.",
+        description="fp32 matrix products on CPU: 'auto' takes our kernel on AMX tiles or oneDNN where that was "
+        "measured faster at fp32 accuracy; 'amx' takes our kernel for every product.",
     )
     attention: Literal["auto", "kernel", "aten"] = Field(
         "auto",

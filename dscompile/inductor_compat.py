@@ -33,6 +33,7 @@ from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._guards import tracing as tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import inductor_prims as inductor_prims  # registers its operators
+from torch._inductor import ir as inductor_ir
 from torch._inductor.codecache import CppCodeCache, FxGraphCache
 from torch._inductor.codegen import cpp as inductor_cpp
 from torch._inductor.codegen.common import device_codegens, init_backend_registration
@@ -42,6 +43,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.fx_passes.replace_random import replace_random_passes
+from torch._inductor.lowering import register_lowering
 from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
 from torch._inductor.output_code import OutputCode as OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -56,6 +58,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.utils._filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+from dscompile import gemm_ops as gemm_ops  # registers its operator
 from dscompile.torch_compat import no_autocast
 
 
@@ -77,6 +80,21 @@ class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an er
     def __init__(self, message: str, *, passing: bool = False) -> None:
         super().__init__(message)
         self.passing = passing
+
+
+@register_lowering(torch.ops.dscompile.matmul.default, type_promotion_kind=None)
+def _lower_matmul(a: Any, b: Any, bias: Any) -> Any:
+    """``dscompile::matmul`` into a buffer that Inductor plans, as its own products. Stands on ``ExternKernelOut``."""
+    inputs = [inductor_ir.ExternKernel.realize_input(x) for x in (a, b, bias) if x is not None]
+    size = [*a.get_size()[:-1], b.get_size()[-1]]
+    node = inductor_ir.ExternKernelOut(
+        inductor_ir.FixedLayout(device=a.get_device(), dtype=a.get_dtype(), size=size),
+        inputs,
+        constant_args=() if bias is not None else (None,),
+        python_kernel_name="torch.ops.dscompile.matmul.out",
+        op_overload=torch.ops.dscompile.matmul.out,
+    )
+    return inductor_ir.TensorBox.create(node)
 
 
 def inductor_compile(

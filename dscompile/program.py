@@ -26,8 +26,8 @@ class RegionCode:
         cannot be printed): what a check compares to. reason: why the region was not compiled ("" if it was). passing:
         that reason was the machine's state (a full disk), so the program must not be kept. artifact: the compiled
         object, bound again after loading from disk. choice: on a GPU, why our kernels or Inductor's run it. attention:
-        on a CPU, which kernel runs each attention and norm gradient, and why. fallbacks: parts of the region that run
-        slower than they should, and why.
+        on a CPU, which kernel runs each attention and norm gradient, and why. products: the same for fp32 matrix
+        products. fallbacks: parts of the region that run slower than they should, and why.
     """
 
     key: str
@@ -39,6 +39,7 @@ class RegionCode:
     artifact: Any = None
     choice: str = ""
     attention: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
 
 

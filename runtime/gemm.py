@@ -37,8 +37,8 @@ class GemmChoice:
     @staticmethod
     def of(option: str) -> GemmChoice:
         """Decide for ``Config.gemm``: ``auto`` probes once a process; ``onednn`` still refuses bf16 accuracy."""
-        if option == "default":
-            return GemmChoice(False, "gemm='default'")
+        if option in ("default", "amx"):  # our own kernel is chosen product by product, when regions are lowered
+            return GemmChoice(False, f"gemm={option!r}")
         accurate, gain, error = _probe()
         if not gain:
             return GemmChoice(False, "oneDNN's fp32 products need AVX-512")

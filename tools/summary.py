@@ -65,6 +65,7 @@ def _compiler_rows(reports: Sequence[GraphReport]) -> list[tuple[str, str]]:
         for item in report.passes
     ]
     rows.append(("matrix products", reports[0].gemm))
+    rows += [("product", line) for report in reports for line in report.facts.get("products", ())]
     fallbacks = [reason for report in reports for reason in report.fallbacks]
     rows.append(("fallbacks", "; ".join(fallbacks) if fallbacks else "none"))
     return rows

@@ -1,4 +1,4 @@
-"""Builds the C++ attention kernels once, keeps them on disk, and says why where that fails.
+"""Builds the C++ kernels of attention and of matrix products once, keeps them on disk, and says why where that fails.
 
 A library is called after the SHA-256 of everything it depends on: sources, flags, compiler, PyTorch and the CPU's
 features. It is written under a temporary name and renamed, under a lock that the system releases when its holder dies:
@@ -23,13 +23,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from dscompile.codegen.cpu.gemm_kernel import GemmKernel, NoTiles
 from dscompile.codegen.cpu.kernels import AttentionKernels
 from dscompile.torch_compat import kernel_cache_directory
 
 log = logging.getLogger("dscompile")
 
 SOURCE = "block_sparse_attention.cpp"
-"""The translation unit, in this folder with the headers it includes."""
+GEMM_SOURCE = "gemm.cpp"
+"""The translation units, in this folder with the headers they include."""
 
 FLAGS = (
     *("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
@@ -61,27 +63,68 @@ def attention_kernels() -> Build:
     return build
 
 
+@dataclass(frozen=True)
+class GemmBuild:
+    """The matrix product on AMX tiles, or the reason why there is none."""
+
+    kernel: GemmKernel | None
+    reason: str = ""
+
+
+@functools.cache
+def gemm_kernel() -> GemmBuild:
+    """The matrix product of this machine, built at the first call of a process."""
+    return build_gemm(Path(kernel_cache_directory()), os.environ)
+
+
+def build_gemm(folder: Path, environment: Mapping[str, str]) -> GemmBuild:
+    """As :func:`build_kernels`. No compiler is called where the processor has no tiles."""
+    if "amx_bf16" not in _cpu().split():
+        return GemmBuild(None, "this processor has no AMX tiles of bf16")
+    path, reason = _library(folder, environment, GEMM_SOURCE, "gemm")
+    if path is None:
+        return GemmBuild(None, reason)
+    try:
+        return GemmBuild(GemmKernel.load(str(path)))
+    except NoTiles as error:
+        return GemmBuild(None, str(error))
+    except (OSError, AttributeError) as error:
+        return GemmBuild(None, _damaged(path, error))
+
+
 def build_kernels(folder: Path, environment: Mapping[str, str]) -> Build:
     """Load the library from ``folder``, building it if it is not there. ``environment`` may name the compiler (CXX)."""
+    path, reason = _library(folder, environment, SOURCE, "attention")
+    if path is None:
+        return Build(None, reason)
+    try:
+        return Build(AttentionKernels.load(str(path)))
+    except (OSError, AttributeError) as error:
+        return Build(None, _damaged(path, error))
+
+
+def _library(folder: Path, environment: Mapping[str, str], source: str, name: str) -> tuple[Path | None, str]:
+    """The library built from ``source``, built now if it is not there; or None and why."""
     try:
         compiler = _compiler(environment)
         version = _run([*compiler, "--version"])
     except BuildError as error:
-        return Build(None, str(error))
-    path = folder / f"attention-{_digest(compiler, version)}.so"
+        return None, str(error)
+    path = folder / f"{name}-{_digest(compiler, version)}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
-                    _compile(compiler, path)
+                    _compile(compiler, path, source)
     except (BuildError, OSError) as error:
-        return Build(None, f"{path}: {error}")
-    try:
-        return Build(AttentionKernels.load(str(path)))
-    except (OSError, AttributeError) as error:
-        path.unlink(missing_ok=True)  # damaged: the next start builds it again
-        return Build(None, f"{path}: cannot be loaded ({error}); removed, the next start builds it again")
+        return None, f"{path}: {error}"
+    return path, ""
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    path.unlink(missing_ok=True)  # the next start builds it again
+    return f"{path}: cannot be loaded ({error}); removed, the next start builds it again"
 
 
 class BuildError(Exception):
@@ -111,13 +154,13 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _compile(compiler: list[str], path: Path) -> None:
+def _compile(compiler: list[str], path: Path, source: str) -> None:
     """Build under a temporary name, whole or not at all; what killed builds left behind is removed."""
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _run([*compiler, *FLAGS, str(Path(__file__).with_name(SOURCE)), "-o", str(temporary)])
+        _run([*compiler, *FLAGS, str(Path(__file__).with_name(source)), "-o", str(temporary)])
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):

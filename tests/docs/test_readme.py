@@ -35,6 +35,7 @@ DOCUMENTS = (
     "docs/zero.md",
     "docs/precision.md",
     "docs/attention.md",
+    "docs/gemm.md",
     "docs/checkpoints.md",
     "docs/fused_loss.md",
     "docs/kernels.md",

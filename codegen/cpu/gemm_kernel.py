@@ -1,0 +1,98 @@
+"""The compiled fp32 matrix product on AMX tiles as a Python function on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("dscompile")
+
+_NO_MEMORY = 1
+"""What the entry returns without memory for packed operands."""
+
+_MATRIX = ("batch", "row", "column")
+
+
+class _Gemm(ctypes.Structure):
+    """``Gemm`` of the C++ source; strides in elements."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "m", "n", "k")),
+        *((f"a_{name}", ctypes.c_int64) for name in ("data", *_MATRIX)),
+        *((f"b_{name}", ctypes.c_int64) for name in ("data", *_MATRIX)),
+        *((f"bias_{name}", ctypes.c_int64) for name in ("data", "row", "column")),
+        *((f"c_{name}", ctypes.c_int64) for name in ("data", "batch", "row")),
+        ("threads", ctypes.c_int64),
+    )
+
+
+@dataclass
+class GemmKernel:
+    """A loaded library. ``refused`` counts products whose operands left the range that tiles represent."""
+
+    library: ctypes.CDLL
+    refused: int = 0
+
+    @staticmethod
+    def load(path: str) -> GemmKernel:
+        """Load a built library.
+
+        Raises:
+            OSError: it cannot be loaded. NoTiles: the processor, the compiler or the system has none.
+        """
+        library = ctypes.CDLL(path)
+        if not library.gemm_has_tiles():
+            raise NoTiles("this processor or system has no AMX tiles of bf16")
+        return GemmKernel(library)
+
+    def product(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+        """``out = a @ b (+ bias)``, or False where the operands need PyTorch's product; ``out`` then holds nothing.
+
+        Args:
+            a: fp32 ``[m, k]`` or ``[batch, m, k]``, in any layout.
+            b: fp32 ``[k, n]`` or ``[batch, k, n]``, in any layout.
+            bias: fp32 ``[n]``, ``[1, n]``, ``[m, 1]`` or ``[m, n]``, or None; of two-dimensional products only.
+            out: fp32 of the result's shape, rows of adjacent elements.
+        """
+        if out.dim() == 2:
+            a, b, out = a.unsqueeze(0), b.unsqueeze(0), out.unsqueeze(0)
+        a, b = _dense(a), _dense(b)
+        batch, m, k = a.shape
+        n = b.shape[2]
+        bias_strides = (0, 0)
+        if bias is not None:
+            spread = bias.expand(m, n)
+            if spread.stride(1) > 1:
+                spread = bias = spread.contiguous()
+            bias_strides = (spread.stride(0), spread.stride(1))
+        problem = _Gemm(
+            *(batch, m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()),
+            *(0 if bias is None else bias.data_ptr(), *bias_strides),
+            *(out.data_ptr(), *out.stride()[:2], torch.get_num_threads()),
+        )
+        failed = self.library.gemm_f32(ctypes.byref(problem))
+        if failed == _NO_MEMORY:
+            raise MemoryError("matrix product on AMX tiles: no memory for packed operands")
+        if failed:
+            self.refused += 1
+            if self.refused == 1:
+                log.warning(
+                    "a fp32 matrix product [%d, %d] @ [%d, %d] has infinite, huge or tiny elements, which AMX tiles do "
+                    "not represent at fp32 accuracy; it and later ones like it run on PyTorch's kernel, slower",
+                    *(m, k, k, n),
+                )
+        return not failed
+
+
+class NoTiles(Exception):  # noqa: N818  (a reason, not an error a user meets)
+    """The library is whole, but the machine has no AMX tiles."""
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``[batch, rows, columns]`` with adjacent rows or adjacent columns, as the kernel reads it."""
+    rows, columns = x.stride()[1:]
+    return x if columns == 1 or rows == 1 else x.contiguous()

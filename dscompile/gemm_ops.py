@@ -1,0 +1,59 @@
+"""fp32 matrix products on AMX tiles as an operator: ``dscompile::matmul``.
+
+``matmul(a, b, bias)`` is ``a @ b (+ bias)``: fp32 ``[m, k] @ [k, n]`` or ``[batch, m, k] @ [batch, k, n]``, in any
+layout; ``bias`` (two-dimensional products only) can be expanded to ``[m, n]``. The result is contiguous. On CPU it runs
+our C++ kernel (``codegen/cpu/gemm_amx.h``) at fp32 accuracy; where there is none, or the operands leave the range
+that bf16 tiles represent, PyTorch's product. It has no derivative: code generation puts it in the place of PyTorch's
+products after differentiation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+_LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
+_LIBRARY.define("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("matmul.out(Tensor a, Tensor b, Tensor? bias, *, Tensor(a!) out) -> Tensor(a!)")
+
+
+def plain_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """PyTorch's product into ``out``."""
+    if a.dim() == 3:
+        return aten.bmm.out(a, b, out=out)  # type: ignore[no-any-return]
+    if bias is None:
+        return aten.mm.out(a, b, out=out)  # type: ignore[no-any-return]
+    return aten.addmm.out(bias, a, b, out=out)  # type: ignore[no-any-return]
+
+
+def _empty(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _fake(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return _empty(a, b)
+
+
+def _plain(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return plain_product(a, b, bias, _empty(a, b))
+
+
+def _out_cpu(a: Tensor, b: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    from dscompile.codegen.cpu.builder import gemm_kernel
+
+    kernel = gemm_kernel().kernel
+    if kernel is not None and a.shape[-1] and out.numel() and out.stride(-1) == 1 and kernel.product(a, b, bias, out):
+        return out
+    return plain_product(a, b, bias, out)
+
+
+def _cpu(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return _out_cpu(a, b, bias, out=_empty(a, b))
+
+
+_LIBRARY.impl("matmul", _plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("matmul", _cpu, "CPU")
+_LIBRARY.impl("matmul.out", _out_cpu, "CPU")
+torch.library.register_fake("dscompile::matmul", _fake, lib=_LIBRARY)

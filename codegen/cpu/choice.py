@@ -83,7 +83,7 @@ def _query(node: fx.Node) -> Tensor:
 
 def _no_kernel(node: fx.Node) -> str:
     """Why a block-sparse attention of ours runs gathered on its device; "" if it has a kernel."""
-    values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+    values: list[Any] = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
     q, k = values[_first(node) : _first(node) + 2]
     if q.device.type == "cpu":
         return no_kernel(q.dtype)

@@ -121,10 +121,11 @@ def _short(x: torch.Tensor, dim: int) -> bool:
 
 def _added_up(x: torch.Tensor, dim: int) -> torch.Tensor:
     """The sum over a short dimension, which is kept, as additions: a kernel of its readers takes them in."""
-    first, *rest = (part.float() for part in x.split(1, dim))
-    for part in rest:
-        first = first + part
-    return first
+    parts = [part.float() for part in torch.split(x, 1, dim)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def tidy(module: fx.GraphModule, names: Sequence[str] = ()) -> fx.GraphModule:

@@ -15,6 +15,7 @@ from dscompile.codegen.tile.fuse import Fused, Group, fuse
 from dscompile.codegen.tile.ir import Buffer
 from dscompile.codegen.tile.schedule import Hints
 from dscompile.codegen.triton_backend import symbols
+from dscompile.codegen.triton_backend.body import index_text
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.render import render
 from dscompile.program import Step, function_source
@@ -152,7 +153,7 @@ def _allocation(buffer: Buffer, by_name: Mapping[str, fx.Node]) -> str:
     node = by_name.get(buffer.name)
     device = next(v.device for n in by_name.values() if isinstance(v := n.meta.get("val"), torch.Tensor))
     if node is None:
-        shape, strides = f"({symbols.index_text(buffer.numel)},)", "(1,)"
+        shape, strides = f"({index_text(buffer.numel)},)", "(1,)"
     else:
         value = node.meta["val"]
         device = value.device

@@ -40,44 +40,40 @@ constexpr int64_t WORDS = 3 * TILE_WORDS;  // of a packed tile with its planes
 
 typedef uint32_t Words __attribute__((vector_size(64)));
 
-// Largest and smallest nonzero magnitude, as twice a float's bits (the smallest less 1, so that zeros are the largest).
+// Largest magnitude, as twice a float's bits: infinities and NaNs are the largest.
 struct Range {
-  Words most{}, least = Words{} + 0xffffffffu;
+  Words most{};
 
   void see(Vec x) {
     const Words twice = (Words)x + (Words)x;
     most = (Words)_mm512_max_epu32((__m512i)most, (__m512i)twice);
-    least = (Words)_mm512_min_epu32((__m512i)least, (__m512i)(twice - 1));
   }
 };
 
 struct Extent {  // of a whole operand
-  std::atomic<uint32_t> most{0}, least{0xffffffffu};
+  std::atomic<uint32_t> most{0};
 
   void add(const Range& range) {
-    const uint32_t high = _mm512_reduce_max_epu32((__m512i)range.most), low = _mm512_reduce_min_epu32((__m512i)range.least);
+    const uint32_t high = _mm512_reduce_max_epu32((__m512i)range.most);
     for (uint32_t old = most; high > old && !most.compare_exchange_weak(old, high);) {
     }
-    for (uint32_t old = least; low < old && !least.compare_exchange_weak(old, low);) {
-    }
   }
-  static double value(uint32_t twice) {
-    const uint32_t bits = twice >> 1;
+  double largest() const {  // infinite or NaN if any element is
+    const uint32_t bits = most >> 1;
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
   }
-  double largest() const { return value(most); }  // infinite or NaN if any element is
-  double smallest() const { return least == 0xffffffffu ? INFINITY : value(least + 1); }
 };
 
-// Whether the tiles' result has fp32's accuracy. Tiles take bf16 numbers below 2^-126 as 0 and flush such results, and
-// an infinite number less its highest part is NaN. An element's lowest part is at least 2^-24 of it, or 0.
+// Whether the tiles' result has fp32's accuracy. An infinite number less its highest part is NaN. Tiles take bf16 numbers
+// below 2^-126 as 0 and flush such sums: an error of at most 2^-126 (|a| + |b| + 1) an element of the sum, which must be
+// nothing beside the rounding of the largest products.
 inline bool within_range(const Extent& a, const Extent& b, int64_t k) {
-  constexpr double tiny = 0x1p-102, huge = 0x1p126;
-  const double most = std::max(a.largest(), b.largest());
-  if (!(most < huge) || std::min(a.smallest(), b.smallest()) < tiny) return false;
-  return !(a.smallest() * b.smallest() < tiny) && a.largest() * b.largest() * double(k) < huge;
+  constexpr double huge = 0x1p126;
+  const double left = a.largest(), right = b.largest(), product = left * right;
+  if (!(left < huge && right < huge && product * double(k) < huge)) return false;
+  return product == 0 || double(k) * 0x1p-126 * (left + right + 1) <= 0x1p-26 * product;
 }
 
 // One tile of an operand. SUMMED_ACROSS: the elements that are summed are adjacent in memory (rows of `from`), else

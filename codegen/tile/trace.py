@@ -121,10 +121,10 @@ def _short(x: torch.Tensor, dim: int) -> bool:
 
 def _added_up(x: torch.Tensor, dim: int) -> torch.Tensor:
     """The sum over a short dimension, which is kept, as additions: a kernel of its readers takes them in."""
-    first, *rest = x.split(1, dim)
-    total = first.float()
-    for part in rest:
-        total = total + part.float()
+    parts = [part.float() for part in torch.split(x, 1, dim)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
     return total
 
 

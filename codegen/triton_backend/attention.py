@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +77,13 @@ def _launchers(use: Attention) -> dict[str, Launcher]:
 
 def _use(q: Tensor, blocks: Blocks, operands: Sequence[Tensor]) -> Attention:
     """What is compiled in for ``operands``; without any, what decides whether there is a kernel."""
-    rows = [x.stride(2) for x in operands]
+    rows = [x.stride(2) for x in operands] + [0] * (4 - len(operands))
     return Attention(
         q.shape[3],
         blocks.block,
         q.dtype,
         float(blocks.scale),
-        cast(tuple[int, int, int, int], (*rows, *(0,) * (4 - len(rows)))),
+        (rows[0], rows[1], rows[2], rows[3]),
         causal=blocks.causal,
         padded=blocks.key_padding_mask is not None,
         ragged=bool(operands) and q.shape[2] % blocks.block != 0,
@@ -96,8 +96,9 @@ def _shared(q: Tensor) -> int:
     """Bytes of shared memory for tiles in flight: as many as the GPU at hand gives a program."""
     if not q.is_cuda:
         return SHARED
-    properties: Any = torch.cuda.get_device_properties(q.device)  # its stub lacks the attribute
-    return min(SHARED, int(properties.shared_memory_per_block_optin) - RESERVED)
+    properties: Any = torch.cuda.get_device_properties(q.device)
+    most: int = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return min(SHARED, most - RESERVED)
 
 
 def _rows(x: Tensor) -> Tensor:

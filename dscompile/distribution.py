@@ -88,7 +88,8 @@ def distribute(
     group, size = world.group(axis), world.size(axis)
     columns = columns_of(mesh)
     if not known and can_be_grid(mesh):
-        columns = choose_columns([tuple(p.shape) for p in model.parameters()], size, settings.zero.stage)
+        shapes = [tuple(p.shape) for p in model.parameters() if not is_lazy(p)]  # which the plan refuses
+        columns = choose_columns(shapes, size, settings.zero.stage)
     plan = _plan(model, settings, size, group, columns)
     _check(model, plan)
     _agree(plan, group)

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from dscompile.config import Config
 from dscompile.ops import REPLICATED, on_take, unshard
 from dscompile.placement import Mark, ShardSpec, mark_of, set_mark
-from dscompile.torch_compat import local_of, process_group, set_local, wrap_like
+from dscompile.torch_compat import local_of, process_group, set_local, static, wrap_like
 
 
 def attribute_keys(name: str) -> tuple[str, str, str, str, str]:
@@ -40,12 +40,6 @@ def alias(tensor: Tensor) -> Tensor:
     """The same memory as a tensor that is no view in autograd's eyes: views cost Dynamo another fake tensor each."""
     same = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return static(same.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()))
-
-
-def static(tensor: Tensor) -> Tensor:
-    """Say that a graph input's sizes never change: another model's parameter, cut otherwise, is no dynamic shape."""
-    torch._dynamo.mark_static(tensor)
-    return tensor
 
 
 def window(full: Tensor, spec: ShardSpec, rank: int) -> Tensor:

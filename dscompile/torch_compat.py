@@ -237,6 +237,15 @@ def set_local(tensor: DTensor, local: torch.Tensor) -> None:
     tensor._local_tensor = local
 
 
+def static(tensor: torch.Tensor) -> torch.Tensor:
+    """Say that a graph input's sizes never change: another model's parameter, cut otherwise, is no dynamic shape.
+
+    Stands on ``torch._dynamo.mark_static``.
+    """
+    torch._dynamo.mark_static(tensor)
+    return tensor
+
+
 def wrap_like(tensor: DTensor, local: torch.Tensor) -> DTensor:
     """A local value as a DTensor placed like ``tensor``, of the local value's dtype.
 

@@ -47,7 +47,7 @@ def trace_step(model: nn.Module, loss: Loss, *batch: Any) -> StepGraph:
     """Trace one training step of ``loss(model, *batch)`` to a joint StepGraph.
 
     Args:
-        model: any module; it is not changed.
+        model: any module that is not distributed; it is not changed.
         loss: returns a scalar tensor.
         batch: example inputs; their shapes are those of the graph.
 
@@ -180,9 +180,12 @@ def compile_step(
     """Compile ``loss(model, *batch)`` and its gradients into one program.
 
     Args:
-        model: any module.
+        model: any module that is not distributed.
         loss: ``loss(model, *batch) -> scalar tensor``.
         batch: example inputs with the shapes of every later batch.
         config: as for :meth:`Config.load`.
+
+    Raises:
+        UnsupportedError: as :func:`trace_step`.
     """
     return CompiledStep(model, loss, batch, Config.load(config))

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from dscompile.engine.checkpoint_format import Contents, decode, encode
+from dscompile.engine.host_adam import HostStep
 from dscompile.errors import CheckpointError
 from dscompile.torch_compat import local_of
 
@@ -123,7 +124,7 @@ class OptimizerState:
             state[names[id(param)]] = {
                 key: _encode_state(param, value, prefix + key, found.tensors) for key, value in values.items()
             }
-        found.facts = {"class": type(optimizer).__qualname__, "groups": groups, "state": state}
+        found.facts = {"class": _class_of(optimizer), "groups": groups, "state": state}
         return found
 
 
@@ -136,6 +137,11 @@ def _encode_state(param: Tensor, value: Any, where: str, tensors: dict[str, Tens
             "checkpoint cannot tell where it belongs in the whole; keep a DTensor like the parameter."
         )
     return encode(value, where, tensors)
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> str:
+    """Whose states these are: of our implementation of one of PyTorch's classes, that class's."""
+    return optimizer.stands_for if isinstance(optimizer, HostStep) else type(optimizer).__qualname__
 
 
 def _names(optimizer: torch.optim.Optimizer, model: ModelState) -> dict[int, str]:
@@ -174,9 +180,9 @@ class OptimizerLoad:
         facts = contents.facts["optimizer"]
         if facts is None:
             raise CheckpointError("the checkpoint holds no optimizer; load with load_optimizer=False.")
-        if facts["class"] != type(optimizer).__qualname__:
+        if facts["class"] != _class_of(optimizer):
             raise CheckpointError(
-                f"the checkpoint was saved with {facts['class']}, not {type(optimizer).__qualname__}; make that "
+                f"the checkpoint was saved with {facts['class']}, not {_class_of(optimizer)}; make that "
                 "optimizer, or load with load_optimizer=False."
             )
         names = _names(optimizer, model)
@@ -202,8 +208,9 @@ class OptimizerLoad:
                     state[index] = decode(found, self.targets)
                 numbers.append(index)
                 index += 1
-            groups.append({**{k: v for k, v in group.items() if k != "params"}, **decode(values, self.targets)})
-            groups[-1]["params"] = numbers
+            ours = {k: v for k, v in group.items() if k != "params"}
+            here = {k: v for k, v in ours.items() if k in ("fused", "foreach")}  # chosen for this device and run
+            groups.append({**ours, **decode(values, self.targets), **here, "params": numbers})
         return {"state": state, "param_groups": groups}
 
 

@@ -27,9 +27,11 @@ class HostStep(torch.optim.Adam):
 
     Attributes:
         gradient_factor: what the next step multiplies every gradient by; 1 again after it.
+        stands_for: the class of PyTorch's whose states these are, as checkpoints name it.
     """
 
     gradient_factor: float = 1.0
+    stands_for: str = "Adam"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -126,3 +128,5 @@ class HostAdam(HostStep):
 
 class HostAdamW(HostStep, torch.optim.AdamW):
     """``torch.optim.AdamW`` by the kernel."""
+
+    stands_for = "AdamW"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,3 +307,39 @@ def test_the_step_writes_the_copy_that_the_model_reads() -> None:
         hidden = torch.tanh(nn.functional.linear(x, weights[0], weights[1]))
         expected = float(nn.functional.linear(hidden, weights[2], weights[3]).float().square().mean())
     assert found == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("saved_by_ours", [True, False])
+def test_checkpoints_go_on_in_the_other_class(
+    saved_by_ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is saved under one and goes on under the other has the losses of one that is not interrupted."""
+
+    def engine_with(ours: bool) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizers, "WORTH", 0)
+            if not ours:
+                patch.setattr(optimizers, "adam_kernel", lambda: None)
+            made = engine_of(1, 1, 65, bf16={"enabled": True})
+        assert isinstance(made.optimizer, HostAdamW) == ours
+        return made
+
+    def losses_of(engine: Any, steps: range) -> list[float]:
+        found = []
+        for index in steps:
+            loss = engine(torch.randn(2, 64, generator=torch.Generator().manual_seed(index)))
+            engine.backward(loss)
+            engine.step()
+            found.append(loss.item())
+        return found
+
+    first = engine_with(saved_by_ours)
+    losses_of(first, range(3))
+    first.save_checkpoint(tmp_path)
+    expected = losses_of(first, range(3, 6))
+    second = engine_with(not saved_by_ours)
+    second.load_checkpoint(tmp_path)
+    assert losses_of(second, range(3, 6)) == pytest.approx(expected, rel=1e-3)
+    assert second.optimizer.param_groups[0]["fused"] == (True if saved_by_ours else None)  # its own choice
+    (state,) = {float(s["step"]) for s in second.optimizer.state.values()}
+    assert state == 6.0

@@ -113,6 +113,7 @@ def _gain(rows: int, columns: int, threads: int) -> float:
 
         def theirs() -> Tensor:
             arguments = (grad, x, [columns], mean, rstd, weight, weight, [True, True, True])
-            return aten.native_layer_norm_backward.default(*arguments)[0] + residual
+            total: Tensor = aten.native_layer_norm_backward.default(*arguments)[0] + residual
+            return total
 
         return gain(theirs, lambda: kernel(grad, x, mean, rstd, weight, residual))

@@ -61,7 +61,15 @@ def test_bias_dropout_residual_draws_in_the_kernel(monkeypatch: pytest.MonkeyPat
     torch.compiler.reset()
     options = {"rng": "fused", "summary": False, "cache": False}
     compiled = torch.compile(region, backend="dscompile", options=options)
-    compiled(torch.randn(64, 128, requires_grad=True), torch.randn(128), torch.randn(64, 128)).sum().backward()
+    x, bias, residual = torch.randn(64, 128, requires_grad=True), torch.randn(128), torch.zeros(64, 128)
+    result = compiled(x, bias, residual)
+    result.sum().backward()
+    assert x.grad is not None
+    kept = x.grad != 0
+    torch.testing.assert_close(result, torch.where(kept, (x + bias) / 0.9, 0.0))
+    torch.testing.assert_close(x.grad, torch.where(kept, 1 / 0.9, 0.0))
+    assert 0.85 < kept.float().mean() < 0.95
+    assert not torch.equal(compiled(x, bias, residual), result), "a second call draws anew"
     assert [len(KERNEL.findall(source)) for source in sources] == [1, 1]
 
 

@@ -64,7 +64,7 @@ def nll_loss_backward(
 
 def index_put(
     self: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False, unsafe: bool = False
-) -> Tensor:
+) -> Any:  # a Tensor, or NotImplemented
     """``index_put`` of one value under a boolean mask, as a ``where``; any other form is left to Inductor.
 
     Inductor 2.13 makes the masked form happen in place if ``self`` has no later reader, by giving the buffer's box the
@@ -96,7 +96,7 @@ _LEAST = (128, 64)
 
 def sum_columns(
     self: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Tensor:
+) -> Any:  # a Tensor, or NotImplemented
     """The sum over the rows of an fp32 matrix on CPU, ``[R, C] -> [C]`` (``[1, C]``), in two steps; others are left.
 
     Inductor sums each group of 8 or 16 columns from the first row to the last: a cache line of each page, at a fifth of

@@ -47,6 +47,7 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
 from torch._inductor.output_code import OutputCode as OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.virtualized import V
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch._ops import OpOverloadPacket as OpOverloadPacket
@@ -116,7 +117,7 @@ def inductor_compile(
     Raises:
         InductorFailure: whatever went wrong, in one line.
 
-    Stands on ``compile_fx_inner``, ``select_decomp_table`` and ``DonatedBuffer`` (through
+    Stands on ``compile_fx_inner``, ``select_decomp_table``, ``V.set_fake_mode`` and ``DonatedBuffer`` (through
     ``fw_metadata.bw_donated_idxs``).
     """
     output = module.graph.output_node()
@@ -129,7 +130,8 @@ def inductor_compile(
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
             result.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
             if fused_rng:
-                replace_random_passes(decomposed)
+                with V.set_fake_mode(detect_fake_mode(inputs) or FakeTensorMode()):
+                    replace_random_passes(decomposed)
             context = TracingContext(detect_fake_mode(inputs))
             context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated), static_input_indices=[])  # type: ignore[assignment]
             with tracing(context):

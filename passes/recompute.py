@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -22,14 +21,14 @@ from dscompile.effects import shared_operand
 from dscompile.graph import Phase, Role, StepGraph, annotate, info
 from dscompile.manager import PassContext, graph_pass
 from dscompile.split import saved_for_backward
-from dscompile.torch_compat import tensor_bytes
+from dscompile.torch_compat import OpOverload, tensor_bytes
 
 aten = torch.ops.aten
 
 GELU = "gelu_checkpoint"
 NORM = "normalize_invertible"
 
-_POLICIES: dict[Any, str] = {
+_POLICIES: dict[OpOverload, str] = {
     aten.gelu.default: GELU,
     aten.silu.default: GELU,
     aten.native_layer_norm.default: NORM,
@@ -124,10 +123,14 @@ def _policy(node: fx.Node) -> str | None:
     if node.target is operator.getitem:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         # a norm's statistics are what its backward starts from, and small
-        return _POLICIES.get(source.target) if node.args[1] == 0 else None
+        return _named(source.target) if node.args[1] == 0 else None
     if _scales_norm(node):
         return NORM
-    return _POLICIES.get(node.target)
+    return _named(node.target)
+
+
+def _named(target: object) -> str | None:
+    return _POLICIES.get(target) if isinstance(target, OpOverload) else None
 
 
 def _scales_norm(node: fx.Node) -> bool:

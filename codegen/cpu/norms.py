@@ -113,7 +113,7 @@ def _gain(rows: int, columns: int, threads: int) -> float:
 
         def theirs() -> Tensor:
             arguments = (grad, x, [columns], mean, rstd, weight, weight, [True, True, True])
-            dx: Tensor = aten.native_layer_norm_backward.default(*arguments)[0]
-            return dx + residual
+            total: Tensor = aten.native_layer_norm_backward.default(*arguments)[0] + residual
+            return total
 
         return gain(theirs, lambda: kernel(grad, x, mean, rstd, weight, residual))

@@ -15,9 +15,6 @@ from torch import Tensor
 from dscompile.codegen import activations
 from dscompile.torch_compat import OpOverload
 
-_INDUCTORS: Tensor = NotImplemented
-"""What a decomposition returns to leave an operator to Inductor's own."""
-
 _MEAN = 1  # at::Reduction::Mean
 
 
@@ -80,7 +77,7 @@ def index_put(
     mask = indices[0]
     masked = len(indices) == 1 and mask is not None and mask.dtype in (torch.bool, torch.uint8)
     if not masked or values.numel() != 1 or values.device != self.device:
-        return _INDUCTORS
+        return NotImplemented
     assert mask is not None
     value = values.reshape(())
     shape = (*mask.shape, *[1] * (self.dim() - mask.dim()))
@@ -104,12 +101,12 @@ def sum_columns(
     """
     least_rows, least_columns = _LEAST
     if self.dim() != 2 or dim not in ([0], [-2]) or self.dtype is not torch.float32 or self.device.type != "cpu":
-        return _INDUCTORS
+        return NotImplemented
     rows, columns = self.shape
     if not isinstance(rows, int) or not isinstance(columns, int) or dtype not in (None, torch.float32):
-        return _INDUCTORS
+        return NotImplemented
     if rows < least_rows or columns < least_columns or rows % _ROWS or not self.is_contiguous():
-        return _INDUCTORS
+        return NotImplemented
     return self.view(rows // _ROWS, _ROWS, columns).sum(1).sum(0, keepdim=keepdim)
 
 

@@ -231,7 +231,7 @@ def test_auto_needs_a_gain(monkeypatch: pytest.MonkeyPatch, gain: float, chosen:
             return True
 
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(Exact))  # type: ignore[arg-type]
-    monkeypatch.setattr(gemm_choice, "_gain", lambda theirs, mine: gain)
+    monkeypatch.setattr(gemm_choice, "gain", lambda theirs, mine, clock: gain)
     measured.cache_clear()
     module = graph_of(torch.randn(256, 256), torch.randn(256, 256))
     (line,) = choose_gemm(module, Config())
@@ -248,7 +248,7 @@ def test_auto_refuses_what_is_not_fp32_accurate(monkeypatch: pytest.MonkeyPatch)
             return True
 
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(Half))  # type: ignore[arg-type]
-    monkeypatch.setattr(gemm_choice, "_gain", lambda theirs, mine: 9.0)
+    monkeypatch.setattr(gemm_choice, "gain", lambda theirs, mine, clock: 9.0)
     measured.cache_clear()
     (line,) = choose_gemm(graph_of(torch.randn(256, 256), torch.randn(256, 256)), Config())
     measured.cache_clear()

@@ -19,6 +19,7 @@ from dscompile.codegen.cpu.builder import GemmBuild, build_gemm, gemm_kernel
 from dscompile.codegen.cpu.gemm_choice import choose_gemm, measured
 from dscompile.codegen.cpu.gemm_kernel import GemmKernel
 from dscompile.config import Config
+from dscompile.report import REPORTS
 
 aten = torch.ops.aten
 matmul = torch.ops.dscompile.matmul
@@ -302,6 +303,7 @@ def test_a_compiled_model_trains_the_same(regions: str, monkeypatch: pytest.Monk
 
     expected = gradients(model)
     assert not products
+    REPORTS.clear()
     compiled = torch.compile(model, backend="dscompile", options={"gemm": "amx", "regions": regions, "cache": False})
     torch.testing.assert_close(gradients(compiled), expected)
     assert len(products) == 5  # two forward, two weight gradients, one input gradient

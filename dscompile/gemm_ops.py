@@ -9,8 +9,13 @@ products after differentiation.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
+
+log = logging.getLogger("dscompile")
 
 aten = torch.ops.aten
 
@@ -43,10 +48,19 @@ def _plain(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def _out_cpu(a: Tensor, b: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
     from dscompile.codegen.cpu.builder import gemm_kernel
 
-    kernel = gemm_kernel().kernel
-    if kernel is not None and a.shape[-1] and out.numel() and out.stride(-1) == 1 and kernel.product(a, b, bias, out):
+    built = gemm_kernel()
+    kernel = built.kernel
+    if kernel is None:
+        _warn(built.reason)
+    elif a.shape[-1] and out.numel() and out.stride(-1) == 1 and kernel.product(a, b, bias, out):
         return out
     return plain_product(a, b, bias, out)
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Say once that a program made where there was a kernel runs without it."""
+    log.warning("fp32 matrix products chosen to run on AMX tiles run on PyTorch's kernel, slower: %s", reason)
 
 
 def _cpu(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

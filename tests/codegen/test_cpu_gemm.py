@@ -273,11 +273,16 @@ def test_no_compiler_and_no_tiles_are_reasons(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_kernel_the_operator_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_kernel_the_operator_is_pytorchs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program from the cache may meet a machine without tiles."""
-    monkeypatch.setattr(builder, "gemm_kernel", lambda: GemmBuild(None, "none"))
+    said: list[str] = []
+    monkeypatch.setattr(gemm_ops.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(builder, "gemm_kernel", lambda: GemmBuild(None, "no tiles in this test"))
     a, b, bias = torch.randn(40, 30), torch.randn(30, 20), torch.randn(20)
-    assert torch.equal(matmul(a, b, bias), torch.addmm(bias, a, b))
+    for _ in range(2):
+        assert torch.equal(matmul(a, b, bias), torch.addmm(bias, a, b))
+    (line,) = said
+    assert line.endswith("slower: no tiles in this test")
     assert torch.equal(gemm_ops.plain_product(a, b, None, torch.empty(40, 20)), a @ b)
 
 

@@ -23,8 +23,8 @@ ours = torch.ops.dscompile
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 """What can be replaced."""
 
-SMALLEST = 2**21
-"""Below so many multiplications (128 cubed) nothing is measured: both take tens of microseconds."""
+SMALLEST = 2**27
+"""Below so many multiplications (512 cubed) the gain is small, and not worth building the kernel for."""
 
 LONGEST = 1024
 """Longer sides are measured at this length: the kernel works in blocks of it."""

@@ -18,8 +18,8 @@ from dscompile.torch_compat import free_symbol_names, no_autocast, no_modes
 
 aten = torch.ops.aten
 
-SMALLEST = 1 << 16
-"""Below this many elements nothing is measured: calling the kernel takes as long as it runs."""
+SMALLEST = 1 << 18
+"""Below this many elements there is little to gain, and the kernel is not worth building."""
 
 MOST_ROWS = 4096
 """Longer inputs are measured at this many rows: the ratio no longer changes."""

@@ -216,10 +216,10 @@ def targets(module: fx.GraphModule) -> list[object]:
 
 def test_without_a_kernel_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(None, "no compiler today"))
-    module = graph_of(torch.randn(256, 256), torch.randn(256, 256))
+    module = graph_of(torch.randn(512, 512), torch.randn(512, 512))
     for option in ("auto", "amx"):
         (line,) = choose_gemm(module, Config(gemm=option))
-        assert line == "1 x [256, 256] @ [256, 256]: PyTorch (no compiler today)"
+        assert line == "1 x [512, 512] @ [512, 512]: PyTorch (no compiler today)"
     assert not targets(module)
 
 
@@ -234,7 +234,7 @@ def test_auto_needs_a_gain(monkeypatch: pytest.MonkeyPatch, gain: float, chosen:
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(Exact))  # type: ignore[arg-type]
     monkeypatch.setattr(gemm_choice, "gain", lambda theirs, mine, clock: gain)
     measured.cache_clear()
-    module = graph_of(torch.randn(256, 256), torch.randn(256, 256))
+    module = graph_of(torch.randn(512, 512), torch.randn(512, 512))
     (line,) = choose_gemm(module, Config())
     measured.cache_clear()
     assert ("AMX tiles" in line) is chosen
@@ -251,17 +251,17 @@ def test_auto_refuses_what_is_not_fp32_accurate(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(Half))  # type: ignore[arg-type]
     monkeypatch.setattr(gemm_choice, "gain", lambda theirs, mine, clock: 9.0)
     measured.cache_clear()
-    (line,) = choose_gemm(graph_of(torch.randn(256, 256), torch.randn(256, 256)), Config())
+    (line,) = choose_gemm(graph_of(torch.randn(512, 512), torch.randn(512, 512)), Config())
     measured.cache_clear()
     assert "PyTorch (not fp32-accurate here" in line
 
 
 def test_other_dtypes_small_products_and_options_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = graph_of(torch.ones(256, 256, dtype=torch.bfloat16), torch.ones(256, 256, dtype=torch.bfloat16))
+    half = graph_of(torch.ones(512, 512, dtype=torch.bfloat16), torch.ones(512, 512, dtype=torch.bfloat16))
     assert choose_gemm(half, Config(gemm="amx")) == []
     (line,) = choose_gemm(graph_of(torch.ones(8, 8), torch.ones(8, 8)), Config())
     assert line.endswith("PyTorch (small)")
-    (line,) = choose_gemm(graph_of(torch.ones(256, 256), torch.ones(256, 256)), Config(gemm="default"))
+    (line,) = choose_gemm(graph_of(torch.ones(512, 512), torch.ones(512, 512)), Config(gemm="default"))
     assert line.endswith("PyTorch (gemm='default')")
 
 

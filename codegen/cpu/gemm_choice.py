@@ -32,7 +32,7 @@ LONGEST = 1024
 CHECKED = 256
 """Sides of at most this length are compared with fp64."""
 
-GAIN = 1.25
+GAIN = 1.1
 """How much faster the kernel must be for ``auto`` to choose it."""
 
 ACCURACY = 2.0

@@ -192,7 +192,7 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads() -> None:
 @tiles
 @pytest.mark.parametrize("shape", [(70, 1300, 2100), (300, 600, 40), (1030, 33, 70)], ids=str)
 def test_more_threads_than_rows_share_out_evenly(shape: tuple[int, int, int]) -> None:
-    """Threads then share a row's columns, some have none; more than one block wide or deep, every element is written."""
+    """Threads then share columns, some have none; more than one block wide or deep, every element is written."""
     m, k, n = shape
     a, b = operand(m, k, False, 1), operand(k, n, True, 2)
     before = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ from dscompile.manager import Decision, PassContext, parse_pipeline, run_pipelin
 from dscompile.passes import with_recompute
 from dscompile.split import split
 from dscompile.text import print_graph
+from dscompile.text_diff import diff_text
+from dscompile.text_parse import parse_graph
 from dscompile.tools.gpt import GPT, GPTConfig
 from dscompile.torch_compat import tensor_bytes
 from tests.build import trace
 
 aten = torch.ops.aten
+GRAPHS = Path(__file__).with_name("graphs")
 BOTH = {"gelu_checkpoint": True, "normalize_invertible": True}
 
 
@@ -76,6 +80,13 @@ def test_the_bytes_that_are_no_longer_saved(policies: dict[str, bool], fewer: in
     decisions = run(graph, **policies)
     assert before - saved_bytes(graph) == fewer
     assert sum(d.facts["saved_bytes"] for d in decisions if d.choice == "recomputed") == fewer
+
+
+def test_before_and_after() -> None:
+    """Backward's two products read copies of GELU and norm, nothing else changes."""
+    graph = parse_graph((GRAPHS / "recompute.txt").read_text())
+    run(graph, **BOTH)
+    assert diff_text((GRAPHS / "recompute.after.txt").read_text(), print_graph(graph)) == ""
 
 
 def test_a_spelt_out_rms_norm_is_a_norm() -> None:

@@ -45,12 +45,13 @@ class Snapshot:
 class StandIn:
     """A declared change of meaning: ``new`` stands where ``old`` stood, on the same operands.
 
-    ``operands`` are what corresponds to the first operands of ``old``: positions in ``new.args``, or nodes further up.
+    ``operands`` are what corresponds to the first operands of ``old``: positions in ``new.args``, nodes further
+    up, or None for an operand that ``old`` was not given.
     """
 
     new: fx.Node
     old: fx.Node
-    operands: tuple[int | fx.Node, ...]
+    operands: tuple[int | fx.Node | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,11 +73,11 @@ class PassContext:
         name = node if isinstance(node, str) else node.name
         self.decisions.append(Decision(self.current_pass, name, choice, reason, facts, fallback))
 
-    def replaces(self, new: fx.Node, old: fx.Node, *operands: int | fx.Node) -> None:
+    def replaces(self, new: fx.Node, old: fx.Node, *operands: int | fx.Node | None) -> None:
         """Declare that ``new`` means something else than ``old``, in its place, on the same operands.
 
         For passes that change the meaning on purpose: all else is then proved unchanged, and ``operands`` (positions
-        in ``new.args``, or nodes further up) to be the first operands of ``old``'s call.
+        in ``new.args``, nodes further up, or None) to be the first operands of ``old``'s call.
         """
         self.changes.append(StandIn(new, old, operands))
 

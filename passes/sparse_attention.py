@@ -32,8 +32,17 @@ from dscompile.torch_compat import OpOverload, fake_mode_of, no_modes
 
 aten = torch.ops.aten
 
-FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
-BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+BACKWARDS: dict[OpOverload, OpOverload] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    ),
+    aten._scaled_dot_product_flash_attention.default: aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_efficient_attention.default: aten._scaled_dot_product_efficient_attention_backward.default,
+    aten._scaled_dot_product_cudnn_attention.default: aten._scaled_dot_product_cudnn_attention_backward.default,
+}
+"""What ``scaled_dot_product_attention`` becomes on CPUs and GPUs. All begin with q, k, v, and return output and
+logsumexp first; their backwards begin with the gradient, q, k, v and return those three gradients first."""
+
 _OTHERS = ("scaled_dot_product", "efficient_attention", "flash_attention", "flex_attention")
 _INDEX = ("row_ptr", "col_idx", "t_row_ptr", "t_col_idx")
 
@@ -61,8 +70,8 @@ class Layouts:
     graph: StepGraph
     section: SparseAttentionConfig
     made: dict[tuple[int, int, bool], BlockLayout] = field(default_factory=dict)
-    nodes: dict[BlockLayout, tuple[fx.Node, ...]] = field(default_factory=dict)
-    visible: dict[tuple[int, int], fx.Node] = field(default_factory=dict)
+    nodes: dict[tuple[BlockLayout, torch.device], tuple[fx.Node, ...]] = field(default_factory=dict)
+    visible: dict[tuple[int, int, torch.device], fx.Node] = field(default_factory=dict)
 
     def of(self, heads: int, seq: int, *, causal: bool) -> BlockLayout:
         """The layout of an attention; raises :class:`RefusedError` if the sequence is too short for it."""
@@ -79,33 +88,38 @@ class Layouts:
         except ConfigError as error:
             raise RefusedError(str(error)) from None
 
-    def mask(self, heads: int, seq: int) -> fx.Node:
+    def mask(self, heads: int, seq: int, device: torch.device) -> fx.Node:
         """The layout token by token, as a constant: bool ``[heads or 1, seq, seq]``, True where a key is visible."""
-        if (heads, seq) not in self.visible:
+        key = (heads, seq, device)
+        if key not in self.visible:
             with no_modes():
                 layout = self._blocks(heads, seq).bool()
                 layout = layout[:1] if (layout == layout[:1]).all() else layout
                 block = self.section.block
                 tokens = layout.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seq, :seq].contiguous()
-            self.visible[heads, seq] = self._constant(f"sparse_mask{len(self.visible)}", tokens)
-        return self.visible[heads, seq]
+            self.visible[key] = self._constant(f"sparse_mask{len(self.visible)}", tokens, device)
+        return self.visible[key]
 
-    def constants(self, layout: BlockLayout) -> tuple[fx.Node, ...]:
+    def constants(self, layout: BlockLayout, device: torch.device) -> tuple[fx.Node, ...]:
         """The index as nodes at the start of the graph."""
-        if layout not in self.nodes:
+        key = (layout, device)
+        if key not in self.nodes:
             number = len(self.nodes)
             tensors = {f"sparse_layout{number}_{name}": getattr(layout, name) for name in _INDEX}
-            self.nodes[layout] = tuple(self._constant(name, value) for name, value in tensors.items())
-        return self.nodes[layout]
+            self.nodes[key] = tuple(self._constant(name, value, device) for name, value in tensors.items())
+        return self.nodes[key]
 
-    def _constant(self, name: str, value: Tensor) -> fx.Node:
+    def _constant(self, name: str, value: Tensor, device: torch.device) -> fx.Node:
+        """A buffer on ``device``; where the machine has no such device the graph is planned, not run, and it stays."""
         graph = self.graph
-        graph.module.register_buffer(name, value, persistent=False)
+        with no_modes():
+            here = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+            graph.module.register_buffer(name, value.to(device) if here else value, persistent=False)
         first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
         with graph.graph.inserting_before(first):
             node = graph.graph.get_attr(name)
         with fake_mode_of(graph.graph):  # made, not converted: a conversion may give it a symbolic size
-            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=device)
         annotate(node)
         graph.touched.add(node)
         return node
@@ -139,7 +153,7 @@ def _sparse(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts)
     layout = layouts.of(site.heads, site.seq, causal=site.mask.causal)
     why = f"{layouts.section.mode} layout, {layout.density:.1%} of {layout.blocks} x {layout.blocks} blocks"
     if graph.edit("sparse attention", node, why=why):
-        _rewrite(graph, ctx, site, layout, layouts.constants(layout))
+        _rewrite(graph, ctx, site, layout, layouts.constants(layout, node.args[0].meta["val"].device))  # type: ignore[union-attr]
         facts: dict[str, Any] = {"density": layout.density, "blocks": layout.blocks, "causal": site.mask.causal}
         ctx.decide(node, "sparse", why, **facts, padding=len(site.mask.padding), last_block=site.seq % layout.block)
 
@@ -150,14 +164,15 @@ def _masked(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts)
         raise RefusedError(f"the softmax of scores {list(shape)}; expected [batch, heads, seq, seq], last dimension")
     if not all(type(size) is int for size in shape[1:]):
         raise RefusedError(f"heads or length are symbolic ({list(shape)}); compile with dynamic=False")
-    layouts.mask(shape[1], shape[2])
+    device = node.meta["val"].device
+    layouts.mask(shape[1], shape[2], device)
     why = (
         "the model writes attention out, so hidden scores are masked: right, but neither faster nor smaller; "
         "let it call scaled_dot_product_attention (transformers: attn_implementation='sdpa')"
     )
     if graph.edit("mask scores", node, why=why):
         scores = node.args[0]
-        ctx.replaces(hide(graph, node, layouts.mask(shape[1], shape[2])), node, scores)  # type: ignore[arg-type]
+        ctx.replaces(hide(graph, node, layouts.mask(shape[1], shape[2], device)), node, scores)  # type: ignore[arg-type]
         ctx.decide(node, "masked", why, fallback=True)
 
 
@@ -171,9 +186,9 @@ def _is_attention(node: fx.Node) -> bool:
 
 def _read(node: fx.Node) -> Site:
     """What an attention node says; raises :class:`RefusedError` for what the block-sparse operator cannot say."""
-    if node.target is not FORWARD:
+    if node.target not in BACKWARDS:
         name = str(node.target) if isinstance(node.target, OpOverload) else str(getattr(node.target, "__name__", ""))
-        raise RefusedError(f"{name} is not known here; known is scaled_dot_product_attention on the CPU")
+        raise RefusedError(f"{name} is not known here; known is scaled_dot_product_attention")
     q, k, v = (operand.meta["val"] for operand in node.args[:3])  # type: ignore[union-attr]
     if q.shape[1:] != k.shape[1:] or k.shape[1:] != v.shape[1:]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
@@ -184,7 +199,7 @@ def _read(node: fx.Node) -> Site:
         raise RefusedError(f"dtype {q.dtype}")
     if q.shape[3] % HEAD_STEP:
         raise RefusedError(f"head size {q.shape[3]} is no multiple of {HEAD_STEP}")
-    if argument(node, 3, "dropout_p", 0.0) != 0:
+    if _named(node, "dropout_p", 0.0) != 0:
         raise RefusedError("dropout inside attention")
     mask = _mask(node, q.shape[2])
     scale = node.kwargs.get("scale")
@@ -193,8 +208,8 @@ def _read(node: fx.Node) -> Site:
 
 
 def _mask(node: fx.Node, seq: int) -> Mask:
-    causal = bool(argument(node, 4, "is_causal", False))
-    given = node.kwargs.get("attn_mask")
+    causal = bool(_named(node, "is_causal", False))
+    given = _named(node, "attn_mask") or _named(node, "attn_bias")
     if not isinstance(given, fx.Node):
         return Mask(causal, ())
     try:
@@ -204,18 +219,25 @@ def _mask(node: fx.Node, seq: int) -> Mask:
     return Mask(causal or found.causal, found.padding)
 
 
+def _named(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an attention operator by its name, in whatever place the operator has it."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return argument(node, names.index(name), name, default) if name in names else default
+
+
 def _backward_of(node: fx.Node) -> fx.Node | None:
-    """The backward that belongs to a forward: the reader of its logsumexp."""
-    for result in node.users:
-        if result.args[1:] != (1,):
-            continue
-        readers = list(result.users)
-        if any(reader.target is not BACKWARD for reader in readers) or len(readers) > 1:
-            raise RefusedError("the logsumexp of the attention is read by something else than one backward")
-        if readers and [_base(a) for a in readers[0].args[1:4]] != [_base(a) for a in node.args[:3]]:
-            raise RefusedError("its backward reads other operands than its forward")
-        return readers[0] if readers else None
-    return None
+    """The backward that belongs to a forward: the one reader of all that it keeps for it, the logsumexp first."""
+    readers = {reader for result in node.users if result.args[1] != 0 for reader in result.users}
+    if not readers:
+        return None
+    (first, *more) = readers
+    if more or first.target is not BACKWARDS[node.target]:  # type: ignore[index]
+        raise RefusedError("the logsumexp of the attention is read by something else than one backward")
+    if [_base(a) for a in first.args[1:4]] != [_base(a) for a in node.args[:3]]:
+        raise RefusedError("its backward reads other operands than its forward")
+    if any(result.args[1] == 3 and result.users for result in first.users):
+        raise RefusedError("the gradient of its mask is wanted")
+    return first
 
 
 def _base(value: Any) -> Any:
@@ -232,33 +254,40 @@ def _rewrite(graph: StepGraph, ctx: PassContext, site: Site, layout: BlockLayout
     operators = torch.ops.dscompile
     rest = (*index, layout.block, site.mask.causal, _padding(graph, site), site.scale)
     operands = site.forward.args[:3]
-    new = graph.insert_call(
-        site.forward, operators.block_sparse_attention.default, (*operands, *rest), like=site.forward
-    )
-    _take_over(graph, ctx, site.forward, new, operands=3)  # q, k, v
-    if site.backward is not None:
-        grad, *_, out, lse = site.backward.args[:6]
+    if site.backward is not None:  # first: afterwards nothing reads what only the dense backward needs
+        grad, out, lse = site.backward.args[0], _named(site.backward, "out"), _named(site.backward, "logsumexp")
         new = graph.insert_call(
             site.backward,
             operators.block_sparse_attention_backward.default,
             (grad, *operands, out, lse, *rest),
             like=site.backward,
         )
-        _take_over(graph, ctx, site.backward, new, operands=6)  # grad, q, k, v, out, lse
+        alike: tuple[int | None, ...] = (0, 1, 2, 3, 4, 5)
+        if site.backward.target is aten._scaled_dot_product_efficient_attention_backward.default:
+            # its mask stands between v and the output; one that is given may be gone, and ends what can be compared
+            alike = (0, 1, 2, 3) if site.backward.args[4] is not None else (0, 1, 2, 3, None, 4, 5)
+        _take_over(graph, ctx, site.backward, new, *alike)
+    new = graph.insert_call(
+        site.forward, operators.block_sparse_attention.default, (*operands, *rest), like=site.forward
+    )
+    _take_over(graph, ctx, site.forward, new, 0, 1, 2)  # q, k, v
 
 
-def _take_over(graph: StepGraph, ctx: PassContext, old: fx.Node, new: fx.Node, *, operands: int) -> None:
-    """Both operators return their results in the same order; one of another layout in memory is copied.
+def _take_over(graph: StepGraph, ctx: PassContext, old: fx.Node, new: fx.Node, *operands: int | None) -> None:
+    """Both operators return their first results in the same order; one of another layout in memory is copied.
 
     Not the logsumexp: its one reader is the backward, which takes it as it comes.
     """
+    results = len(new.meta["val"])
+    for result in [n for n in old.users if n.args[1] >= results]:  # type: ignore[operator]
+        graph.erase(result)
     before = {result: result.meta["val"] for result in old.users}
     graph.replace(old, new)
-    ctx.replaces(new, old, *range(operands))
+    ctx.replaces(new, old, *operands)
     for result, value in before.items():
         result.meta["val"] = new.meta["val"][result.args[1]]
         graph.touched.add(result)
-        if value.dim() == 4 and result.meta["val"].stride() != value.stride():
+        if result.meta["val"].dim() == 4 and result.meta["val"].stride() != value.stride():
             _lay_out(graph, ctx, result, value)
 
 

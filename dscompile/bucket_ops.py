@@ -19,17 +19,21 @@ from dscompile.collectives import COLLECTIVES
 from dscompile.ops import mean_of_parts
 from dscompile.pieces import corner, cut, fill, put_piece
 from dscompile.placement import compute_copy, resident_of
+from dscompile.quick_fake import Rule, empties_like_first
 from dscompile.resident import is_fresh, set_fresh
 from dscompile.shard_layout import REPLICATED, ShardLayout, decode, stays_local
+from dscompile.torch_compat import FakeTensorMode
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 
 
-def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], quick: Rule | None = None) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dscompile::{name}", fake, lib=_LIBRARY)
+    if quick is not None:
+        torch.library.register_torch_dispatch(f"dscompile::{name}", FakeTensorMode, quick, lib=_LIBRARY)
 
 
 New = Callable[[Tensor, Sequence[int]], Tensor]
@@ -109,7 +113,11 @@ def unpack_params(
 def _unpack_params_fake(
     gathered: Tensor, layouts: Sequence[int], world: int, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    return [gathered.new_empty(layout.shape, dtype=dtype) for layout in decode(layouts, world)]
+    return [gathered.new_empty(shape, dtype=dtype) for shape in _full_shapes(layouts, world)]
+
+
+def _full_shapes(layouts: Sequence[int], world: int) -> list[tuple[int, ...]]:
+    return [layout.shape for layout in decode(layouts, world)]
 
 
 # -- reductions ------------------------------------------------------------------------------------------------------
@@ -171,7 +179,11 @@ def unpack_shards(
 def _unpack_shards_fake(
     flat: Tensor, layouts: Sequence[int], world: int, rank: int, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    return [flat.new_empty(layout.local_shape(rank), dtype=dtype) for layout in decode(layouts, world)]
+    return [flat.new_empty(shape, dtype=dtype) for shape in _local_shapes(layouts, world, rank)]
+
+
+def _local_shapes(layouts: Sequence[int], world: int, rank: int) -> list[tuple[int, ...]]:
+    return [layout.local_shape(rank) for layout in decode(layouts, world)]
 
 
 # -- resident parameters ---------------------------------------------------------------------------------------------
@@ -305,11 +317,17 @@ _define(
     _refresh_fake,
 )
 _define(f"pack_shards(Tensor[] shards, {_TYPED}) -> Tensor", pack_shards, _pack_shards_fake)
-_define(f"unpack_params(Tensor gathered, {_TYPED}) -> Tensor[]", unpack_params, _unpack_params_fake)
+_define(
+    f"unpack_params(Tensor gathered, {_TYPED}) -> Tensor[]",
+    unpack_params,
+    _unpack_params_fake,
+    empties_like_first(_full_shapes, dtype_at=3),
+)
 _define(f"pack_grads(Tensor[] grads, {_TYPED}) -> Tensor", pack_grads, _pack_grads_fake)
 _define("sum_ranks(Tensor exchanged, int world) -> Tensor", sum_ranks, _sum_ranks_fake)
 _define(
     "unpack_shards(Tensor flat, int[] layouts, int world, int rank, ScalarType? dtype=None) -> Tensor[]",
     unpack_shards,
     _unpack_shards_fake,
+    empties_like_first(_local_shapes, dtype_at=4),
 )

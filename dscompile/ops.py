@@ -22,9 +22,10 @@ from torch import Tensor
 
 from dscompile.collectives import COLLECTIVES
 from dscompile.pieces import corner, cut, fill, put_piece
+from dscompile.quick_fake import quick_empty
 from dscompile.shard_layout import REPLICATED as REPLICATED
 from dscompile.shard_layout import ShardLayout, Tile, chunk_rows, local_rows
-from dscompile.torch_compat import FakeTensor, FakeTensorMode, group_backend, process_group
+from dscompile.torch_compat import FakeTensorMode, group_backend, process_group
 
 LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
 LIBRARY.define(
@@ -332,15 +333,9 @@ def _shape_quickly(mode: FakeTensorMode, func: Any, types: Any, args: tuple[Any,
     dtypes = args[7:8] if reads else args[6:4:-1]  # the first that is given counts
     last = 9 if reads else 7
     shape = _resized(source, dim, size, args[last] if len(args) > last else None)
-    if (
-        kwargs
-        or type(source) is not FakeTensor
-        or source.fake_mode is not mode
-        or any(type(n) is not int for n in shape)
-    ):
-        return mode.__torch_dispatch__(func, types, args, kwargs)
-    dtype = next((d for d in dtypes if d is not None), source.dtype)
-    return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), source.fake_device)
+    dtype = next((d for d in dtypes if d is not None), None)
+    found = None if kwargs else quick_empty(mode, source, shape, dtype)
+    return mode.__torch_dispatch__(func, types, args, kwargs) if found is None else found
 
 
 for _name in ("unshard", "reduce_grad"):

@@ -192,16 +192,20 @@ def _foreign(param: Tensor, spec: ShardSpec) -> Tensor:
 
 
 def _property(name: str, tail: Tail, sync: Sync) -> property:
-    """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter."""
+    """The property of one parameter. Dynamo traces the first branch: keep it short, it is paid for every parameter.
+
+    Dynamo traces a ``typing.cast`` as a call of a Python function of its own: hence the typed variables instead.
+    """
     compiling, marker = torch.compiler.is_compiling, _MARKER
 
     dtype = tail[4] if len(tail) > 4 else None
 
     def given(self: Any) -> Tensor | None:
-        value = self._dscompile_foreign[name]
+        value: Tensor = self._dscompile_foreign[name]
         if isinstance(value, DTensor):
-            return cast(Tensor, marker(value.to_local(), None, None, *tail))
-        return cast(Tensor, value) if dtype is None else cast(Tensor, value.to(dtype))
+            full: Tensor = marker(value.to_local(), None, None, *tail)
+            return full
+        return value if dtype is None else value.to(dtype)
 
     shard, silent, leaf, offered, taken = attribute_keys(name)
 
@@ -209,14 +213,16 @@ def _property(name: str, tail: Tail, sync: Sync) -> property:
         if compiling():
             if self._dscompile_foreign and name in self._dscompile_foreign:
                 return given(self)
-            return cast(Tensor, marker(getattr(self, shard), None, None, *tail))
+            full: Tensor = marker(getattr(self, shard), None, None, *tail)
+            return full
         return _read(self, name, sync)
 
     def local(self: Any) -> Tensor | None:
         if compiling():
             if self._dscompile_foreign and name in self._dscompile_foreign:
                 return given(self)
-            return cast(Tensor, marker(getattr(self, silent), getattr(self, leaf), None, *tail))
+            full: Tensor = marker(getattr(self, silent), getattr(self, leaf), None, *tail)
+            return full
         return _read(self, name, sync)
 
     def boundary(self: Any) -> Tensor | None:
@@ -225,7 +231,8 @@ def _property(name: str, tail: Tail, sync: Sync) -> property:
                 return given(self)
             if getattr(self, taken):
                 return local(self)
-            return cast(Tensor, marker(getattr(self, shard), None, getattr(self, offered), *tail))
+            full: Tensor = marker(getattr(self, shard), None, getattr(self, offered), *tail)
+            return full
         return _read(self, name, sync)
 
     def refuse(self: nn.Module, *_: Any) -> NoReturn:

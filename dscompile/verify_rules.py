@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from types import MappingProxyType
@@ -186,16 +187,19 @@ def _recompute(check: Check, node: fx.Node, known: dict[Any, Any]) -> None:
     if missing is not None or "val" not in node.meta:
         check.report("metadata", f"%{(missing or node).name} has no fake value.", missing or node)
         return
-    key = _call_key((node.target, node.args, node.kwargs))
+    # The key of a bucket's item would spell the whole bucket, for each of its items.
+    key = None if node.target is operator.getitem else _call_key((node.target, node.args, node.kwargs))
     expected = known.get(key)
     if expected is None:
         try:
-            expected = known[key] = signature(fake_value(node))
+            expected = signature(fake_value(node))
         except Exception as error:  # whatever a fake kernel raises is the finding
             lines = str(error).strip().splitlines()
             what = lines[0] if lines else repr(error)
             check.report("metadata", f"%{node.name} does not accept its operands: {what}", node)
             return
+        if key is not None:
+            known[key] = expected
     found = signature(node.meta["val"])
     if expected != found:
         text = f"%{node.name} is recorded as {_spell(found)}, but computes {_spell(expected)}."

@@ -29,14 +29,13 @@ def prefetch(graph: StepGraph, ctx: PassContext, *, window: int = 1, elements: i
     """
     if window < 1 or elements < 1:
         return
-    for phase in (Phase.FORWARD, Phase.BACKWARD):
-        sections = Sections(graph, phase)
+    forward, backward = Sections(graph, Phase.FORWARD), Sections(graph, Phase.BACKWARD)
+    for sections, phase in ((forward, Phase.FORWARD), (backward, Phase.BACKWARD)):
         if sections.spans:
             _launch_early(graph, ctx, sections, phase, window, elements)
     _refresh_early(graph, ctx, elements)
-    sections = Sections(graph, Phase.BACKWARD)
-    if sections.spans:
-        _wait_late(graph, ctx, sections)
+    if backward.spans:  # blocks are of compute nodes, and only communication was moved
+        _wait_late(graph, ctx, backward)
 
 
 def _launch_early(

@@ -186,8 +186,24 @@ def write_in_flight(graph: StepGraph) -> None:
     write.meta = dict(flat.meta)
 
 
+def item_recorded_as_another(graph: StepGraph) -> None:
+    one, *others = [u for u in first(graph, ours.unpack_params.default).users if u.target is operator.getitem]
+    one.meta["val"] = next(o.meta["val"] for o in others if o.meta["val"].shape != one.meta["val"].shape)
+
+
+def item_beyond_the_bucket(graph: StepGraph) -> None:
+    set_argument(next(iter(first(graph, ours.unpack_shards.default).users)), 1, 99)
+
+
 @pytest.mark.parametrize(
-    ("fault", "rule"), [(awaited_twice, "waits"), (wait_removed, "waits"), (write_in_flight, "in_flight")]
+    ("fault", "rule"),
+    [
+        (awaited_twice, "waits"),
+        (wait_removed, "waits"),
+        (write_in_flight, "in_flight"),
+        (item_recorded_as_another, "metadata"),
+        (item_beyond_the_bucket, "metadata"),
+    ],
 )
 def test_the_verifier_catches(fault: Fault, rule: str, planned: Callable[..., Plan]) -> None:
     assert rule in broken_rules(planned().joint, fault)

@@ -73,7 +73,7 @@ class RunDir:
         return state
 
     def remove_all_but(self, tag: str) -> None:
-        """Remove the checkpoints other than ``tag``, which is complete; what cannot be removed stays until next time."""
+        """Remove the checkpoints other than ``tag``, which is complete; what cannot be removed stays."""
         for path in self.checkpoints.glob("step_*"):
             if path.name != tag:
                 shutil.rmtree(path, ignore_errors=True)

@@ -195,6 +195,34 @@ def test_a_signal_to_ranks_that_still_start_is_quiet(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+SIGNAL_BETWEEN_STARTS = """
+import os, signal, sys, time
+from multiprocessing import util
+from dscompile.tools.cli import main
+
+start = util.spawnv_passfds
+
+def start_and_signal(path, arguments, handles):
+    pid = start(path, arguments, handles)
+    if "resource_tracker" not in str(arguments):  # a rank, which has not been told yet what it is
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+        time.sleep(0.5)
+    return pid
+
+util.spawnv_passfds = start_and_signal
+sys.argv[:3] = ["dscompile"]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_ranks_are_started_waits_until_they_can_end_quietly(tmp_path, number):
+    arguments, launcher = options(tmp_path, "a", steps=100_000), ("-c", SIGNAL_BETWEEN_STARTS)
+    started = Started(*arguments, launcher=launcher, SIGNAL=number.name)
+    assert started.end(timeout=90) == (128 + number, "", "")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_rank_that_is_killed_ends_the_others_with_a_named_error(tmp_path):
     started, where = Started(*options(tmp_path, "a", steps=100_000)), RunDir(tmp_path / "a")
     started.wait_for_rows(where, 3)

@@ -18,12 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from dscompile.engine import checkpoint_directory
+from dscompile.engine.checkpoint import save_checkpoint
+from dscompile.engine.checkpoint_files import DirectoryReader
+from dscompile.engine.checkpoint_state import stored_model_keys
+from dscompile.engine.export import load_weights
 from dscompile.errors import RunError
 from dscompile.report import last_report
 from dscompile.tools import run_dir, training
+from dscompile.tools.checkpoints import Checkpoints
 from dscompile.tools.cli import run as command
 from dscompile.tools.data import Batches, load_corpus
-from dscompile.tools.gpt import SIZES
+from dscompile.tools.gpt import GPT, SIZES
 from dscompile.tools.interrupts import Interrupts
 from dscompile.tools.run_dir import MetricsLog, RunDir, create_run, find_run
 from dscompile.tools.training import Run, Settings, learning_rate
@@ -92,7 +98,8 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, capsys):
     assert (written["model"], written["steps"], written["batch"]) == ("gpt-500k", 40, 2)
     state = RunDir(tmp_path / "a").load()
     assert state["step"] == 40
-    assert not list(tmp_path.glob("a/*.tmp"))
+    assert [p.name for p in RunDir(tmp_path / "a").checkpoints.glob("*_*")] == ["step_40"]  # the newest alone is kept
+    assert not list(RunDir(tmp_path / "a").checkpoints.glob(".*"))
 
 
 def test_compiled_run_equals_eager_and_compiles_one_graph(tmp_path, capsys):
@@ -257,7 +264,7 @@ def test_resume_refuses_a_changed_text(tmp_path, capsys):
 
 def test_resume_names_the_nearest_run(tmp_path, capsys):
     one_line(capsys, command(["train", "--resume", "--run-dir", str(tmp_path)]), "no run with a checkpoint")
-    create_run(tmp_path, "monday", "gpt-500k").save({"step": 0})
+    save_step(create_run(tmp_path, "monday", "gpt-500k"), 0)
     one_line(capsys, command(["train", "--resume", "munday", "--run-dir", str(tmp_path)]), "Did you mean 'monday'?")
 
 
@@ -272,15 +279,21 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def save_step(where, step, size=3):
+    """Save a step of a tiny model in place of a run's."""
+    model = torch.nn.Linear(size, 1)
+    checkpoints = Checkpoints(where, model, torch.optim.AdamW(model.parameters()), first=True)
+    checkpoints.save(step, {"settings": {}, "merges": [], "corpus": ""}, asynchronous=False)
+
+
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, small_disk):
     where = create_run(tmp_path, "a", "gpt-500k")
-    keys = dict.fromkeys(run_dir._REQUIRED, 0)
-    where.save({**keys, "step": 1})
+    save_step(where, 1)
     small_disk(20_000)
-    with pytest.raises(RunError, match=r"checkpoint\.pt: cannot write the checkpoint: File too large.*intact"):
-        where.save({**keys, "step": 2, "model": torch.zeros(100_000)})
+    with pytest.raises(RunError, match=r"step_2: cannot write the checkpoint: File too large.*before is intact"):
+        save_step(where, 2, size=100_000)
     assert where.load()["step"] == 1
-    assert [p.name for p in where.path.iterdir()] == ["checkpoint.pt"]
+    assert sorted(p.name for p in where.checkpoints.iterdir()) == ["latest", "step_1"]
 
 
 def test_disk_that_fills_during_training_is_one_line(tmp_path, capsys, monkeypatch):
@@ -288,14 +301,14 @@ def test_disk_that_fills_during_training_is_one_line(tmp_path, capsys, monkeypat
 
     def fsync(handle):
         calls.append(handle)
-        if len(calls) > 2:  # file and folder of the first checkpoint
+        if len(calls) > 6:  # of the first checkpoint: data, description, two folders, ``latest``, its folder
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         synced(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
     status = command(options(tmp_path, "--name", "a", steps=3))
     monkeypatch.undo()
-    one_line(capsys, status, "No space left on device", "checkpoint before it is intact", "--run-dir")
+    one_line(capsys, status, "No space left on device", "What was there before is intact", "--run-dir")
     assert RunDir(tmp_path / "a").load()["step"] == 0
     assert command(["train", "--resume", "a", "--run-dir", str(tmp_path)]) == 0
 
@@ -326,32 +339,75 @@ def test_unwritable_place_is_one_line_before_any_work(tmp_path, capsys):
     one_line(capsys, command(options(tmp_path / "file" / "runs")), "cannot make the run's directory", "Not a directory")
 
 
-@pytest.mark.parametrize("damage", ["cut", "head", "empty", "garbage", "foreign", "flipped"])
-def test_damaged_checkpoint_is_one_line_that_names_the_file(tmp_path, capsys, damage):
+@pytest.mark.parametrize("name", ["checkpoint.json", "rank_00000.bin"])
+@pytest.mark.parametrize("damage", ["cut", "head", "empty", "garbage", "flipped"])
+def test_damaged_checkpoint_is_one_line_that_names_the_file(tmp_path, capsys, damage, name):
     assert command(options(tmp_path, "--name", "a", steps=2)) == 0
-    file = RunDir(tmp_path / "a").checkpoint
+    file = RunDir(tmp_path / "a").checkpoints / "step_2" / name
     content = file.read_bytes()
-    if damage == "foreign":
-        torch.save({"weights": torch.zeros(3)}, file)
-    else:
-        broken = {
-            "cut": content[: len(content) // 2],
-            "head": content[:100],
-            "empty": b"",
-            "garbage": b"hello world, this is no checkpoint",
-            "flipped": b"".join(bytes([b ^ 0xFF]) for b in content[:4000]) + content[4000:],
-        }
-        file.write_bytes(broken[damage])
+    broken = {
+        "cut": content[: len(content) // 2],
+        "head": content[:100],
+        "empty": b"",
+        "garbage": b"hello world, this is no checkpoint",
+        "flipped": b"".join(bytes([b ^ 0xFF]) for b in content[:4000]) + content[4000:],
+    }
+    file.write_bytes(broken[damage])
     capsys.readouterr()
     status = command(["train", "--resume", "a", "--run-dir", str(tmp_path), "--steps", "4"])
-    one_line(capsys, status, str(file), "not a checkpoint" if damage == "foreign" else "damaged")
+    one_line(capsys, status, str(file), "damaged")
+
+
+def test_checkpoint_of_another_program_or_model_is_one_line(tmp_path, capsys):
+    assert command(options(tmp_path, "--name", "a", steps=2)) == 0
+    where, resume = RunDir(tmp_path / "a"), ["train", "--resume", "a", "--run-dir", str(tmp_path), "--steps", "4"]
+    kept = where.load()
+    save_checkpoint(where.checkpoints, "foreign", model=torch.nn.Linear(2, 1), state={"epoch": 1})
+    capsys.readouterr()
+    one_line(capsys, command(resume), str(where.checkpoints), "not a checkpoint of 'dscompile train'")
+    save_checkpoint(where.checkpoints, "foreign", model=torch.nn.Linear(2, 1), state=kept)
+    one_line(capsys, command(resume), str(where.checkpoints), "another model")
+
+
+def test_checkpoint_of_the_former_format_is_named_with_the_way_out(tmp_path, capsys):
+    where = create_run(tmp_path, "old", "gpt-500k")
+    torch.manual_seed(0)
+    weights = GPT(SIZES["gpt-500k"]).state_dict()
+    torch.save({"format": 1, "step": 3, "model": weights}, where.path / "checkpoint.pt")
+    for name in ([], ["old"]):
+        said = one_line(capsys, command(["train", "--resume", *name, "--run-dir", str(tmp_path)]), "checkpoint.pt")
+        assert 'load_weights(model, file, key="model")' in said
+    torch.manual_seed(1)
+    model = GPT(SIZES["gpt-500k"])
+    assert load_weights(model, where.path / "checkpoint.pt", key="model") == []  # what the message says works
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_asynchronous_saves_end_before_the_run_does_and_their_errors_are_its(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)  # a save before every step
+    assert command(options(tmp_path, "--name", "a", steps=4)) == 0
+    assert RunDir(tmp_path / "a").load()["step"] == 4
+    assert not list(RunDir(tmp_path / "a").checkpoints.glob(".*"))
+    monkeypatch.setattr(checkpoint_directory, "commit", refuse(checkpoint_directory.commit, "step_2"))
+    assert command(options(tmp_path, "--name", "b", steps=4)) == 2
+    assert "step_2: cannot write the checkpoint: No space left on device" in capsys.readouterr().err
+    assert RunDir(tmp_path / "b").load()["step"] == 1
+
+
+def refuse(commit, tag):
+    def refused(temporary, name):
+        if name == tag:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return commit(temporary, name)
+
+    return refused
 
 
 def test_newest_run_is_the_one_saved_last(tmp_path):
     for age, name in ((30, "new"), (60, "old")):
         where = create_run(tmp_path, name, "gpt-500k")
-        where.save({})
-        os.utime(where.checkpoint, (time.time() - age, time.time() - age))
+        save_step(where, 1)
+        os.utime(where.checkpoints / "latest", (time.time() - age, time.time() - age))
     assert find_run(tmp_path, None).name == "new"
     assert create_run(tmp_path, None, "m").name != create_run(tmp_path, None, "m").name
 
@@ -365,7 +421,10 @@ def test_learning_rate_too_high_stops_and_keeps_a_good_checkpoint(tmp_path, caps
     assert "tokens.weight" in said or "blocks." in said or "positions.weight" in said
     state = RunDir(tmp_path / "a").load()
     assert state["step"] == 0
-    assert all(value.isfinite().all() for value in state["model"].values())
+    reader = DirectoryReader(RunDir(tmp_path / "a").checkpoints / "step_0")
+    names = stored_model_keys(reader.contents)
+    assert "tokens.weight" in names
+    assert all(reader.tensor(name).isfinite().all() for name in names)
 
 
 @pytest.fixture
@@ -373,7 +432,7 @@ def small_run(tmp_path):
     settings = Settings("gpt-500k", 4, 2, 0, 1e-3, TEXT, "eager", {})
     corpus = load_corpus(Path(TEXT), 512)
     batches = Batches(corpus.train, batch=2, context=64, seed=0)
-    return Run(settings, corpus, batches, create_run(tmp_path, "a", "gpt-500k"), None)
+    return Run(settings, corpus, batches, create_run(tmp_path, "a", "gpt-500k"))
 
 
 def test_gradient_that_is_not_finite_names_its_parameter(small_run):

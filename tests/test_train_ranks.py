@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dscompile.engine.checkpoint_files import DirectoryReader
+from dscompile.engine.checkpoint_state import stored_model_keys
+from dscompile.tools import train
 from dscompile.tools.cli import run as command
 from dscompile.tools.interrupts import Interrupted, Interrupts
-from dscompile.tools.run_dir import RunDir
+from dscompile.tools.launch import launch
+from dscompile.tools.run_dir import MetricsLog, RunDir
 from dscompile.tools.training import EMBEDDING_LR
 
 TEXT = argparse.__file__
@@ -107,16 +112,47 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(tmp_path):
     assert command(options(tmp_path, "whole", ranks=1, steps=6)) == 0
     assert command(options(tmp_path, "parts", "--zero", "1", steps=6)) == 0
     assert_same_run(tmp_path, "parts", "whole")
-    one, two = (RunDir(tmp_path / name).load() for name in ("whole", "parts"))
+    one, two = (DirectoryReader(RunDir(tmp_path / name).checkpoints / "step_6") for name in ("whole", "parts"))
     # AdamW divides by the gradient's size, so where that is near zero rounding moves a value by a share of a step.
-    step = EMBEDDING_LR * one["settings"]["lr"]
-    for name, value in one["model"].items():
-        assert type(two["model"][name]) is torch.Tensor
-        torch.testing.assert_close(two["model"][name], value, rtol=0, atol=step / 100)
+    step = EMBEDDING_LR * RunDir(tmp_path / "whole").load()["settings"]["lr"]
+    assert stored_model_keys(two.contents) == stored_model_keys(one.contents) != []
+    for name in stored_model_keys(one.contents):
+        torch.testing.assert_close(two.tensor(name), one.tensor(name), rtol=0, atol=step / 100)
     resume = ["train", "--run-dir", str(tmp_path), "--steps", "8"]
     assert command([*resume, "--resume", "whole"]) == 0
     assert command([*resume, "--resume", "parts", "--ranks", "3", "--zero", "3"]) == 0  # 3 does not divide the sizes
     assert_same_run(tmp_path, "parts", "whole")
+
+
+def stop_after_three(request):
+    """One rank of a run that gets Ctrl-C as its third step is logged."""
+    add = MetricsLog.add
+
+    def wrapped(log, row):
+        add(log, row)
+        if row["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "add", wrapped)
+        return train._rank(request)
+
+
+def test_ten_losses_after_a_resume_on_other_ranks_and_stages_are_those_of_the_whole_run(tmp_path):
+    assert command(options(tmp_path, "whole", "--zero", "3", steps=13, batch=4)) == 0
+    given = {"data": TEXT, "batch": 4, "steps": 13, "backend": "eager", "ranks": 2, "zero": 3}
+    assert launch(2, stop_after_three, train.Request(given, tmp_path, "cut", False)) == 130
+    whole = columns(tmp_path, "whole", "loss", "lr")
+    for stage, ranks in ((1, 2), (0, 1), (3, 4)):
+        name = f"stage{stage}_ranks{ranks}"
+        shutil.copytree(tmp_path / "cut", tmp_path / name)
+        assert RunDir(tmp_path / name).load()["step"] == 3
+        resume = ["train", "--resume", name, "--run-dir", str(tmp_path), "--zero", str(stage), "--ranks", str(ranks)]
+        assert command(resume) == 0
+        found = columns(tmp_path, name, "loss", "lr")
+        assert len(found[3:]) == 10
+        for mine, theirs in zip(found, whole, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6), name
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------
@@ -159,6 +195,34 @@ def test_a_signal_to_ranks_that_still_start_is_quiet(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+SIGNAL_BETWEEN_STARTS = """
+import os, signal, sys, time
+from multiprocessing import util
+from dscompile.tools.cli import main
+
+start = util.spawnv_passfds
+
+def start_and_signal(path, arguments, handles):
+    pid = start(path, arguments, handles)
+    if "resource_tracker" not in str(arguments):  # a rank, which has not been told yet what it is
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+        time.sleep(0.5)
+    return pid
+
+util.spawnv_passfds = start_and_signal
+sys.argv[:3] = ["dscompile"]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_ranks_are_started_waits_until_they_can_end_quietly(tmp_path, number):
+    arguments, launcher = options(tmp_path, "a", steps=100_000), ("-c", SIGNAL_BETWEEN_STARTS)
+    started = Started(*arguments, launcher=launcher, SIGNAL=number.name)
+    assert started.end(timeout=90) == (128 + number, "", "")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_rank_that_is_killed_ends_the_others_with_a_named_error(tmp_path):
     started, where = Started(*options(tmp_path, "a", steps=100_000)), RunDir(tmp_path / "a")
     started.wait_for_rows(where, 3)
@@ -172,7 +236,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_named_error(tmp_path):
     assert "dscompile: rank 1 has died: process " in err
     assert_gone(children)
     assert where.load()["step"] == 0
-    assert not list(where.path.glob("*.tmp"))
+    assert [p.name for p in where.checkpoints.glob("step_*")] == ["step_0"]
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_with_it(tmp_path):

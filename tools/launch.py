@@ -6,16 +6,19 @@ Under ``torchrun`` itself (many machines) nothing of this runs: its workers come
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -26,10 +29,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dscompile.errors import RankError
 
 SHUTDOWN_SECONDS = 30
-"""What a rank gets to end after a signal or another rank's failure; then it is killed."""
+"""What a rank gets to end after a signal or another rank's failure; then it is killed. So long a signal waits at most
+for ranks that still start."""
 
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_BEGUN = "begun_"
 
 
 def launch(ranks: int, work: Callable[..., int], *arguments: Any) -> int:
@@ -42,7 +47,12 @@ def launch(ranks: int, work: Callable[..., int], *arguments: Any) -> int:
     Raises:
         RankError: a rank ended by a signal, which it could not report itself.
     """
-    with tempfile.TemporaryDirectory(prefix="dscompile_") as logs, _as_found(), _threads(ranks), _held_back():
+    with (
+        tempfile.TemporaryDirectory(prefix="dscompile_") as logs,
+        _as_found(),
+        _threads(ranks),
+        _Signals(Path(logs), ranks) as signals,
+    ):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -54,9 +64,10 @@ def launch(ranks: int, work: Callable[..., int], *arguments: Any) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
             shutdown_timeout=SHUTDOWN_SECONDS,
+            signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours
         )
         try:
-            elastic_launch(config, _rank)(work, arguments)
+            elastic_launch(config, _rank)(signals.begun, work, arguments)
         except SignalException as error:
             return 128 + int(error.sigval)
         except ChildFailedError as error:
@@ -73,10 +84,11 @@ def launch(ranks: int, work: Callable[..., int], *arguments: Any) -> int:
     return 0
 
 
-def _rank(work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+def _rank(begun: Path, work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
     """One rank's process. Leaves by its exit status, which the agent compares with 0."""
     for number in _HELD_BACK:  # until the run has handlers of its own
         signal.signal(number, _leave)
+    (begun / f"{_BEGUN}{os.getpid()}").touch()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host name up, which may not resolve
@@ -85,29 +97,68 @@ def _rank(work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
     except Exception:
         traceback.print_exc()
         status = 1
+    _ignore_signals()
     if status != 0:
         sys.exit(status)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    _ignore_signals()
     sys.exit(128 + number)
 
 
-@contextmanager
-def _held_back() -> Iterator[None]:
-    """Let signals to a new process wait until :func:`_rank` begins: while it imports it could only print a traceback.
+def _ignore_signals() -> None:
+    """One from the terminal is followed by the launcher's, which would break off what Python does at exit."""
+    for number in _HELD_BACK:
+        signal.signal(number, lambda *_: None)  # SIG_IGN would let Python complain of one that is under way
 
-    A process inherits the mask of the thread that starts it. This process still gets its signals, by another thread.
+
+class _Signals:
+    """SIGINT and SIGTERM wait until every rank runs :func:`_rank`.
+
+    A new process could only print a traceback: of the import that a signal of its own breaks off, or of what it cannot
+    read because this process, broken off while it starts the ranks, has not written it or has removed it.
     """
-    resource_tracker.ensure_running()  # it would unblock them
-    done = threading.Event()
-    threading.Thread(target=done.wait, name="dscompile signals", daemon=True).start()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        done.set()
+
+    def __init__(self, begun: Path, ranks: int) -> None:
+        self.begun = begun
+        """Where each rank leaves a file as it begins."""
+        self._ranks = ranks
+        self._waits: int | None = None
+        self._until = math.inf
+        self._done = threading.Event()
+        # Takes the signals that the others block, for Python to handle in the main thread.
+        self._thread = threading.Thread(target=self._send_again, name="dscompile signals", daemon=True)
+        self._mask: set[int] = set()
+
+    def __enter__(self) -> _Signals:
+        for number in _HELD_BACK:
+            signal.signal(number, self._handle)
+        resource_tracker.ensure_running()  # it would unblock them
+        self._thread.start()
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)  # a process inherits it
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        self._done.set()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._until == math.inf:
+            self._until = time.monotonic() + SHUTDOWN_SECONDS
+        if self._over():
+            raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+        self._waits = number
+
+    def _over(self) -> bool:
+        begun = len(list(self.begun.glob(f"{_BEGUN}*")))
+        return begun == self._ranks or time.monotonic() > self._until
+
+    def _send_again(self) -> None:
+        while not self._done.wait(0.05):
+            if self._waits is not None and self._over():
+                number, self._waits = self._waits, None
+                os.kill(os.getpid(), number)
 
 
 @contextmanager

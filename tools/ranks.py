@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 import typer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dscompile.config import Config
 from dscompile.distribution import distribute
@@ -157,27 +157,6 @@ class Ranks:
         """The model with its parameters sharded, in place. It must be equal on every rank."""
         return model if self._mesh is None else distribute(model, self._mesh, config, sync_init=False)
 
-    def shard_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A whole optimizer state as this rank holds it: what has a parameter's shape is cut as that parameter is."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-
-        def cut(index: int, value: Any) -> Any:
-            param = params[index]
-            if isinstance(param, DTensor) and isinstance(value, Tensor) and value.shape == param.shape and value.ndim:
-                return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
-            return value
-
-        cut_state = {
-            index: {name: cut(index, value) for name, value in entry.items()} for index, entry in state["state"].items()
-        }
-        return {**state, "state": cut_state}
-
-    def whole(self, value: Any) -> Any:
-        """A tensor, or a tree of dicts and lists, with full tensors for shards. Every rank must call it."""
-        if isinstance(value, DTensor):
-            return value.full_tensor()
-        if isinstance(value, dict):
-            return {key: self.whole(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.whole(item) for item in value]
-        return value
+    def whole(self, value: Tensor) -> Tensor:
+        """The full tensor of a shard, any other as it is. Every rank must call it."""
+        return value.full_tensor() if isinstance(value, DTensor) else value

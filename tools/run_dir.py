@@ -1,8 +1,8 @@
-"""One directory a training run: ``config.json``, ``metrics.csv``, ``checkpoint.pt`` and the compiler's ``graphs/``.
+"""One directory a training run: ``config.json``, ``metrics.csv``, ``checkpoints/`` and the compiler's ``graphs/``.
 
-A checkpoint is written under a temporary name, synced and renamed, so at any moment the directory holds one whole
-checkpoint: the new one or the one before. It is written once before the first step, so a directory that cannot be
-written is found out before minutes of compiling, and every run that exists can be resumed.
+Checkpoints are the engine's (:mod:`dscompile.engine.checkpoint`): ``checkpoints/latest`` names the newest complete one.
+The first is written before the first step, so a directory that cannot be written is found out before minutes of
+compiling, and every run that exists can be resumed.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ import contextlib
 import csv
 import io
 import json
-import os
-import pickle
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO, cast
-
-import torch
+from typing import Any, TextIO
 
 from dscompile.artifact import write_whole
+from dscompile.engine.checkpoint import read_state
+from dscompile.engine.checkpoint_directory import LATEST
 from dscompile.errors import RunError, nearest
 
-FORMAT = 1
 COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "seconds", "tokens_per_s", "peak_mib", "held_out_loss")
-_FREE_SPACE = "Free some space, or choose another place with --run-dir."
-_REQUIRED = ("settings", "step", "model", "optimizer", "rng", "merges", "corpus")
+FREE_SPACE = "Free some space, or choose another place with --run-dir."
+_FORMER = "checkpoint.pt"
+_REQUIRED = ("settings", "step", "merges", "corpus")
 
 
 class RunDir:
@@ -41,9 +40,9 @@ class RunDir:
         return self.path.name
 
     @property
-    def checkpoint(self) -> Path:
-        """The checkpoint's file."""
-        return self.path / "checkpoint.pt"
+    def checkpoints(self) -> Path:
+        """The directory of its checkpoints: what ``load_checkpoint`` and ``dscompile export`` take."""
+        return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -52,38 +51,32 @@ class RunDir:
 
     def write_config(self, values: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
-        write_whole(self.path / "config.json", json.dumps(values, indent=1) + "\n", hint=_FREE_SPACE)
-
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, atomically: if this fails, the one before is untouched."""
-        temporary = self.checkpoint.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save({"format": FORMAT, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.checkpoint)
-            _sync_folder(self.path)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            kept = f"The checkpoint before it is intact. {_FREE_SPACE}" if self.checkpoint.exists() else _FREE_SPACE
-            raise RunError(f"{self.checkpoint}: cannot write the checkpoint: {_reason(error)}. {kept}") from None
+        write_whole(self.path / "config.json", json.dumps(values, indent=1) + "\n", hint=FREE_SPACE)
 
     def load(self) -> dict[str, Any]:
-        """Read the checkpoint. Raises :class:`RunError` naming the file if it is missing, damaged or foreign."""
-        try:
-            with self.checkpoint.open("rb") as file:
-                file.read(1)
-        except OSError as error:
-            raise RunError(f"{self.checkpoint}: cannot read the checkpoint: {_reason(error)}.") from None
-        try:
-            state = torch.load(self.checkpoint, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError):
-            raise RunError(f"{self.checkpoint}: the checkpoint is damaged; start a new run.") from None
-        if not isinstance(state, dict) or state.get("format") != FORMAT or any(key not in state for key in _REQUIRED):
-            raise RunError(f"{self.checkpoint}: not a checkpoint of 'dscompile train' (format {FORMAT}).")
-        return cast("dict[str, Any]", state)
+        """What the newest checkpoint keeps beside model and optimizer: settings, step, tokeniser, digest of the text.
+
+        Raises:
+            CheckpointError: it is missing, unreadable or damaged; names the file.
+            RunError: it is of another program, or in the format of an earlier version.
+        """
+        former = self.path / _FORMER
+        if former.exists() and not (self.checkpoints / LATEST).exists():
+            raise RunError(
+                f"{former}: one file, the format of 'dscompile train' before it used the engine's checkpoints "
+                "(a directory 'checkpoints'); this version cannot resume it. Start a new run, or take its weights by "
+                'dscompile.engine.export.load_weights(model, file, key="model").'
+            )
+        state = read_state(self.checkpoints)
+        if any(key not in state for key in _REQUIRED):
+            raise RunError(f"{self.checkpoints}: not a checkpoint of 'dscompile train'.")
+        return state
+
+    def remove_all_but(self, tag: str) -> None:
+        """Remove the checkpoints other than ``tag``, which is complete; what cannot be removed stays."""
+        for path in self.checkpoints.glob("step_*"):
+            if path.name != tag:
+                shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
     def log_metrics(self, after_step: int) -> Iterator[MetricsLog]:
@@ -93,10 +86,10 @@ class RunDir:
             writer = csv.DictWriter(kept, COLUMNS)
             writer.writeheader()
             writer.writerows(row for row in self.read_metrics() if int(row["step"]) <= after_step)
-            write_whole(self.metrics, kept.getvalue(), hint=_FREE_SPACE)
+            write_whole(self.metrics, kept.getvalue(), hint=FREE_SPACE)
             file = self.metrics.open("a", newline="", encoding="utf-8")
         except OSError as error:
-            raise RunError(f"{self.metrics}: cannot write: {_reason(error)}. {_FREE_SPACE}") from None
+            raise RunError(f"{self.metrics}: cannot write: {_reason(error)}. {FREE_SPACE}") from None
         with file:
             yield MetricsLog(self.metrics, file)
 
@@ -123,7 +116,7 @@ class MetricsLog:
         except OSError as error:
             with contextlib.suppress(OSError):  # else what is buffered fails once more
                 self._file.close()
-            raise RunError(f"{self._path}: cannot write: {_reason(error)}. {_FREE_SPACE}") from None
+            raise RunError(f"{self._path}: cannot write: {_reason(error)}. {FREE_SPACE}") from None
 
 
 def create_run(parent: Path, name: str | None, model: str) -> RunDir:
@@ -146,7 +139,7 @@ def create_run(parent: Path, name: str | None, model: str) -> RunDir:
                 f"{path}: exists already; use 'dscompile train --resume {path.name}' or give another --name."
             ) from None
         except OSError as error:
-            raise RunError(f"{path}: cannot make the run's directory: {_reason(error)}. {_FREE_SPACE}") from None
+            raise RunError(f"{path}: cannot make the run's directory: {_reason(error)}. {FREE_SPACE}") from None
         return RunDir(path)
     raise RunError(f"{parent}: a hundred runs started this second; give one a --name.")
 
@@ -154,30 +147,19 @@ def create_run(parent: Path, name: str | None, model: str) -> RunDir:
 def find_run(parent: Path, name: str | None) -> RunDir:
     """The run called ``name``, or the one whose checkpoint is newest. Raises :class:`RunError` if there is none."""
     try:
-        found = {file.parent.name: file for file in parent.glob("*/checkpoint.pt")}
-        if name is None and found:
-            return RunDir(max(found.values(), key=lambda file: file.stat().st_mtime_ns).parent)
+        saved = [*parent.glob(f"*/{_FORMER}"), *parent.glob(f"*/checkpoints/{LATEST}")]
+        found = {file.relative_to(parent).parts[0]: file.stat().st_mtime_ns for file in saved}
     except OSError as error:
         raise RunError(f"{parent}: cannot read: {_reason(error)}.") from None
+    if name is None and found:
+        return RunDir(parent / max(found, key=lambda run: found[run]))
     if name in found:
-        return RunDir(found[name].parent)
+        return RunDir(parent / name)
     if name is None:
         raise RunError(f"--resume: no run with a checkpoint in {parent}; name the place with --run-dir.")
     raise RunError(f"--resume {name}: no such run with a checkpoint in {parent}.{nearest(name, found)}")
 
 
-def _sync_folder(path: Path) -> None:
-    """Make a rename in ``path`` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    """One line: the system's words for an OSError (which torch hides in a RuntimeError), else the message's own."""
-    for cause in (error, error.__context__):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _reason(error: OSError) -> str:
+    """The system's words for an error."""
+    return error.strerror or str(error) or type(error).__name__

@@ -42,7 +42,7 @@ def show_summary(
         rows.append(("speed", f"{tokens_per_step / step:,.0f} tokens/s, {step * 1e3:.0f} ms a step (median)"))
     rows.append(("peak memory", _peaks(peaks_mib)))
     rows += _compiler_rows(reports)
-    rows.append(("files", f"{run.path}/: checkpoint.pt, metrics.csv, config.json, graphs/"))
+    rows.append(("files", f"{run.path}/: checkpoints/, metrics.csv, config.json, graphs/"))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     console.print(Panel(Text(sample), title="sample", title_align="left"))

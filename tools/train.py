@@ -95,7 +95,7 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a run begins with: its settings and, if it is resumed, its place and checkpoint."""
+    """What a run begins with: its settings and, if it is resumed, its place and what its checkpoint says."""
 
     settings: Settings
     where: RunDir | None = None
@@ -158,7 +158,7 @@ def _run(request: Request, ranks: Ranks) -> int:
     with Interrupts(patient=ranks.world > 1) as interrupts:
         if where is None:
             where = ranks.share(lambda: create_run(request.place, request.name, settings.model))
-        task = Run(settings, corpus, batches, where, state, ranks)
+        task = Run(settings, corpus, batches, where, ranks, resume=state is not None)
         over = f" on {ranks.world} ranks (ZeRO-{settings.zero})" if ranks.world > 1 else ""
         console.print(
             f"{where.path}: {settings.model}, {task.parameters / 1e6:.1f}M parameters{over}, {len(corpus.train):,} "
@@ -207,7 +207,7 @@ def _resumed(where: RunDir, state: Mapping[str, Any], given: Mapping[str, Any]) 
     try:
         settings = Settings(**state["settings"])
     except TypeError:
-        raise RunError(f"{where.checkpoint}: the checkpoint was written by another version; start a new run.") from None
+        raise RunError(f"{where.checkpoints}: another version wrote the checkpoint; start a new run.") from None
     for key, value in given.items():
         if key not in ("steps", "ranks", "zero") and value != asdict(settings)[key]:
             raise ConfigError(

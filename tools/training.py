@@ -4,8 +4,8 @@ The model is the unchanged single-device one of :mod:`dscompile.tools.gpt`; noth
 compiler. On several ranks each trains on its rows of the same batches, so the losses are those of one rank; the first
 rank prints and writes the files. Every forward pass, the held-out ones too, has one shape and runs with gradients
 enabled, so that one training graph is all that is ever compiled. A resumed run has the same losses: batches and
-learning rates are functions of (seed, step), and the checkpoint holds model, optimizer and random state, as whole
-tensors whatever the number of ranks.
+learning rates are functions of (seed, step), so the step is the position of both; the checkpoint is the engine's and
+loads on any number of ranks, at any stage.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,9 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 
 from dscompile.config import Config
-from dscompile.errors import RankError, RunError
+from dscompile.errors import DscompileError, RankError, RunError
 from dscompile.reads import gathered
 from dscompile.report import REPORTS
+from dscompile.tools.checkpoints import Checkpoints
 from dscompile.tools.data import IGNORED_TARGET, Batches, Corpus, held_out_batches
 from dscompile.tools.gpt import GPT, SIZES
 from dscompile.tools.interrupts import Interrupted, Interrupts
@@ -69,7 +70,7 @@ class Settings:
 
 
 class Run:
-    """One training run. ``state`` is the checkpoint of the run to go on with, or None; ``ranks`` is entered."""
+    """One training run, from its first step or with ``resume`` from the newest checkpoint; ``ranks`` is entered."""
 
     def __init__(
         self,
@@ -77,23 +78,22 @@ class Run:
         corpus: Corpus,
         batches: Batches,
         where: RunDir,
-        state: Mapping[str, Any] | None,
         ranks: Ranks | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
         self.settings, self.corpus, self.batches, self.where = settings, corpus, batches, where
         self.ranks = ranks or Ranks(1)
         torch.manual_seed(settings.seed)
         self.model: nn.Module = GPT(SIZES[settings.model])
-        if state is not None:
-            self._restore(lambda: self.model.load_state_dict(state["model"]))
         self.model = self.ranks.shard(self.model, settings.compiler())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=settings.lr, betas=(0.9, 0.95), fused=True)
         self.step = 0
         self.first_step_seconds = 0.0
         self.step_seconds: list[float] = []
-        if state is not None:
-            self._restore(lambda: self._resume(state))
-        self._saved_step = -1
+        self._checkpoints = Checkpoints(where, self.model, self.optimizer, first=self.ranks.first)
+        if resume:
+            self.step = self._checkpoints.load()
         self._stopped: int | None = None
         self.compiled = self._compile()
 
@@ -101,19 +101,6 @@ class Run:
     def parameters(self) -> int:
         """Number of trained values."""
         return sum(p.numel() for p in self.model.parameters())
-
-    def _resume(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(self.ranks.shard_optimizer_state(self.optimizer, state["optimizer"]))
-        torch.set_rng_state(state["rng"])
-        self.step = int(state["step"])
-
-    def _restore(self, load: Callable[[], object]) -> None:
-        try:
-            load()
-        except (RuntimeError, ValueError, TypeError, KeyError):
-            raise RunError(
-                f"{self.where.checkpoint}: the checkpoint does not fit its model; start a new run."
-            ) from None
 
     def _compile(self) -> Callable[..., Tensor]:
         backend = self.settings.backend
@@ -130,13 +117,9 @@ class Run:
         return compiled
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs, on any number of ranks. Every rank must call it."""
+        """What a resumed run needs beside step, model, optimizer and random state."""
         return {
             "settings": asdict(self.settings),
-            "step": self.step,
-            "model": self.ranks.whole(dict(self.model.state_dict())),
-            "optimizer": self.ranks.whole(self.optimizer.state_dict()),
-            "rng": torch.get_rng_state(),
             "merges": [list(pair) for pair in self.corpus.tokenizer.merges],
             "corpus": self.corpus.digest,
         }
@@ -214,7 +197,7 @@ class Run:
         held_out, saved = math.nan, time.perf_counter()
         while self.step < settings.steps:
             if self._agree(interrupts, save=time.perf_counter() - saved > CHECKPOINT_SECONDS):
-                self._save()
+                self._save(asynchronous=True)
                 saved = time.perf_counter()
             if self._stopped is not None:
                 break
@@ -271,18 +254,16 @@ class Run:
             "peak_mib": round(peak_mib()),
         }
 
-    def _save(self) -> None:
+    def _save(self, *, asynchronous: bool = False) -> None:
         """Write the checkpoint, unless this step's is there or the model no longer gives a finite loss."""
-        if self.step == self._saved_step:
+        if self._checkpoints.has(self.step):
+            self._checkpoints.settle()
             return
         if self.first_step_seconds:
             value = self._mean(self.compiled(*map(self.ranks.part, self.batches(self.step))))
             if not math.isfinite(value):
                 self._stop(f"the loss is {value}")
-        state = self.state()
-        if self.ranks.first:
-            self.where.save(state)
-        self._saved_step = self.step
+        self._checkpoints.save(self.step, self.state(), asynchronous=asynchronous)
 
     def _mean(self, loss: Tensor) -> float:
         """The mean over ranks, which have equally many tokens."""
@@ -297,8 +278,10 @@ class Run:
             )
             if (name := next((n for n, v in values if v is not None and not self._finite(v)), None))
         ]
+        with suppress(DscompileError):  # one under way that fails leaves the one before: that is what is named then
+            self._checkpoints.settle()
         raise RunError(
-            f"step {self.step + 1}: {what}{''.join(named)}. The checkpoint of step {self._saved_step} is kept in "
+            f"step {self.step + 1}: {what}{''.join(named)}. The checkpoint of step {self._checkpoints.kept} is kept in "
             f"{self.where.path}; start a new run with a lower --lr than {self.settings.lr:g}, or look at the data."
         )
 

@@ -12,8 +12,8 @@ may load what any other saved. Every rank calls both functions; both raise the s
 
 from __future__ import annotations
 
-from dscompile.engine.checkpoint_load import Loaded, load_checkpoint
+from dscompile.engine.checkpoint_load import Loaded, load_checkpoint, read_state
 from dscompile.engine.checkpoint_save import save_checkpoint
 from dscompile.engine.checkpoint_saver import SaveHandle
 
-__all__ = ["Loaded", "SaveHandle", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Loaded", "SaveHandle", "load_checkpoint", "read_state", "save_checkpoint"]

@@ -90,6 +90,26 @@ def load_checkpoint(
     return cast(_Load, load).apply()
 
 
+def read_state(directory: str | Path, tag: str | None = None) -> dict[str, Any]:
+    """What :func:`save_checkpoint` was given as ``state``, without a model, on this rank alone; tensors on the CPU.
+
+    Args:
+        directory: of the run.
+        tag: which checkpoint; by default the one that ``latest`` names.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a damaged file.
+    """
+    reader = DirectoryReader(layout.find(directory, tag))
+    contents = reader.contents
+    tensors = {key: reader.tensor(key) for key in contents.tensors.state_dict_metadata if key.startswith(STATE)}
+    try:
+        state = decode(contents.facts["state"], tensors)
+    except MALFORMED as error:
+        raise damaged(reader.path / METADATA, f"it contradicts itself ({type(error).__name__}: {error})") from error
+    return cast("dict[str, Any]", state)
+
+
 def _agreed_path(peers: Collective, directory: str | Path, tag: str | None) -> Path:
     """Rank 0's answer: each rank's own might differ while another job saves."""
     found: Any = None

@@ -124,7 +124,7 @@ def resolve_optimizer(
     """The optimizer's name, its class, and the arguments that the class takes; nothing is made.
 
     Raises:
-        ConfigError: an unknown name or key (with the nearest one).
+        ConfigError: an unknown name or key (with the nearest one), or a value out of range.
         UnsupportedError: a name or value of DeepSpeed's that does not exist here.
     """
     name = find_name("optimizer", kind, (*_BY_NAME, *REFUSED))
@@ -135,7 +135,30 @@ def resolve_optimizer(
         raise ConfigError(f"optimizer {name}: max_grad_norm is no optimizer parameter; set gradient_clipping instead.")
     cls = _resolve(name, given)
     check_keys(f"optimizer {name}", given, accepted(cls))
+    _check_values(name, cls, given)
     return name, cls, given
+
+
+def _check_values(name: str, cls: type[Optimizer], given: Mapping[str, Any]) -> None:
+    """Make the optimizer of one number, so that a value out of range is found before a model is moved or sharded.
+
+    Raises:
+        ConfigError: names the key, if one alone is at fault.
+    """
+    made = {key: value for key, value in given.items() if key not in ("fused", "foreach")}  # of the device, not values
+
+    def make(values: Mapping[str, Any]) -> Optimizer:
+        return _make(cls, [{"params": [torch.zeros(1, 1, requires_grad=True)]}], values)
+
+    try:
+        build(f"optimizer {name}", lambda: make(made), given)
+    except ConfigError as error:
+        for key, value in made.items():
+            try:
+                make({key: value})
+            except (TypeError, ValueError):  # a ConfigError is a ValueError
+                raise ConfigError(f"{error} The key at fault: optimizer.params.{key}.") from error
+        raise
 
 
 def _make(cls: Callable[..., Optimizer], groups: list[dict[str, Any]], given: Mapping[str, Any]) -> Optimizer:

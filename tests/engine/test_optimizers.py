@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dscompile.engine.optimizers import ELEMENTWISE, REFUSED, WHOLE_ONLY, create_optimizer
+from dscompile.engine.optimizers import ELEMENTWISE, REFUSED, WHOLE_ONLY, create_optimizer, resolve_optimizer
 from dscompile.errors import ConfigError, UnsupportedError
 
 
@@ -176,3 +176,14 @@ def test_nothing_to_train(nothing: Any) -> None:
 def test_one_tensor_is_no_list() -> None:
     with pytest.raises(ConfigError, match="an iterable of tensors"):
         create_optimizer("Adam", parameters()[0], {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [("Adam", "lr", -1.0), ("AdamW", "betas", [0.9, 1.5]), ("Adam", "eps", -1e-8), ("SGD", "momentum", -0.5),
+     ("Lion", "lr", -1.0), ("Lamb", "betas", [0.9])],
+)  # fmt: skip
+def test_a_value_out_of_range_is_found_without_parameters_and_its_key_named(kind, key, value):
+    with pytest.raises(ConfigError, match=f"^optimizer {kind}: |optimizer.params.{key}") as found:
+        resolve_optimizer(kind, {"weight_decay": 0.1, key: value})
+    assert f"optimizer.params.{key}." in str(found.value)

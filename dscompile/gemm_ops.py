@@ -4,7 +4,7 @@
 layout; ``bias`` (two-dimensional products only) can be expanded to ``[m, n]``. The result is contiguous. On CPU it runs
 our C++ kernel (``codegen/cpu/gemm_amx.h``) at fp32 accuracy; where there is none, or the operands leave the range
 that bf16 tiles represent, PyTorch's product. It has no derivative: code generation puts it in the place of PyTorch's
-products after differentiation.
+products after differentiation. :func:`add_product` is the kernel for operators that sum products.
 """
 
 from __future__ import annotations
@@ -55,6 +55,27 @@ def _out_cpu(a: Tensor, b: Tensor, bias: Tensor | None, *, out: Tensor) -> Tenso
     elif a.shape[-1] and out.numel() and out.stride(-1) == 1 and kernel.product(a, b, bias, out):
         return out
     return plain_product(a, b, bias, out)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> bool:
+    """``out += alpha * a @ b`` on AMX tiles.
+
+    Args:
+        out: fp32 ``[m, n]``, contiguous.
+        a: fp32 ``[m, k]``, in any layout.
+        b: fp32 ``[k, n]``, in any layout.
+        alpha: what the product is multiplied with.
+
+    Returns:
+        False where the operands leave the tiles' range, or there is no kernel: ``out`` then holds nothing of use.
+    """
+    from dscompile.codegen.cpu.builder import gemm_kernel
+
+    built = gemm_kernel()
+    if built.kernel is None:
+        _warn(built.reason)
+        return False
+    return not (a.numel() and b.numel()) or built.kernel.product(a, b, None, out, alpha, accumulate=True)
 
 
 @functools.cache

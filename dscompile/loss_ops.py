@@ -4,7 +4,8 @@
 in place its gradient, and with that its part of the gradients of ``input`` and ``weight``, before the next chunk
 starts: so the peak is two chunks and the gradients, in place of three tensors of all logits. The gradients are those
 for a loss gradient of 1; backward only scales them. No product is computed twice, and rows that do not count (masked
-language models) are not projected at all.
+language models) are not projected at all. Each of the three products can be told to run on AMX tiles (``tiles``, in
+the order of :data:`PRODUCTS`); code generation tells them.
 
 The idea of taking the loss's gradient in forward, chunk by chunk, is that of Liger-Kernel (arXiv:2410.10989); Cut
 Cross-Entropy (arXiv:2411.09009) recomputes the logits instead.
@@ -13,11 +14,13 @@ Cross-Entropy (arXiv:2411.09009) recomputes the logits instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dscompile import gemm_ops
 from dscompile.ops import LIBRARY
 
 MEAN, SUM = 1, 2
@@ -26,9 +29,15 @@ MEAN, SUM = 1, 2
 CHUNK_BYTES = 32 << 20
 """A chunk's logits: large enough for the matrix products to run at full speed, small beside a batch's."""
 
+PRODUCTS = ("logits", "gradient of the input", "gradient of the weight")
+"""The products of a chunk."""
+
+ON_NO_TILES = (False, False, False)
+
 LIBRARY.define(
     "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, int reduction, "
-    "SymInt ignore_index, bool gradients) -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    "SymInt ignore_index, bool gradients, bool[3] tiles=False) "
+    "-> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
 
 
@@ -78,6 +87,16 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def rows_of_chunk(count: int, vocabulary: int, itemsize: int) -> int:
+    """How many of ``count`` rows are a chunk, at ``itemsize`` bytes a logit."""
+    chunks = max(1, math.ceil(count * vocabulary * itemsize / CHUNK_BYTES))
+    return max(1, math.ceil(count / chunks))
+
+
+class _OutOfRangeError(Exception):
+    """A chunk cannot be added to the gradient of the weight on tiles, and what was summed there is lost."""
+
+
 def _kernel(
     input: Tensor,
     weight: Tensor,
@@ -86,13 +105,31 @@ def _kernel(
     reduction: int,
     ignore_index: int,
     gradients: bool,
+    tiles: Sequence[bool] = ON_NO_TILES,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    try:
+        return _loss(input, weight, bias, target, reduction, ignore_index, gradients, tiles)
+    except _OutOfRangeError:
+        pass  # a further call here would keep the first one's buffers
+    return _loss(input, weight, bias, target, reduction, ignore_index, gradients, ON_NO_TILES)
+
+
+def _loss(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: int,
+    ignore_index: int,
+    gradients: bool,
+    tiles: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counted = target != ignore_index
     total = int(counted.sum())
     _check_classes(target, counted, weight.shape[0])
     mean = reduction == MEAN
     places = _places(input, counted, total)
-    work = _Work(input, weight, bias, gradients, total if places is not None else input.shape[0])
+    work = _Work(input, weight, bias, gradients, total if places is not None else input.shape[0], tiles)
     work.scale = 1.0 / total if mean and total else 1.0
     losses = torch.zeros((), dtype=torch.float64, device=input.device)
     for start in range(0, work.count, work.rows):
@@ -133,13 +170,21 @@ class _Work:
     scale = 1.0
     """What the gradients are multiplied with."""
 
-    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, gradients: bool, count: int) -> None:
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradients: bool,
+        count: int,
+        tiles: Sequence[bool],
+    ) -> None:
         """``count`` rows of ``input`` will come in chunks; the others' gradient is 0."""
+        self.tiles = tiles
         self.input, self.weight, self.bias, self.count = input, weight, bias, count
         self.exact = loss_dtype(input.dtype)
         vocabulary = weight.shape[0]
-        chunks = max(1, math.ceil(count * vocabulary * self.exact.itemsize / CHUNK_BYTES))
-        self.rows = max(1, math.ceil(count / chunks))
+        self.rows = rows_of_chunk(count, vocabulary, self.exact.itemsize)
         self.logits = input.new_empty((self.rows, vocabulary))
         self.probabilities = torch.empty((self.rows, vocabulary), dtype=self.exact, device=input.device)
         fresh = torch.empty_like if count == input.shape[0] else torch.zeros_like
@@ -155,10 +200,7 @@ class _Work:
         """
         input = self.input[part]
         logits, probabilities = self.logits[: len(input)], self.probabilities[: len(input)]
-        if self.bias is None:
-            torch.mm(input, self.weight.t(), out=logits)
-        else:
-            torch.addmm(self.bias, input, self.weight.t(), out=logits)
+        self._multiply(self.tiles[0], input, self.weight.t(), self.bias, logits)
         index = (target if counted is None else target.where(counted, 0)).unsqueeze(1)
         exact = logits.to(self.exact)
         largest, where = exact.max(dim=1, keepdim=True)
@@ -180,17 +222,27 @@ class _Work:
         same = logits.dtype is self.exact
         gradient = probabilities if same else logits.copy_(probabilities)
         rows = self.grad_input[part] if isinstance(part, slice) else torch.empty_like(input)
-        torch.mm(gradient, self.weight, out=rows)
+        self._multiply(self.tiles[1], gradient, self.weight, None, rows)
         if self.scale != 1.0:
             rows.mul_(self.scale)
         if isinstance(part, Tensor):
             self.grad_input.index_copy_(0, part, rows)
-        if same:
+        if self.tiles[2]:
+            if not gemm_ops.add_product(self.grad_weight, gradient.t(), input, self.scale):
+                raise _OutOfRangeError
+        elif same:
             self.grad_weight.addmm_(gradient.t(), input, alpha=self.scale)
         else:
             self.grad_weight.add_(gradient.t() @ input, alpha=self.scale)
         if self.bias is not None:
             self.grad_bias.add_(probabilities.sum(0), alpha=self.scale)
+
+    @staticmethod
+    def _multiply(on_tiles: bool, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if on_tiles:
+            torch.ops.dscompile.matmul.out(a, b, bias, out=out)
+        else:
+            gemm_ops.plain_product(a, b, bias, out)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of input, weight and bias, in their dtypes; empty where there is none."""
@@ -208,6 +260,7 @@ def _fake(
     reduction: int,
     ignore_index: Any,
     gradients: bool,
+    tiles: Sequence[bool] = ON_NO_TILES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = input.new_empty((), dtype=loss_dtype(input.dtype))
     if not gradients:
@@ -236,10 +289,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         scaled(grad_input) if wanted[0] else None,
         scaled(grad_weight) if wanted[1] else None,
         scaled(grad_bias) if ctx.has_bias and wanted[2] else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 5,
     )
 
 

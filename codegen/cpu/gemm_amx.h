@@ -13,7 +13,7 @@
 #include "problem.h"
 
 #ifdef HAVE_AMX
-extern "C" struct Gemm {  // C[batch, m, n] = A[batch, m, k] B[batch, k, n] (+ bias[n]); strides in elements
+extern "C" struct Gemm {  // C[batch, m, n] = (C +) alpha A[batch, m, k] B[batch, k, n] (+ bias[n]); strides in elements
   int64_t batch, m, n, k;
   const float* a;
   int64_t a_batch, a_row, a_column;
@@ -24,6 +24,8 @@ extern "C" struct Gemm {  // C[batch, m, n] = A[batch, m, k] B[batch, k, n] (+ b
   float* c;
   int64_t c_batch, c_row;  // elements of a row are adjacent
   int64_t threads;
+  int64_t accumulate;  // add to what C holds; without bias
+  double alpha;        // of fp32
 };
 
 namespace {
@@ -159,6 +161,7 @@ class Result {
   int64_t row = 0, rows = 0, c_row = 0, bias_row = 0, bias_column = 0;
   __mmask16 lanes[2] = {};
   bool first = true, add = false;
+  float alpha = 1;
 
   void write(int64_t i, int64_t j) {
     const int64_t at = i * 32 + j * 16;
@@ -166,6 +169,7 @@ class Result {
     if (!first) x += load(gathered + at);
     if (!c) return store(gathered + at, x);
     float* to = c + i * c_row + j * 16;
+    x *= splat(alpha);
     if (add) x += (Vec)_mm512_maskz_loadu_ps(lanes[j], to);
     if (bias) {
       const float* from = bias + i * bias_row + j * 16 * bias_column;
@@ -203,7 +207,7 @@ class Result {
   }
   // It is also the last: C's from row i and column j, to which it is added or where it is put, with the bias.
   void put(const Gemm& g, int64_t batch, int64_t i, int64_t j, bool adds) {
-    c = g.c + batch * g.c_batch + i * g.c_row + j, c_row = g.c_row, add = adds;
+    c = g.c + batch * g.c_batch + i * g.c_row + j, c_row = g.c_row, add = adds, alpha = float(g.alpha);
     bias = g.bias && !adds ? g.bias + i * g.bias_row + j * g.bias_column : nullptr;
     bias_row = g.bias_row, bias_column = g.bias_column;
   }
@@ -367,8 +371,8 @@ inline int gemm_amx(const Gemm& g) {
                                    sums, left, 0, 1, a_range);
             const int64_t begin = shares.begin(unit, columns), end = shares.end(unit, columns);
             for (int64_t x = begin; x < end; x += WIDTH)
-              multiply_block(g, a, b, batch, i, j + x, rows, x, std::min(WIDTH, end - x), k > 0, gathered,
-                             x + WIDTH < end ? x + WIDTH : begin);
+              multiply_block(g, a, b, batch, i, j + x, rows, x, std::min(WIDTH, end - x), g.accumulate || k > 0,
+                             gathered, x + WIDTH < end ? x + WIDTH : begin);
           }
 #pragma omp barrier
         }

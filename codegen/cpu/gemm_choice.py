@@ -15,6 +15,8 @@ from dscompile.codegen.cpu.choice import gain
 from dscompile.config import Config
 from dscompile.effects import argument
 from dscompile.gemm_ops import plain_product
+from dscompile.loss_ops import PRODUCTS as LOSS_PRODUCTS
+from dscompile.loss_ops import rows_of_chunk
 from dscompile.torch_compat import OpOverload, free_symbol_names, no_autocast, no_modes
 
 aten = torch.ops.aten
@@ -67,11 +69,14 @@ def choose_gemm(module: fx.GraphModule, config: Config) -> list[str]:
     """
     lines: Counter[str] = Counter()
     for node in list(module.graph.nodes):
+        if node.target is ours.linear_cross_entropy.default:
+            lines.update(_choose_loss(node, config.gemm))
         if node.target not in PRODUCTS or (values := _values(node)) is None:
             continue
         a, b, bias = values
         shape = _shape(a, b, bias)
-        kernel, reason = _choice(node, shape, config.gemm)
+        scaled = any(argument(node, i, name, 1) != 1 for i, name in ((3, "beta"), (4, "alpha")))
+        kernel, reason = (False, "it is scaled") if scaled else _choice(shape, config.gemm)
         lines[f"{shape or 'symbolic'}: {'AMX tiles' if kernel else 'PyTorch'} ({reason})"] += 1
         if kernel:
             _replace(node)
@@ -104,12 +109,36 @@ def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Shape | None:
     return Shape(min(int(batch), 64), m, k, n, a_transposed, b_transposed, bias is not None)
 
 
-def _choice(node: fx.Node, shape: Shape | None, option: str) -> tuple[bool, str]:
+def _choose_loss(node: fx.Node, option: str) -> list[str]:
+    """Tell the fused loss which of its products run on our kernel; a line for each (fp32 on CPU only)."""
+    x, weight = (argument(node, i, name).meta["val"] for i, name in ((0, "input"), (1, "weight")))
+    if x.dtype is not torch.float32 or x.device.type != "cpu":
+        return []
+    shapes: list[Shape | None] = [None] * 3
+    if not free_symbol_names((x, weight)):
+        (vocabulary, width), rows = weight.shape, rows_of_chunk(x.shape[0], weight.shape[0], x.itemsize)
+        chunk = torch.empty(rows, width, device="meta")
+        gradient = torch.empty(rows, vocabulary, device="meta")
+        bias = argument(node, 2, "bias")
+        shapes = [
+            _shape(chunk, weight.t(), None if bias is None else bias.meta["val"]),
+            _shape(gradient, weight, None),
+            _shape(gradient.t(), chunk, None),
+        ]
+    needed = len(shapes) if argument(node, 6, "gradients") else 1
+    choices = [_choice(shape, option) for shape in shapes[:needed]]
+    tiles = [kernel for kernel, _ in choices] + [False] * (len(shapes) - needed)
+    node.kwargs = {**node.kwargs, "tiles": tiles}
+    return [
+        f"{shape or 'symbolic'}, {name} in the fused loss: {'AMX tiles' if kernel else 'PyTorch'} ({reason})"
+        for name, shape, (kernel, reason) in zip(LOSS_PRODUCTS, shapes, choices, strict=False)
+    ]
+
+
+def _choice(shape: Shape | None, option: str) -> tuple[bool, str]:
     """(whether our kernel runs a product, why)."""
     if option in ("default", "onednn"):
         return False, f"gemm={option!r}"
-    if any(argument(node, i, name, 1) != 1 for i, name in ((3, "beta"), (4, "alpha"))):
-        return False, "it is scaled"
     if option == "auto" and shape is None:
         return False, "its shape is symbolic"
     if option == "auto" and shape is not None and shape.batch * shape.m * shape.k * shape.n < SMALLEST:

@@ -27,6 +27,8 @@ class _Gemm(ctypes.Structure):
         *((f"bias_{name}", ctypes.c_int64) for name in ("data", "row", "column")),
         *((f"c_{name}", ctypes.c_int64) for name in ("data", "batch", "row")),
         ("threads", ctypes.c_int64),
+        ("accumulate", ctypes.c_int64),
+        ("alpha", ctypes.c_double),
     )
 
 
@@ -49,14 +51,20 @@ class GemmKernel:
             raise NoTiles("this processor or system has no AMX tiles of bf16")
         return GemmKernel(library)
 
-    def product(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
-        """``out = a @ b (+ bias)``, or False where the operands need PyTorch's product; ``out`` then holds nothing.
+    def product(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float = 1.0, accumulate: bool = False
+    ) -> bool:
+        """``out = alpha * a @ b (+ bias)``, or False where the operands need PyTorch's product.
+
+        ``out`` then holds nothing of use, also where it was to be added to.
 
         Args:
             a: fp32 ``[m, k]`` or ``[batch, m, k]``, in any layout.
             b: fp32 ``[k, n]`` or ``[batch, k, n]``, in any layout.
             bias: fp32 ``[n]``, ``[1, n]``, ``[m, 1]`` or ``[m, n]``, or None; of two-dimensional products only.
             out: fp32 of the result's shape, rows of adjacent elements.
+            alpha: what the product is multiplied with, in fp32.
+            accumulate: add to what ``out`` holds; without ``bias``.
         """
         if out.dim() == 2:
             a, b, out = a.unsqueeze(0), b.unsqueeze(0), out.unsqueeze(0)
@@ -73,6 +81,7 @@ class GemmKernel:
             *(batch, m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()),
             *(0 if bias is None else bias.data_ptr(), *bias_strides),
             *(out.data_ptr(), *out.stride()[:2], torch.get_num_threads()),
+            *(accumulate, alpha),
         )
         failed = self.library.gemm_f32(ctypes.byref(problem))
         if failed == _NO_MEMORY:

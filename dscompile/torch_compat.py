@@ -465,6 +465,12 @@ def export_joint(
     return joint.graph_module, (*joint.params_spec, *joint.buffers_spec)
 
 
+def joint_of(stack: contextlib.ExitStack, gm: fx.GraphModule, args: tuple[Any, ...]) -> fx.GraphModule:
+    """The joint graph of a Dynamo frame; call it inside a backend. ``stack`` stays open while fake values are used."""
+    joint: fx.GraphModule = aot_export_joint_with_descriptors(stack, gm, args).graph_module
+    return joint
+
+
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,194 @@
+"""A whole training step as one Dynamo frame and one program: forward, backward and the delivery of gradients.
+
+Under plain ``torch.compile`` a frame ends before backward. Here the frame is ``loss(model, *batch)``, its joint graph is
+not split, and one program runs it all. Dynamo keeps what it knows how to keep: which tensors are read (a distributed
+model's shards, its accumulators), and guards, so that each variant of gradient accumulation (plain, inside
+``no_sync``, boundary) is a program of its own, chosen as for frames. Gradients go through autograd's own edges from
+the inputs to their parameters: hooks, accumulation and frozen parameters are autograd's affair, as with frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dscompile.backend import Frame
+from dscompile.config import Config
+from dscompile.entry import watched
+from dscompile.errors import UnsupportedError
+from dscompile.graph import GraphKind, InputKind, StepGraph
+from dscompile.params import frame_inputs, from_aot
+from dscompile.runtime.code import ProgramCode
+from dscompile.sharding import Sharding
+from dscompile.torch_compat import joint_of
+
+_COUNTER = itertools.count()
+
+
+class _Compiled(Exception):  # noqa: N818 - no error: it ends a call after compilation
+    """A call that was only to compile reached the program."""
+
+
+class StepFrame:
+    """``loss(model, *batch)`` with its backward pass, compiled at the first call and for new shapes.
+
+    Attributes:
+        graph: the joint graph compiled last, after its passes; None before.
+        code: its program.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], config: Config) -> None:
+        self._model, self._config = model, config
+        self.graph: StepGraph | None = None
+        self.code: ProgramCode | None = None
+        self._only_compile = False
+        self._tangent = 1.0
+        self._running = False
+
+        def step(model: nn.Module, *batch: Any) -> Tensor:
+            return loss(model, *batch)
+
+        self._step = torch.compile(step, backend=self._backend, fullgraph=True)
+
+    def compile(self, *batch: Any) -> None:
+        """Compile for such a batch without running anything; returns at once if that was done before.
+
+        Raises:
+            UnsupportedError: the step cannot be one program; the message says why.
+        """
+        self._only_compile = True
+        try:
+            self._step(self._model, *batch)
+        except _Compiled:
+            return
+        except Exception as error:
+            raise _unsupported(error) from error
+        finally:
+            self._only_compile = False
+        raise UnsupportedError("the step computes nothing that could be compiled: its loss reads no tensor.")
+
+    def __call__(self, *batch: Any, tangent: float = 1.0) -> Tensor:
+        """Run forward and backward; gradients add up in ``.grad`` (inside ``no_sync``: in the accumulators).
+
+        Args:
+            batch: as ``loss`` takes it.
+            tangent: what the gradients are multiplied by: the loss scale divided by the accumulation steps.
+
+        Returns:
+            the loss, detached, without ``tangent``.
+
+        Raises:
+            UnsupportedError: the step cannot be one program. Nothing ran, so it can be run another way.
+        """
+        self._tangent, self._running = tangent, False
+        try:
+            return self._step(self._model, *batch)
+        except Exception as error:
+            if self._running:
+                raise
+            raise _unsupported(error) from error
+        finally:
+            self._running = False
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile the frame: called by Dynamo, with the real inputs."""
+        inputs = frame_inputs(gm, example_inputs)
+        frame = Frame(self._config, inputs, f"step{next(_COUNTER)}", Sharding.of(inputs, example_inputs))
+        with contextlib.ExitStack() as stack:
+            joint = joint_of(stack, gm, tuple(example_inputs))
+            forward = sum(not hasattr(d, "grad_of") and d is not None for d in joint.graph.output_node().meta["desc"])
+            graph = from_aot(joint, GraphKind.JOINT, inputs, forward_outputs=forward)
+            _check(graph)
+            frame.run_passes(graph)
+            code = frame.compile(graph, frozenset())
+        self.graph, self.code = graph, code
+        run = watched(self._runner(graph, code), example_inputs)
+
+        def start(*args: Any) -> Any:
+            if self._only_compile:  # before anything takes an accumulator
+                raise _Compiled
+            self._running = True
+            return run(*args)
+
+        return start
+
+    def _runner(self, graph: StepGraph, code: ProgramCode) -> Callable[..., Any]:
+        """What Dynamo calls in the frame's place: the program, then its effects on inputs and parameters."""
+        places = [(name, _index(desc)) for name, desc in _effects(graph)]
+        kinds = [i.kind for i in graph.inputs]
+        tangents = [n.meta["val"] for n in graph.placeholders() if graph.input_of(n).kind is InputKind.TANGENT]  # type: ignore[union-attr]
+        plain = len(kinds) - len(tangents)
+        (dtype, device) = (tangents[0].dtype, tangents[0].device)
+
+        def run(*args: Any) -> tuple[Any, ...]:
+            assert len(args) == plain
+            tangent = torch.full((), self._tangent, device=device).to(dtype)
+            with torch.no_grad():
+                results = code([*args, tangent])
+                outputs: list[Any] = []
+                receivers: list[Tensor] = []
+                gradients: list[Tensor] = []
+                for (kind, index), value in zip(places, results, strict=True):
+                    if kind == "mutation":
+                        args[index].copy_(value)
+                    elif kind == "gradient":
+                        receivers.append(args[index])
+                        gradients.append(value)
+                    elif kind == "output":
+                        outputs.append(value)
+            del results
+            torch.autograd.backward(receivers, gradients)
+            return tuple(outputs)
+
+        return run
+
+
+def _effects(graph: StepGraph) -> list[tuple[str, Any]]:
+    """What each output of the graph is for, and the descriptor of the input it goes to."""
+    descriptors = graph.output_node.meta["desc"]
+    found = []
+    for output, descriptor in zip(graph.outputs, descriptors, strict=True):
+        of = getattr(descriptor, "grad_of", None) or getattr(descriptor, "mutated_input", None)
+        found.append((output.kind, of))
+    return found
+
+
+def _index(descriptor: Any) -> int:
+    return int(descriptor.idx) if hasattr(descriptor, "idx") else -1
+
+
+def _check(graph: StepGraph) -> None:
+    """Raise :class:`UnsupportedError` for steps that one program would run wrongly, or worse than frames do."""
+    tangents = [i for i in graph.inputs if i.kind is InputKind.TANGENT]
+    if len(tangents) != 1:
+        raise UnsupportedError(
+            f"the step has {len(tangents)} differentiable results, not the loss alone (the model keeps activations)."
+        )
+    loss = next(n for n in graph.placeholders() if n.name == tangents[0].name).meta["val"]
+    if loss.numel() != 1 or loss.ndim:
+        raise UnsupportedError(f"the loss must be a scalar tensor, got {tuple(loss.shape)}; reduce it with .mean().")
+    if any("recompute" in node.meta for node in graph.nodes):
+        raise UnsupportedError("the model checkpoints activations, whose memory only separate programs give back.")
+    if any(i.kind in (InputKind.TOKEN, InputKind.OPAQUE) for i in graph.inputs):
+        raise UnsupportedError("the step has ordered effects or inputs that are no tensors.")
+    effects = _effects(graph)
+    if any(kind in ("mutation", "gradient") and not _plain(of) for kind, of in effects):
+        raise UnsupportedError("inputs share memory in a way that one program does not keep.")
+    if not any(kind == "gradient" for kind, _ in effects):
+        raise UnsupportedError("nothing in the step requires a gradient.")
+
+
+def _plain(descriptor: Any) -> bool:
+    return type(descriptor).__name__ == "PlainAOTInput"
+
+
+def _unsupported(error: Exception) -> UnsupportedError:
+    while not isinstance(error, UnsupportedError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = str(error).strip()
+    return UnsupportedError(f"the step cannot be one program: {text.splitlines()[0] if text else type(error).__name__}")

@@ -47,7 +47,7 @@ class StepFrame:
         self.graph: StepGraph | None = None
         self.code: ProgramCode | None = None
         self._only_compile = False
-        self._tangent = 1.0
+        self._scale, self._share = 1.0, 1
         self._running = False
 
         def step(model: nn.Module, *batch: Any) -> Tensor:
@@ -72,20 +72,21 @@ class StepFrame:
             self._only_compile = False
         raise UnsupportedError("the step computes nothing that could be compiled: its loss reads no tensor.")
 
-    def __call__(self, *batch: Any, tangent: float = 1.0) -> Tensor:
+    def __call__(self, *batch: Any, scale: float = 1.0, share: int = 1) -> Tensor:
         """Run forward and backward; gradients add up in ``.grad`` (inside ``no_sync``: in the accumulators).
 
         Args:
             batch: as ``loss`` takes it.
-            tangent: what the gradients are multiplied by: the loss scale divided by the accumulation steps.
+            scale: what the gradients are multiplied by (a loss scale).
+            share: what they are divided by (the micro-batches of a window).
 
         Returns:
-            the loss, detached, without ``tangent``.
+            the loss, detached, neither scaled nor divided.
 
         Raises:
             UnsupportedError: the step cannot be one program. Nothing ran, so it can be run another way.
         """
-        self._tangent, self._running = tangent, False
+        self._scale, self._share, self._running = scale, share, False
         try:
             return self._step(self._model, *batch)
         except Exception as error:
@@ -127,7 +128,8 @@ class StepFrame:
 
         def run(*args: Any) -> tuple[Any, ...]:
             assert len(args) == plain
-            tangent = torch.full((), self._tangent, device=device).to(dtype)
+            # As autograd would for ``(loss / share).float() * scale``: the scale is rounded first.
+            tangent = torch.full((), self._scale, device=device).to(dtype) / self._share
             with torch.no_grad():
                 results = code([*args, tangent])
                 outputs: list[Any] = []

@@ -30,6 +30,7 @@ from dscompile.engine.data import Loader
 from dscompile.engine.ds_config import EngineConfig
 from dscompile.engine.finish import Finisher
 from dscompile.engine.gc_freeze import GcFreeze
+from dscompile.engine.one_program import OneProgram, why_not
 from dscompile.engine.host_adam import HostStep, keep_reduced_gradients
 from dscompile.engine.outputs import tensors_in
 from dscompile.engine.progress import Progress
@@ -72,6 +73,7 @@ class Engine(WholeSteps):
         lr_scheduler: the schedule, moved on by :meth:`step` after each step that was not skipped, or None.
         training_dataloader: of ``training_data``, or None.
         scaler: the loss scaler of fp16, or None.
+        one_program: how :meth:`train_batch` runs its micro-batches; its ``reason`` says why as frames, if so.
         micro_steps: calls of :meth:`step`.
     """
 
@@ -95,6 +97,9 @@ class Engine(WholeSteps):
         # In a tuple: the compiled model is a module around the same model, and must not be registered a second time.
         self._compiled: tuple[Callable[..., Any]] = (
             torch.compile(self.module, backend="dscompile", options=_options(parts.config)),
+        )
+        self.one_program = OneProgram(
+            self.module, parts.config.compiler, parts.world, self.device, why_not(parts.config)
         )
         self._gc = GcFreeze(self) if parts.config.freeze_gc else None
         self._inside_no_sync = False
@@ -162,6 +167,19 @@ class Engine(WholeSteps):
             self._own_backward = False
         self.window.backward(plain=False)
         return divided
+
+    def _as_one_program(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor | None:
+        if self.one_program.reason or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks:
+            return None
+        local = self._inside_no_sync or not self.window.at_boundary
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        with accumulation.no_sync(self.module) if local else contextlib.nullcontext():
+            loss = self.one_program.run(loss_fn, batch, local=local, scale=scale, share=self.window.size)
+        if loss is not None:
+            self.window.forward()
+            self.progress.loss(loss)
+            self.window.backward(plain=False)
+        return loss
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for ``engine.scale(loss).backward()``."""

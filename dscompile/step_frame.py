@@ -1,7 +1,7 @@
 """A whole training step as one Dynamo frame and one program: forward, backward and the delivery of gradients.
 
-Under plain ``torch.compile`` a frame ends before backward. Here the frame is ``loss(model, *batch)``, its joint graph is
-not split, and one program runs it all. Dynamo keeps what it knows how to keep: which tensors are read (a distributed
+Under plain ``torch.compile`` a frame ends before backward. Here the frame is ``loss(model, *batch)``, its joint graph
+is not split, and one program runs it all. Dynamo keeps what it knows how to keep: which tensors are read (a distributed
 model's shards, its accumulators), and guards, so that each variant of gradient accumulation (plain, inside
 ``no_sync``, boundary) is a program of its own, chosen as for frames. Gradients go through autograd's own edges from
 the inputs to their parameters: hooks, accumulation and frozen parameters are autograd's affair, as with frames.

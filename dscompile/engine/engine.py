@@ -30,8 +30,8 @@ from dscompile.engine.data import Loader
 from dscompile.engine.ds_config import EngineConfig
 from dscompile.engine.finish import Finisher
 from dscompile.engine.gc_freeze import GcFreeze
-from dscompile.engine.one_program import OneProgram, why_not
 from dscompile.engine.host_adam import HostStep, keep_reduced_gradients
+from dscompile.engine.one_program import OneProgram, why_not
 from dscompile.engine.outputs import tensors_in
 from dscompile.engine.progress import Progress
 from dscompile.engine.saving import Position, load, save, save_half

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dscompile
 from dscompile.config import Config
+from dscompile.report import REPORTS
 from dscompile.step_frame import StepFrame
 from tests.distributed.contract import assert_gradients, data, seeded
 from tests.ranks import run_ranks
@@ -86,7 +87,9 @@ def test_compiled_regions() -> None:
     run_ranks(against_one_process, 2, 3, 1, "auto", timeout=300)
 
 
-def train(entry: bool, rank: int, world: int, stage: int, more: dict[str, Any]) -> tuple[list[float], list[Tensor], str, int]:
+def train(
+    entry: bool, rank: int, world: int, stage: int, more: dict[str, Any]
+) -> tuple[list[float], list[Tensor], str, int]:
     torch.compiler.reset()
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))

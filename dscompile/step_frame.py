@@ -20,18 +20,22 @@ from torch import Tensor, fx, nn
 from dscompile.backend import Frame
 from dscompile.config import Config
 from dscompile.entry import watched
-from dscompile.errors import UnsupportedError
+from dscompile.errors import DscompileError, UnsupportedError
 from dscompile.graph import GraphKind, InputKind, StepGraph
 from dscompile.params import frame_inputs, from_aot
 from dscompile.runtime.code import ProgramCode
 from dscompile.sharding import Sharding
-from dscompile.torch_compat import joint_of
+from dscompile.torch_compat import behind, is_refusal, joint_of
 
 _COUNTER = itertools.count()
 
 
 class _Compiled(Exception):  # noqa: N818 - no error: it ends a call after compilation
     """A call that was only to compile reached the program."""
+
+    def __init__(self, code: ProgramCode) -> None:
+        super().__init__()
+        self.code = code
 
 
 class StepFrame:
@@ -40,6 +44,7 @@ class StepFrame:
     Attributes:
         graph: the joint graph compiled last, after its passes; None before.
         code: its program.
+        started: whether the last call got as far as running a program.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], config: Config) -> None:
@@ -48,26 +53,29 @@ class StepFrame:
         self.code: ProgramCode | None = None
         self._only_compile = False
         self._scale, self._share = 1.0, 1
-        self._running = False
+        self.started = False
 
         def step(model: nn.Module, *batch: Any) -> Tensor:
             return loss(model, *batch)
 
         self._step = torch.compile(step, backend=self._backend, fullgraph=True)
 
-    def compile(self, *batch: Any) -> None:
-        """Compile for such a batch without running anything; returns at once if that was done before.
+    def compile(self, *batch: Any) -> ProgramCode:
+        """The program for such a batch, which is compiled if it was not before. Nothing runs.
 
         Raises:
             UnsupportedError: the step cannot be one program; the message says why.
+            Exception: any other error of compilation, as it is (a pass that broke a rule, for instance).
         """
         self._only_compile = True
         try:
             self._step(self._model, *batch)
-        except _Compiled:
-            return
+        except _Compiled as reached:
+            return reached.code
         except Exception as error:
-            raise _unsupported(error) from error
+            if (refusal := _refusal(error)) is not None:
+                raise refusal from error
+            raise
         finally:
             self._only_compile = False
         raise UnsupportedError("the step computes nothing that could be compiled: its loss reads no tensor.")
@@ -85,23 +93,22 @@ class StepFrame:
 
         Raises:
             UnsupportedError: the step cannot be one program. Nothing ran, so it can be run another way.
+            Exception: any other error of compilation or of the program, as it is.
         """
-        self._scale, self._share, self._running = scale, share, False
+        self._scale, self._share, self.started = scale, share, False
         try:
             return self._step(self._model, *batch)
         except Exception as error:
-            if self._running:
-                raise
-            raise _unsupported(error) from error
-        finally:
-            self._running = False
+            if not self.started and (refusal := _refusal(error)) is not None:
+                raise refusal from error
+            raise
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile the frame: called by Dynamo, with the real inputs."""
         inputs = frame_inputs(gm, example_inputs)
         frame = Frame(self._config, inputs, f"step{next(_COUNTER)}", Sharding.of(inputs, example_inputs))
         with contextlib.ExitStack() as stack:
-            joint = joint_of(stack, gm, tuple(example_inputs))
+            joint = _joint(stack, gm, tuple(example_inputs))
             forward = sum(not hasattr(d, "grad_of") and d is not None for d in joint.graph.output_node().meta["desc"])
             graph = from_aot(joint, GraphKind.JOINT, inputs, forward_outputs=forward)
             _check(graph)
@@ -112,8 +119,8 @@ class StepFrame:
 
         def start(*args: Any) -> Any:
             if self._only_compile:  # before anything takes an accumulator
-                raise _Compiled
-            self._running = True
+                raise _Compiled(code)
+            self.started = True
             return run(*args)
 
         return start
@@ -189,8 +196,29 @@ def _plain(descriptor: Any) -> bool:
     return type(descriptor).__name__ == "PlainAOTInput"
 
 
-def _unsupported(error: Exception) -> UnsupportedError:
-    while not isinstance(error, UnsupportedError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
+def _joint(stack: contextlib.ExitStack, gm: fx.GraphModule, args: tuple[Any, ...]) -> fx.GraphModule:
+    """The frame's joint graph. That AOTAutograd cannot trace one is a refusal: nothing was proved or changed yet."""
+    try:
+        return joint_of(stack, gm, args)
+    except DscompileError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(f"forward and backward cannot be traced together: {_first_line(error)}") from error
+
+
+def _refusal(error: Exception) -> UnsupportedError | None:
+    """The error as one that lets the step run as frames; None for every other error, a failed proof above all."""
+    reason: BaseException | None = error if is_refusal(error) else None
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DscompileError) and not isinstance(seen, UnsupportedError):
+            return None
+        if isinstance(seen, UnsupportedError):
+            reason = seen
+        seen = behind(seen)
+    return None if reason is None else UnsupportedError(f"the step cannot be one program: {_first_line(reason)}")
+
+
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return UnsupportedError(f"the step cannot be one program: {text.splitlines()[0] if text else type(error).__name__}")
+    return text.splitlines()[0] if text else type(error).__name__

@@ -31,7 +31,7 @@ from dscompile.engine.ds_config import EngineConfig
 from dscompile.engine.finish import Finisher
 from dscompile.engine.gc_freeze import GcFreeze
 from dscompile.engine.host_adam import HostStep, keep_reduced_gradients
-from dscompile.engine.one_program import OneProgram, why_not
+from dscompile.engine.one_program import OneProgram
 from dscompile.engine.outputs import tensors_in
 from dscompile.engine.progress import Progress
 from dscompile.engine.saving import Position, load, save, save_half
@@ -39,6 +39,7 @@ from dscompile.engine.whole_steps import WholeSteps
 from dscompile.engine.window import Window
 from dscompile.errors import ConfigError, RunError
 from dscompile.precision import LossScaler
+from dscompile.torch_compat import has_call_hooks
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,9 +99,7 @@ class Engine(WholeSteps):
         self._compiled: tuple[Callable[..., Any]] = (
             torch.compile(self.module, backend="dscompile", options=_options(parts.config)),
         )
-        self.one_program = OneProgram(
-            self.module, parts.config.compiler, parts.world, self.device, why_not(parts.config)
-        )
+        self.one_program = OneProgram(self.module, parts.config, parts.world, self.device)
         self._gc = GcFreeze(self) if parts.config.freeze_gc else None
         self._inside_no_sync = False
         self._own_backward = False
@@ -169,12 +168,12 @@ class Engine(WholeSteps):
         return divided
 
     def _as_one_program(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor | None:
-        if self.one_program.reason or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks:
-            return None
+        hooked = has_call_hooks(self)
         local = self._inside_no_sync or not self.window.at_boundary
         scale = 1.0 if self.scaler is None else self.scaler.scale
-        with accumulation.no_sync(self.module) if local else contextlib.nullcontext():
-            loss = self.one_program.run(loss_fn, batch, local=local, scale=scale, share=self.window.size)
+        entered = local and not self.one_program.refused
+        with accumulation.no_sync(self.module) if entered else contextlib.nullcontext():
+            loss = self.one_program.run(loss_fn, batch, hooked=hooked, local=local, scale=scale, share=self.window.size)
         if loss is not None:
             self.window.forward()
             self.progress.loss(loss)

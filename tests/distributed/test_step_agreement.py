@@ -21,6 +21,7 @@ from tests.build import temporary_pass
 from tests.distributed.contract import data, seeded
 from tests.ranks import rank_outcomes, run_ranks
 
+OPTIONS: dict[str, Any] = {"regions": "aten", "summary": False, "cache": False, "step_entry": True}
 TIMEOUT = 6.0
 
 
@@ -55,7 +56,7 @@ def engine_of(make: Callable[[], nn.Module] = Heads, **options: Any) -> Engine:
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
         "zero_optimization": {"stage": 3},
-        "dscompile": {"regions": "aten", "summary": False, "cache": False, "rank_timeout": TIMEOUT, **options},
+        "dscompile": {**OPTIONS, "rank_timeout": TIMEOUT, **options},
     }
     return dscompile.initialize(model=seeded(make), config=config)[0]
 
@@ -114,7 +115,7 @@ def other_reasons(rank: int, world: int) -> None:
             "train_micro_batch_size_per_gpu": 2,
             "wall_clock_breakdown": not options,
             "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
-            "dscompile": {"regions": "aten", "summary": False, "cache": False, **options},
+            "dscompile": {**OPTIONS, **options},
         }
         engine = dscompile.initialize(model=seeded(Heads), config=config)[0]
         for _ in range(2):

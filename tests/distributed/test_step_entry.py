@@ -150,7 +150,7 @@ def one_rank_cannot(rank: int, world: int) -> tuple[str, int, float]:
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
         "zero_optimization": {"stage": 3},
-        "dscompile": OPTIONS,
+        "dscompile": {**OPTIONS, "step_entry": True},
     }
     engine, *_ = dscompile.initialize(model=seeded(lambda: Uneven(rank == 1)), config=config)
     stream = iter([data((2, 6), 10 * i + rank) for i in range(4)])

@@ -22,6 +22,7 @@ from dscompile.errors import UnsupportedError
 from dscompile.graph import GraphInput, GraphKind, InputKind, StepGraph
 from dscompile.params import FrameInputs, from_aot
 from dscompile.sharded import slots_in
+from dscompile.step_frame import StepFrame
 from dscompile.torch_compat import export_joint
 
 Loss = Callable[..., Tensor]
@@ -67,8 +68,8 @@ def _trace(
     placed = slots_in(model)
     if placed:  # the exporter would take the shards for constants, and the gradients would be none
         raise UnsupportedError(
-            f"the step entry does not take distributed models yet ({placed[0].spec.fqn} is placed at stage "
-            f'{placed[0].spec.stage}). Use torch.compile(model, backend="dscompile").'
+            f"trace_step does not take distributed models ({placed[0].spec.fqn} is placed at stage "
+            f"{placed[0].spec.stage}): compile_step does, and its result has the graph."
         )
     module = _Step(model, loss)
     try:
@@ -176,11 +177,12 @@ def compile_step(
     loss: Loss,
     *batch: Any,
     config: Config | dict[str, Any] | str | Path | None = None,
-) -> CompiledStep:
+) -> CompiledStep | StepFrame:
     """Compile ``loss(model, *batch)`` and its gradients into one program.
 
     Args:
-        model: any module.
+        model: any module. A distributed one gives a :class:`~dscompile.step_frame.StepFrame`, which obeys ``no_sync``
+            and compiles again for other shapes; ``config`` then changes the options of ``distribute``.
         loss: ``loss(model, *batch) -> scalar tensor``.
         batch: example inputs with the shapes of every later batch.
         config: as for :meth:`Config.load`.
@@ -188,4 +190,10 @@ def compile_step(
     Raises:
         UnsupportedError: as :func:`trace_step` does.
     """
-    return CompiledStep(model, loss, batch, Config.load(config))
+    placed = slots_in(model)
+    if not placed:
+        return CompiledStep(model, loss, batch, Config.load(config))
+    options = Config.load(config).model_dump(exclude_unset=True)
+    frame = StepFrame(model, loss, placed[0].config.updated(options))
+    frame.compile(*batch)
+    return frame

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch import config as functorch_config
@@ -272,6 +273,11 @@ def has_hooks(tensor: torch.Tensor) -> bool:
     return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
+def has_call_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of this module, not of those in it, runs hooks. Stands on four dictionaries of ``nn.Module``."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 # -- splitting and sizes ---------------------------------------------------------------------------------------------
 
 
@@ -463,6 +469,32 @@ def export_joint(
     with tracing(context):
         joint = aot_export_joint_with_descriptors(stack, captured, args)
     return joint.graph_module, (*joint.params_spec, *joint.buffers_spec)
+
+
+def joint_of(stack: contextlib.ExitStack, gm: fx.GraphModule, args: tuple[Any, ...]) -> fx.GraphModule:
+    """The joint graph of a Dynamo frame; call it inside a backend. ``stack`` stays open while fake values are used."""
+    joint: fx.GraphModule = aot_export_joint_with_descriptors(stack, gm, args).graph_module
+    return joint
+
+
+_REFUSALS = (
+    dynamo_errors.Unsupported,
+    dynamo_errors.UserError,
+    dynamo_errors.UncapturedHigherOrderOpError,
+    dynamo_errors.FailOnRecompileLimitHit,
+)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether Dynamo says that it cannot capture a function whole (``fullgraph=True``), and not that it is broken."""
+    return isinstance(error, _REFUSALS)
+
+
+def behind(error: BaseException) -> BaseException | None:
+    """What a backend raised inside Dynamo's wrapper, else the error's cause. Stands on ``BackendCompilerFailed``."""
+    if isinstance(error, dynamo_errors.BackendCompilerFailed):
+        return cast(BaseException, error.inner_exception)
+    return error.__cause__
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------

@@ -132,13 +132,26 @@ def test_a_graph_break_is_refused_with_the_way_out(batch: tuple[Tensor, Tensor])
         dscompile.trace_step(Model(), breaks, *batch)
 
 
-def test_a_distributed_model_is_refused_not_left_without_gradients() -> None:
-    store = dist.HashStore()
+def test_a_distributed_model_gets_its_gradients() -> None:
+    def square(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    store, x = dist.HashStore(), torch.randn(2, 4)
     dist.init_process_group("gloo", rank=0, world_size=1, store=store)
     try:
         for stage in (0, 1, 3):
-            model = dscompile.distribute(nn.Linear(4, 3), config={"zero": {"stage": stage}, "summary": False})
-            with pytest.raises(UnsupportedError, match=f"distributed models yet .weight is placed at stage {stage}"):
-                dscompile.compile_step(model, lambda model, x: model(x).square().mean(), torch.randn(2, 4))
+            reference = nn.Linear(4, 3)
+            model = dscompile.distribute(
+                copy.deepcopy(reference), config={"zero": {"stage": stage}, "regions": "aten", "summary": False}
+            )
+            with pytest.raises(UnsupportedError, match=f"weight is placed at stage {stage}"):
+                dscompile.trace_step(model, square, x)
+            step = dscompile.compile_step(model, square, x)
+            assert all(p.grad is None for p in model.parameters())  # compiling runs nothing
+            expected = square(reference, x)
+            expected.backward()
+            torch.testing.assert_close(step(x), expected.detach())
+            for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
     finally:
         dist.destroy_process_group()

@@ -31,6 +31,7 @@ from dscompile.engine.ds_config import EngineConfig
 from dscompile.engine.finish import Finisher
 from dscompile.engine.gc_freeze import GcFreeze
 from dscompile.engine.host_adam import HostStep, keep_reduced_gradients
+from dscompile.engine.one_program import OneProgram
 from dscompile.engine.outputs import tensors_in
 from dscompile.engine.progress import Progress
 from dscompile.engine.saving import Position, load, save, save_half
@@ -38,6 +39,7 @@ from dscompile.engine.whole_steps import WholeSteps
 from dscompile.engine.window import Window
 from dscompile.errors import ConfigError, RunError
 from dscompile.precision import LossScaler
+from dscompile.torch_compat import has_call_hooks
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,6 +74,7 @@ class Engine(WholeSteps):
         lr_scheduler: the schedule, moved on by :meth:`step` after each step that was not skipped, or None.
         training_dataloader: of ``training_data``, or None.
         scaler: the loss scaler of fp16, or None.
+        one_program: how :meth:`train_batch` runs its micro-batches; its ``reason`` says why as frames, if so.
         micro_steps: calls of :meth:`step`.
     """
 
@@ -96,6 +99,7 @@ class Engine(WholeSteps):
         self._compiled: tuple[Callable[..., Any]] = (
             torch.compile(self.module, backend="dscompile", options=_options(parts.config)),
         )
+        self.one_program = OneProgram(self.module, parts.config, parts.world, self.device)
         self._gc = GcFreeze(self) if parts.config.freeze_gc else None
         self._inside_no_sync = False
         self._own_backward = False
@@ -162,6 +166,19 @@ class Engine(WholeSteps):
             self._own_backward = False
         self.window.backward(plain=False)
         return divided
+
+    def _as_one_program(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor | None:
+        hooked = has_call_hooks(self)
+        local = self._inside_no_sync or not self.window.at_boundary
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        entered = local and not self.one_program.refused
+        with accumulation.no_sync(self.module) if entered else contextlib.nullcontext():
+            loss = self.one_program.run(loss_fn, batch, hooked=hooked, local=local, scale=scale, share=self.window.size)
+        if loss is not None:
+            self.window.forward()
+            self.progress.loss(loss)
+            self.window.backward(plain=False)
+        return loss
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for ``engine.scale(loss).backward()``."""

@@ -59,11 +59,19 @@ class WholeSteps(Answers):
             )
         self.module.train()
         total = torch.zeros((), device=self.device)
-        for loss in self._losses(data_iter, loss_fn):
-            self.backward(loss)
+        loss_fn = self._loss_function(loss_fn)
+        for batch in self._micro_batches(data_iter):
+            loss = self._as_one_program(batch, loss_fn)
+            if loss is None:
+                loss = self._loss_of(batch, loss_fn)
+                self.backward(loss)
             self.step()
             total += loss.detach().float() / self.window.size
         return self._mean(total)
+
+    def _as_one_program(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor | None:
+        """Forward and backward of a micro-batch at once; None, and nothing ran, where that cannot be."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def eval_batch(
@@ -74,34 +82,38 @@ class WholeSteps(Answers):
         self.module.eval()
         try:
             total = torch.zeros((), device=self.device)
-            for loss in self._losses(data_iter, loss_fn):
-                total += loss.float() / self.window.size
+            loss_fn = self._loss_function(loss_fn)
+            for batch in self._micro_batches(data_iter):
+                total += self._loss_of(batch, loss_fn).float() / self.window.size
         finally:
             self.module.train(training)
         return self._mean(total)
 
-    def _losses(
-        self, data_iter: Iterator[Any] | None, loss_fn: Callable[[Any, Any], Tensor] | None
-    ) -> Iterator[Tensor]:
+    def _loss_function(self, given: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
+        return given if given is not None else getattr(self.module, "loss_fn", None)
+
+    def _loss_of(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor:
+        """A micro-batch's loss through the engine's forward pass."""
+        if loss_fn is None:
+            return loss_in(call_with(self, batch))
+        inputs, labels = batch
+        return loss_in(loss_fn(self(inputs), labels))
+
+    def _micro_batches(self, data_iter: Iterator[Any] | None) -> Iterator[Any]:
+        """A window's micro-batches, on the device."""
         source = self._batches() if data_iter is None else data_iter
         if not hasattr(source, "__next__"):
             raise RunError(
                 f"data_iter: {type(source).__name__} is no iterator, so it would begin anew; pass iter(...)."
             )
-        loss_fn = loss_fn if loss_fn is not None else getattr(self.module, "loss_fn", None)
         for index in range(self.window.size):
             try:
-                batch = moved(next(source), self.device)
+                yield moved(next(source), self.device)
             except StopIteration:
                 raise RunError(
                     f"the data ended after {index} of {self.window.size} micro-batches; give an iterator that repeats "
                     "(dscompile.RepeatingLoader), or stop one step earlier."
                 ) from None
-            if loss_fn is None:
-                yield loss_in(call_with(self, batch))
-            else:
-                inputs, labels = batch
-                yield loss_in(loss_fn(self(inputs), labels))
 
     def _batches(self) -> Iterator[Any]:
         if self.training_dataloader is None:

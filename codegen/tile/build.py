@@ -11,7 +11,8 @@ from dscompile.codegen.tile.indexing import Div, linear, product, simplify
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Space, SpaceKind, Store, Tile
 from dscompile.codegen.tile.reductions import Along, Reduction
 from dscompile.codegen.tile.schedule import PERSISTENT, PROGRAMS, programs
-from dscompile.codegen.tile.values import Place, RefusedError, Values, buffer_of, shape_of, size
+from dscompile.codegen.tile.sizes import shape_of, size
+from dscompile.codegen.tile.values import Place, RefusedError, Values, buffer_of
 
 __all__ = ["Builder", "Part"]
 

@@ -82,11 +82,39 @@ class Const(Expr):
     value: float | int | bool
 
 
+Through = tuple[tuple[sympy.Symbol, "Expr"], ...]
+"""What stands for data in an index: a symbol, and the expression whose value it is."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Index(Expr):
     """An index expression used as a value."""
 
     index: sympy.Expr
+    through: Through = ()
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """The values that the index depends on."""
+        return tuple(e for _, e in self.through)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Bounded(Expr):
+    """An integer from memory as an index: asserted to be from 0 to ``size - 1`` where ``mask`` holds.
+
+    ``wraps``: negative numbers count from the end.
+    """
+
+    arg: Expr
+    size: sympy.Expr
+    wraps: bool
+    mask: Expr | None = None
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """The number and the mask."""
+        return (self.arg,) if self.mask is None else (self.arg, self.mask)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -96,11 +124,17 @@ class Load(Expr):
     buffer: Buffer
     index: sympy.Expr
     mask: Expr | None = None
+    through: Through = ()
 
     @property
     def operands(self) -> tuple[Expr, ...]:
-        """The mask."""
-        return () if self.mask is None else (self.mask,)
+        """The values that the index depends on, and the mask."""
+        return tuple(e for _, e in self.through) + (() if self.mask is None else (self.mask,))
+
+    @property
+    def places(self) -> frozenset[sympy.Symbol]:
+        """The symbols of the space on which the address depends, itself or through data."""
+        return places(self.index).union(*(e.symbols for _, e in self.through))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -162,6 +196,7 @@ class Exprs:
     def __init__(self) -> None:
         """Start empty."""
         self._made: dict[tuple[Any, ...], Expr] = {}
+        self._data: dict[sympy.Symbol, Bounded] = {}
 
     def const(self, value: float | int | bool) -> Expr:
         """A number."""
@@ -172,13 +207,37 @@ class Exprs:
         """An integer that is a function of the place."""
         if index.is_Integer:
             return self.const(int(index))
-        return self._make((Index, index), lambda: Index("int", places(index), index))
+        through = self._through(index)
+        symbols = places(index).union(*(e.symbols for _, e in through))
+        return self._make((Index, index), lambda: Index("int", symbols, index, through))
+
+    def place(self, arg: Expr, size: sympy.Expr, *, wraps: bool, mask: Expr | None = None) -> sympy.Symbol:
+        """A symbol for an integer from memory, to be used in indices of a dimension of ``size``."""
+        symbols = arg.symbols | (mask.symbols if mask is not None else frozenset())
+        key = (Bounded, arg, size, wraps, mask)
+        found = self._make(key, lambda: Bounded("int", symbols, arg, size, wraps, mask))
+        assert isinstance(found, Bounded)
+        for symbol, known in self._data.items():
+            if known is found:
+                return symbol
+        symbol = sympy.Symbol(f"at{len(self._data)}", integer=True, nonnegative=True)
+        self._data[symbol] = found
+        return symbol
+
+    @property
+    def data_limits(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """How many values each symbol for data takes."""
+        return {symbol: found.size for symbol, found in self._data.items()}
+
+    def _through(self, index: sympy.Expr) -> Through:
+        return tuple((s, self._data[s]) for s in sorted(index.free_symbols & self._data.keys(), key=str))
 
     def load(self, buffer: Buffer, index: sympy.Expr, mask: Expr | None = None) -> Expr:
         """An element of a buffer."""
         kind = "float" if buffer.dtype.is_floating_point else "bool" if buffer.dtype is torch.bool else "int"
-        symbols = places(index) | (mask.symbols if mask is not None else frozenset())
-        return self._make((Load, buffer, index, mask), lambda: Load(kind, symbols, buffer, index, mask))
+        through = self._through(index)
+        symbols = places(index).union(*(e.symbols for _, e in through), mask.symbols if mask is not None else ())
+        return self._make((Load, buffer, index, mask), lambda: Load(kind, symbols, buffer, index, mask, through))
 
     def pointwise(self, op: str, kind: str, *args: Expr) -> Expr:
         """An operator applied element by element."""

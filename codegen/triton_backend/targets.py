@@ -64,10 +64,11 @@ def launch_options(kernel: Kernel, backend: str, warp: int) -> dict[str, int]:
     A row kernel has as many threads everywhere. A matrix kernel's tiles are cut by warps: AMD's take four at most, and
     one stage, because more spill (seen in ahead-of-time builds for gfx942).
     """
+    checks = {"debug": True, "sanitize_overflow": False} if kernel.checks else {}  # else device_assert is dropped
     if backend != "cuda":
         warps = min(kernel.warps, 4) if kernel.matrix else max(1, kernel.warps * 32 // warp)
-        return {"num_warps": warps, "num_stages": 1 if kernel.matrix else kernel.stages}
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+        return {"num_warps": warps, "num_stages": 1 if kernel.matrix else kernel.stages, **checks}
+    options: dict[str, int] = {"num_warps": kernel.warps, "num_stages": kernel.stages, **checks}
     if kernel.registers or not kernel.matrix:
         options["maxnreg"] = kernel.registers or ROW_REGISTERS
     return options

@@ -14,7 +14,20 @@ import sympy
 import torch
 from sympy.printing.str import StrPrinter
 
-from dscompile.codegen.tile.ir import COL, ROW, Bounded, Buffer, Cast, Const, Expr, Index, Load, Pointwise, Reduce, Through
+from dscompile.codegen.tile.ir import (
+    COL,
+    ROW,
+    Bounded,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Pointwise,
+    Reduce,
+    Through,
+)
 
 TYPES = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.bool: "tl.int1",

@@ -34,9 +34,9 @@ def test_a_norm_takes_no_more_kernels_and_fewer_bytes_than_inductors(norms: dict
         assert figures["inductor bytes"] > 1.1 * figures["graph ideal"], "sums over columns read their operands again"
 
 
-MORE = {"resnet/backward", "bert/forward", "gpt2/forward", "mixtral/forward"}
-"""Graphs in which we take more launches: Inductor generates gather, scatter, embedding, pooling and cumsum; the tile
-language has none of them, so that PyTorch's operators run, one launch each. Such regions are Inductor's by bytes."""
+MORE = {"resnet/backward": (35, 17), "gpt2/forward": (14, 13)}
+"""Graphs in which we take more launches, and how many, ours and Inductor's: it reduces a batch norm's small operands in
+one kernel, and generates cumsum, which the tile language does not have."""
 
 
 @pytest.mark.slow
@@ -47,5 +47,6 @@ def test_a_model_takes_no_more_launches_than_inductors_but_for_named_graphs(mode
     for half, figures in found.items():
         ours = figures["ours"] + len(figures["alone"])
         theirs = figures["inductor"] + len(figures["their alone"])
-        assert (ours > theirs) == (f"{model}/{half}" in MORE), (half, figures)
+        known = MORE.get(f"{model}/{half}")
+        assert ours <= theirs if known is None else (ours, theirs) == known, (half, figures)
         assert figures["bytes"] < figures["inductor bytes"], (half, figures)

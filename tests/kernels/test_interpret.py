@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.gathers import CASES
 from tests.kernels.workers import work
 from tests.sparse.layouts import LAYOUTS
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 ROWS = (
     "bias_gelu", "bias_gelu_backward", "bias_silu", "bias_silu_backward", "layer_norm", "layer_norm_backward",
     "rms_norm", "rms_norm_backward", "softmax", "softmax_backward", "cross_entropy", "cross_entropy_backward",
-    "cross_entropy_both", "adamw", "lamb", "unscale",
+    "cross_entropy_both", "adamw", "lamb", "unscale", "embedding_norm",
 )  # fmt: skip
 QUICK = [f"{name}/bf16/5/37" for name in ROWS] + [
     "rotary/bf16/5/24", "layer_norm/f32/1/20", "layer_norm_backward/f16/33/16", "unscale/f32/21/1000",
@@ -55,6 +56,29 @@ def test_every_kernel_is_right_at_every_size() -> None:
     found = work("interpret", FULL, timeout=1800)
     wrong = {case: e for case, e in found.items() if isinstance(e, str) or not e or max(e) > ROUNDING}
     assert not wrong
+
+
+# -- places that data decide -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gathers() -> dict[str, Any]:
+    return work("interpret_gather", GATHERS)
+
+
+GATHERS = [f"{name}/{dtype}/{size}" for name in CASES for dtype in ("f32", "bf16", "f16")
+           for size in ("1/1", "5/37", "3/1025")]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GATHERS)
+def test_a_gather_is_right_in_one_kernel(gathers: dict[str, Any], case: str) -> None:
+    """``index`` with negative numbers, between other dimensions and apart; ``gather`` and ``embedding``; int32 and 64."""
+    found = gathers[case]
+    assert not isinstance(found, str), found
+    assert found["left"] == []
+    assert found["kernels"] == 1
+    assert found["shape"]
+    assert found["error"] <= ROUNDING
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

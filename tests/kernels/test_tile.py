@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dscompile.codegen.tile.fuse import Fused, fuse
 from dscompile.codegen.tile.indexing import Div, Rem, contiguous, delinearise, linear, simplify
-from dscompile.codegen.tile.ir import COL, ROW, SpaceKind
+from dscompile.codegen.tile.ir import COL, ROW, Bounded, SpaceKind
 from dscompile.codegen.tile.schedule import PROGRAMS
 from dscompile.codegen.tile.trace import traced
 from dscompile.codegen.triton_backend.library import entries, example
@@ -145,6 +145,23 @@ def test_a_sum_around_a_kept_dimension_reads_its_operand_once() -> None:
 def test_a_scattered_slice_is_one_kernel() -> None:
     found = fused(lambda x, y: torch.slice_scatter(x.sin(), y, 1, 2, 5) + 1, (64, 8), (64, 3))
     assert len(found.kernels) == 1
+
+
+def test_an_embedding_is_read_where_it_is_normalised() -> None:
+    """Its rows, the indices, and the result; not the whole table, and nothing in between."""
+    table, ids = torch.empty(50304, 64, device="meta"), torch.empty(32, 16, dtype=torch.int64, device="meta")
+    found = fuse(traced(lambda t, i: torch.softmax(torch.nn.functional.embedding(i, t), -1), table, ids).graph)
+    assert len(found.kernels) == 1
+    assert found.bytes == 2 * 512 * 64 * 4 + 512 * 8
+
+
+def test_an_index_that_is_known_to_be_inside_is_not_checked() -> None:
+    """``arange`` is a place of its own; one that can be too large stays data."""
+    x = torch.empty(8, 64, device="meta")
+    for shift, checks in ((0, 0), (1, 1)):
+        found = fuse(traced(lambda x, s=shift: x[torch.arange(8, device="meta") + s] * 2, x).graph)
+        (kernel,) = found.kernels
+        assert sum(isinstance(e, Bounded) for e in kernel[1].expressions()) == checks
 
 
 def test_attention_stays_one_operator() -> None:

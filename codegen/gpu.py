@@ -20,8 +20,8 @@ from torch import fx
 
 from dscompile.codegen.regions import Region
 from dscompile.codegen.tile.fuse import fuse
-from dscompile.codegen.tile.trace import decomposed
 from dscompile.codegen.tile.sizes import size
+from dscompile.codegen.tile.trace import decomposed
 from dscompile.codegen.triton_backend.assemble import Assembled, assemble
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.symbols import hints

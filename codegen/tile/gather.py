@@ -1,7 +1,7 @@
 """Loads at places that data decide: ``embedding``, ``gather``, and ``index`` with tensors of integers.
 
-An index from memory becomes a symbol of the address (:meth:`dscompile.codegen.tile.ir.Exprs.place`), so that whatever is
-gathered from may itself be computed in the kernel, and views of it cost nothing. What is known to be within its
+An index from memory becomes a symbol of the address (:meth:`dscompile.codegen.tile.ir.Exprs.place`), so that what
+is gathered from may itself be computed in the kernel, and views of it cost nothing. What is known to be within its
 dimension, an ``arange`` for one, is an ordinary index.
 """
 

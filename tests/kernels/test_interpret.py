@@ -72,7 +72,7 @@ GATHERS = [f"{name}/{dtype}/{size}" for name in CASES for dtype in ("f32", "bf16
 
 @pytest.mark.parametrize("case", GATHERS)
 def test_a_gather_is_right_in_one_kernel(gathers: dict[str, Any], case: str) -> None:
-    """``index`` with negative numbers, between other dimensions and apart; ``gather`` and ``embedding``; int32 and 64."""
+    """``index`` by negative numbers, between other dimensions and apart; ``gather``, ``embedding``; int32 and int64."""
     found = gathers[case]
     assert not isinstance(found, str), found
     assert found["left"] == []

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from dscompile.codegen.tile.indexing import Limits, simplify, upper
+from dscompile.codegen.tile.indexing import Limits, non_negative, simplify, upper
 from dscompile.codegen.tile.ir import Const, Expr, Exprs, Index
 from dscompile.codegen.tile.reductions import node_argument, operator_name
 from dscompile.codegen.tile.sizes import shape_of
@@ -98,7 +98,7 @@ def _placed(values: Reader, node: fx.Node, number: Expr, length: sympy.Expr, mas
     if isinstance(number, Index):
         index = simplify(number.index, values.limits)
         top = upper(index, values.limits)
-        if index.is_nonnegative and top is not None and (length - top).is_positive:
+        if non_negative(index) and top is not None and (length - top).is_positive:
             return index
     return values.exprs.place(number, length, wraps=operator_name(node) in _WRAPS, mask=mask)
 

@@ -210,7 +210,7 @@ class Entry:
 
 
 def _matrix(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
-    """``x [rows, cols]`` and more: ``x`` another one, ``n`` a row vector, ``s`` a seed, per row ``r`` fp32, ``i`` int64."""
+    """``x [rows, cols]`` and: ``x`` another one, ``n`` a row vector, ``s`` a seed; per row ``r`` fp32, ``i`` int64."""
 
     def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
         kinds: dict[str, Callable[[], Tensor]] = {

@@ -27,7 +27,7 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "index_both": lambda x, rows, cols: x.transpose(1, 2)[rows[:, None], cols[None]] * 2,
     "gather": _gather,
     "gather_row": lambda x, rows, cols: (x[:, 0] - x[:, 0].amax(-1, keepdim=True)).gather(
-        1, rows[: x.shape[0], None] % x.shape[2]
+        1, rows[: x.shape[0], None].clamp(max=x.shape[2] - 1)
     ),
     "cat": lambda x, rows, cols: torch.cat([functional.embedding(rows, x[:, 1]), functional.embedding(rows, x[:, 0])]),
 }

@@ -137,7 +137,7 @@ class Config(BaseModel):
     )
     norm_backward: Literal["auto", "kernel", "inductor"] = Field(
         "auto",
-        description="LayerNorm's gradients on CPU: 'auto' takes our one-sweep kernel where it was measured faster.",
+        description="Gradients of norms on CPU: 'auto' takes our one-sweep kernel where it was measured faster.",
     )
     buffers: Choice = Field(
         "auto",

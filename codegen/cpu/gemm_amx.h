@@ -1,9 +1,9 @@
 // fp32 matrix products on AMX tiles (amx.h): operands as sums of three bf16, six of nine partial products.
 //
 // The blocking is that of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008): a block of
-// each operand is packed once for all threads, then each thread multiplies its part of the pairs of 32 rows and 32
-// columns. A pair's sum over DEPTH elements starts at zero and is added to C with vectors, so that rounding errors do
-// not grow with the number of elements as one long chain of additions would let them.
+// B is packed once for all threads; a thread packs rows of A into its L2 and multiplies them with all columns of the
+// block, in pairs of 32 rows and 32 columns. A pair's sum over DEPTH elements starts at zero and is added to C with
+// vectors, so that rounding errors do not grow with the number of elements as one long chain of additions would let them.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -31,10 +31,10 @@ namespace {
 constexpr int64_t STEP = 32;         // elements of the sum that a tile holds
 constexpr int64_t SIDE = 16;         // rows or columns of a tile
 constexpr int64_t DEPTH = 128;       // longest sum inside tiles: a pair of packed tile rows is 24 KiB, half of L1
-constexpr int64_t HEIGHT = 256;      // rows and
-constexpr int64_t WIDTH = 256;       // columns of C that a thread gathers: 256 KiB, with 400 KiB of packed operands in L2
-constexpr int64_t BLOCK = 1024;      // rows of A and columns of B that are packed at once,
-constexpr int64_t SUM = 1024;        // and how deep: 6 MiB each
+constexpr int64_t SUM = 512;         // depth of what is packed at once
+constexpr int64_t HEIGHT = 256;      // rows of A that a thread packs for itself: 768 KiB, which stay in L2 while
+constexpr int64_t WIDTH = 128;       // so many columns of B pass, whose sums are gathered there: 128 KiB
+constexpr int64_t BLOCK = 2048;      // columns of B that are packed at once for all threads: 6 MiB
 constexpr int64_t PAIR = 32 * 32;    // sums that are computed at once
 constexpr int64_t WORDS = 3 * TILE_WORDS;  // of a packed tile with its planes
 
@@ -153,6 +153,8 @@ class Result {
   int current = 0;
   float* gathered = nullptr;  // sums of earlier parts of the depth
   float* c = nullptr;         // null: gather
+  const float* coming = nullptr;  // where in C the sums go that are being computed; null: not there
+  int64_t coming_row = 0;
   const float* bias = nullptr;
   int64_t row = 0, rows = 0, c_row = 0, bias_row = 0, bias_column = 0;
   __mmask16 lanes[2] = {};
@@ -176,10 +178,16 @@ class Result {
   float* sums() { return memory[current]; }
   void some() {
     for (int n = 0; n < 2 && row < rows; n++, row++) {
+      if (coming) {
+        const float* line = coming + row * coming_row;
+        __builtin_prefetch(line, 1, 2), __builtin_prefetch(line + 16, 1, 2);
+      }
       write(row, 0);
       if (lanes[1]) write(row, 1);
     }
   }
+  // The next sums go to C's rows `to`, which are fetched while the ones before are written.
+  void expect(const float* to, int64_t to_row) { coming = to, coming_row = to_row; }
   void finish() {
     while (row < rows) some();
   }
@@ -204,7 +212,7 @@ class Result {
 // M x N tiles (1 or 2 each), summed over `steps` packed steps: small partial products first, and each group of products
 // needs one new operand.
 template <int M, int N>
-inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result& result, Ahead& rows, Ahead& columns) {
+inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result& result, Ahead& ahead) {
   const int64_t outer = steps * WORDS;
   const auto left = [&](int plane) {
     const uint32_t* x = a + plane * TILE_WORDS;
@@ -222,8 +230,7 @@ inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result
     if constexpr (M == 2) _tile_dpbf16ps(2, 5, 6);
     if constexpr (M == 2 && N == 2) _tile_dpbf16ps(3, 5, 7);
     result.some();
-    rows.fetch(2);
-    columns.fetch(1);
+    ahead.fetch(2);
   };
   _tile_zero(0);
   if constexpr (N == 2) _tile_zero(1);
@@ -244,33 +251,33 @@ inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result
   if constexpr (M == 2 && N == 2) _tile_stored(3, sums + 16 * 32 + 16, 128);
 }
 
-// One block of C: HEIGHT x WIDTH at most from `row`, `column` of what is packed, whose own place in C is `i`, `j`. The
-// sums of all parts of the depth are gathered in `gathered`, which L2 holds together with a part of both operands.
+// One block of C from row `i` and column `j` on: `rows` (HEIGHT at most), all that `a` holds, and `columns` (WIDTH at
+// most) of what `b` holds from `column` on. The sums of all parts of the depth are gathered in `gathered`. Meanwhile
+// the columns of the next part, or of the block that begins at `next`, are fetched.
 inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int64_t batch, int64_t i, int64_t j,
-                           int64_t row, int64_t rows, int64_t column, int64_t columns, bool add, float* gathered,
-                           int64_t next_row, int64_t next_column) {
+                           int64_t rows, int64_t column, int64_t columns, bool add, float* gathered, int64_t next) {
   const int64_t down = (rows + 31) / 32, pairs = (columns + 31) / 32 * down;
   Result result;
   asm volatile("" ::: "memory");  // nor that tile loads read it
   for (int64_t part = 0; part < a.parts; part++) {
-    const bool last = part + 1 == a.parts;  // then the next block begins
+    const bool last = part + 1 == a.parts;
     const int64_t then = last ? 0 : part + 1;
-    Ahead fetch_rows(a.at(then, last ? next_row : row), (rows + 15) / SIDE * a.steps(then) * WORDS);
-    Ahead fetch_columns(b.at(then, last ? next_column : column), (columns + 15) / SIDE * b.steps(then) * WORDS);
+    Ahead ahead(b.at(then, last ? next : column), (columns + 15) / SIDE * b.steps(then) * WORDS);
     for (int64_t p = 0; p < pairs; p++) {
       const int64_t y = p % down * 32, x = p / down * 32, steps = a.steps(part);
       const int64_t m = std::min<int64_t>(32, rows - y), n = std::min<int64_t>(32, columns - x);
-      const uint32_t *left = a.at(part, row + y), *right = b.at(part, column + x);
+      const uint32_t *left = a.at(part, y), *right = b.at(part, column + x);
+      result.expect(last ? g.c + batch * g.c_batch + (i + y) * g.c_row + j + x : nullptr, g.c_row);
       if (m > 16 && n > 16)
-        multiply<2, 2>(left, right, steps, result, fetch_rows, fetch_columns);
+        multiply<2, 2>(left, right, steps, result, ahead);
       else if (m > 16)
-        multiply<2, 1>(left, right, steps, result, fetch_rows, fetch_columns);
+        multiply<2, 1>(left, right, steps, result, ahead);
       else if (n > 16)
-        multiply<1, 2>(left, right, steps, result, fetch_rows, fetch_columns);
+        multiply<1, 2>(left, right, steps, result, ahead);
       else
-        multiply<1, 1>(left, right, steps, result, fetch_rows, fetch_columns);
+        multiply<1, 1>(left, right, steps, result, ahead);
       result.take(gathered + p * PAIR, part == 0, m, n);
-      if (last) result.put(g, batch, i + row + y, j + column + x, add);
+      if (last) result.put(g, batch, i + y, j + x, add);
     }
   }
   result.finish();
@@ -304,44 +311,66 @@ class Scratch {
   uint32_t* words() const { return reinterpret_cast<uint32_t*>(memory->base); }
 };
 
+// How the threads share C: units of `height` rows and 1 / `across` of a block's columns, by rows as far as they go, since
+// each thread packs its own. A unit's neighbour in the same rows is the same thread's where it can be.
+struct Shares {
+  int64_t height, down, across;
+
+  Shares(int64_t m, int64_t threads) {
+    constexpr int64_t low = 64;  // fewer rows reuse a column of B too little
+    down = (m + HEIGHT - 1) / HEIGHT;
+    if (round_up(down, threads) * low <= m) down = round_up(down, threads);
+    height = round_up((m + down - 1) / down, 32);
+    down = (m + height - 1) / height;
+    across = down % threads ? threads : 1;
+  }
+  int64_t units() const { return down * across; }
+  int64_t row(int64_t unit) const { return unit / across * height; }
+  int64_t begin(int64_t unit, int64_t columns) const {
+    return (columns + 31) / 32 * (unit % across) / across * 32;
+  }
+  int64_t end(int64_t unit, int64_t columns) const {
+    return std::min(columns, (columns + 31) / 32 * (unit % across + 1) / across * 32);
+  }
+};
+
 // 0; 1: no memory; 2: the operands need fp32's range, and C is to be computed otherwise.
 inline int gemm_amx(const Gemm& g) {
-  const int64_t deep = round_up(std::min(g.k, SUM), STEP);
-  const int64_t high = round_up(std::min(g.m, BLOCK), 32), wide = round_up(std::min(g.n, BLOCK), 32);
-  const int64_t a_words = high / SIDE * (deep / STEP) * WORDS, b_words = wide / SIDE * (deep / STEP) * WORDS;
-  int64_t height = std::min(HEIGHT, high), width = std::min(WIDTH, wide);
-  const auto blocks = [&] { return ((high + height - 1) / height) * ((wide + width - 1) / width); };
-  while (height * width > 2 * PAIR && blocks() < 4 * g.threads && blocks() % g.threads)
-    (height > width ? height : width) = round_up((height > width ? height : width) / 2, 32);
-  Scratch scratch(a_words + b_words + g.threads * height * width);
-  uint32_t *left = scratch.words(), *right = left + a_words;
-  if (!left) return 1;
+  const Shares shares(g.m, g.threads);
+  const int64_t steps = round_up(std::min(g.k, SUM), STEP) / STEP, wide = round_up(std::min(g.n, BLOCK), 32);
+  const int64_t a_words = shares.height / SIDE * steps * WORDS, b_words = wide / SIDE * steps * WORDS;
+  const int64_t own = a_words + shares.height * WIDTH;  // of a thread
+  Scratch scratch(b_words + g.threads * own);
+  uint32_t* right = scratch.words();
+  if (!right) return 1;
   Extent a_extent, b_extent;
 #pragma omp parallel num_threads(g.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    float* gathered = reinterpret_cast<float*>(right + b_words) + thread * height * width;
+    uint32_t* left = right + b_words + thread * own;
+    float* gathered = reinterpret_cast<float*>(left + a_words);
     Range a_range, b_range;
     TileConfig config;
     for (int64_t batch = 0; batch < g.batch; batch++)
       for (int64_t k = 0; k < g.k; k += SUM)
-        for (int64_t i = 0; i < g.m; i += BLOCK) {
-          const int64_t sums = std::min(SUM, g.k - k), rows = std::min(BLOCK, g.m - i);
-          const Packed a = pack_block<true>(g.a + batch * g.a_batch + i * g.a_row + k * g.a_column, g.a_row, g.a_column,
-                                            rows, sums, left, thread, threads, a_range);
-          for (int64_t j = 0; j < g.n; j += BLOCK) {
-            const int64_t columns = std::min(BLOCK, g.n - j);
-            const Packed b = pack_block<false>(g.b + batch * g.b_batch + k * g.b_row + j * g.b_column, g.b_column,
-                                               g.b_row, columns, sums, right, thread, threads, b_range);
+        for (int64_t j = 0; j < g.n; j += BLOCK) {
+          const int64_t sums = std::min(SUM, g.k - k), columns = std::min(BLOCK, g.n - j);
+          const Packed b = pack_block<false>(g.b + batch * g.b_batch + k * g.b_row + j * g.b_column, g.b_column,
+                                             g.b_row, columns, sums, right, thread, threads, b_range);
 #pragma omp barrier
-            const int64_t down = (rows + height - 1) / height, all = (columns + width - 1) / width * down;
-            for (int64_t n = all * thread / threads; n < all * (thread + 1) / threads; n++) {
-              const int64_t y = n % down * height, x = n / down * width;
-              multiply_block(g, a, b, batch, i, j, y, std::min(height, rows - y), x, std::min(width, columns - x), k > 0,
-                             gathered, (n + 1) % down * height, (n + 1) / down * width);
-            }
-#pragma omp barrier
+          const int64_t first = shares.units() * thread / threads, last = shares.units() * (thread + 1) / threads;
+          Packed a{};
+          for (int64_t unit = first; unit < last; unit++) {
+            const int64_t i = shares.row(unit), rows = std::min(shares.height, g.m - i);
+            if (unit == first || i != shares.row(unit - 1))
+              a = pack_block<true>(g.a + batch * g.a_batch + i * g.a_row + k * g.a_column, g.a_row, g.a_column, rows,
+                                   sums, left, 0, 1, a_range);
+            const int64_t begin = shares.begin(unit, columns), end = shares.end(unit, columns);
+            for (int64_t x = begin; x < end; x += WIDTH)
+              multiply_block(g, a, b, batch, i, j + x, rows, x, std::min(WIDTH, end - x), k > 0, gathered,
+                             x + WIDTH < end ? x + WIDTH : begin);
           }
+#pragma omp barrier
         }
     a_extent.add(a_range);
     b_extent.add(b_range);

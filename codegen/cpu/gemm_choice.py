@@ -27,12 +27,12 @@ SMALLEST = 2**27
 """Below so many multiplications (512 cubed) the gain is small, and not worth building the kernel for."""
 
 LONGEST = 1024
-"""Longer sides are measured at this length: the kernel works in blocks of it."""
+"""Longer sides are measured at this length: the ratio changes little beyond."""
 
 CHECKED = 256
 """Sides of at most this length are compared with fp64."""
 
-GAIN = 1.25
+GAIN = 1.1
 """How much faster the kernel must be for ``auto`` to choose it."""
 
 ACCURACY = 2.0

@@ -1,4 +1,4 @@
-"""LayerNorm's gradients on CPU: our one sweep or Inductor's two kernels, as a measurement on this machine says.
+"""Gradients of LayerNorm and RMSNorm on CPU: our one sweep or Inductor's two kernels, as a measurement here says.
 
 Inductor's kernels are never faster than PyTorch's own, which keeps the column sums in a buffer as ours does; so ours is
 measured against PyTorch's, which takes no compilation.
@@ -7,11 +7,15 @@ measured against PyTorch's, which takes no compilation.
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dscompile.codegen.cpu.choice import Choice, gain
+from dscompile.codegen.cpu.rms_norms import RmsNorm, rms_norms
 from dscompile.config import Config
 from dscompile.norm_ops import norm_kernel
 from dscompile.torch_compat import free_symbol_names, no_autocast, no_modes
@@ -29,26 +33,38 @@ GAIN = 1.05
 
 
 def choose_norms(module: fx.GraphModule, config: Config) -> list[str]:
-    """Replace LayerNorm's backward in a region's module by ours where that is chosen; what was chosen, and why."""
+    """Replace norms' backwards in a region's module by ours where that is chosen; what was chosen, and why."""
     choices: list[str] = []
     for node in module.graph.find_nodes(op="call_function", target=aten.native_layer_norm_backward.default):
-        choice = _choice(node, config.norm_backward)
+        choice = _layer_norm_choice(node, config.norm_backward)
         shape = list(node.args[1].meta["val"].shape)
         name = "our kernel" if choice.kernel else "Inductor"
         if choice.kernel:
             name += _replace(node)
         choices.append(f"norm backward {shape}: {name} ({choice.reason})")
+    for norm in rms_norms(module.graph):
+        choice = _choice([norm.grad, norm.x, norm.rstd, norm.weight], config.norm_backward)
+        name = "our kernel" if choice.kernel else "Inductor"
+        if choice.kernel:
+            name += _replace_rms_norm(norm)
+        choices.append(f"RMS norm backward {list(norm.x.meta['val'].shape)}: {name} ({choice.reason})")
+    module.graph.eliminate_dead_code()
     module.recompile()
     return choices
 
 
-def _choice(node: fx.Node, option: str) -> Choice:
+def _layer_norm_choice(node: fx.Node, option: str) -> Choice:
+    grad, x, _, mean, rstd, weight, bias, mask = node.args
+    if option != "inductor" and (not all(mask) or weight is None or bias is None):  # type: ignore[arg-type]
+        return Choice(False, "not all three gradients are wanted")
+    return _choice([grad, x, mean, rstd, weight], option)
+
+
+def _choice(given: list[Any], option: str) -> Choice:
+    """``given``: the nodes of gradient, input, statistics and weight. Both norms' sweeps take as long."""
     if option == "inductor":
         return Choice(False, "norm_backward='inductor'")
-    grad, x, _, mean, rstd, weight, bias, mask = node.args
-    if not all(mask) or weight is None or bias is None:  # type: ignore[arg-type]
-        return Choice(False, "not all three gradients are wanted")
-    values: list[Tensor] = [n.meta["val"] for n in (grad, x, mean, rstd, weight)]  # type: ignore[union-attr]
+    values: list[Tensor] = [node.meta["val"] for node in given]
     if any(v.dtype is not torch.float32 or v.device.type != "cpu" for v in values):
         return Choice(False, "its values are not all fp32 on the CPU")
     if free_symbol_names(values):
@@ -62,9 +78,9 @@ def _choice(node: fx.Node, option: str) -> Choice:
         return Choice(True, "norm_backward='kernel'")
     if values[1].numel() < SMALLEST:
         return Choice(False, f"fewer than {SMALLEST} elements")
-    columns = values[4].numel()
+    columns = values[-1].numel()
     measured = _gain(min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
-    return Choice(measured >= GAIN, f"the kernel runs at {measured:.2f} x the speed of PyTorch's")
+    return Choice(measured >= GAIN, f"the kernel runs at {measured:.2f} x the speed of PyTorch's LayerNorm")
 
 
 def _replace(node: fx.Node) -> str:
@@ -86,6 +102,36 @@ def _replace(node: fx.Node) -> str:
     added.replace_all_uses_with(parts[0], propagate_meta=False)
     node.graph.erase_node(added)
     return " with the residual's gradient"
+
+
+def _replace_rms_norm(norm: RmsNorm) -> str:
+    """Put our operator where the first of both gradients is needed, with the residual's where it is known by then."""
+    graph, place = norm.dx.graph, min(norm.dx, norm.dweight)
+    _move_before(place, [norm.grad, norm.x, norm.rstd, norm.weight, norm.normal])
+    taken = norm.residual if norm.residual is not None and norm.residual < place else None
+    value, weight = norm.x.meta["val"], norm.weight.meta["val"]
+    with graph.inserting_before(place):
+        target = torch.ops.dscompile.rms_norm_backward.default
+        both = graph.call_function(target, (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken))
+        dx, dweight = (graph.call_function(operator.getitem, (both, part)) for part in range(2))
+        down = graph.call_function(aten.view.default, (dweight, list(norm.dweight.meta["val"].shape)))
+    both.meta["val"], dx.meta["val"], dweight.meta["val"] = (value, weight), value, weight
+    down.meta["val"] = norm.dweight.meta["val"]
+    if norm.residual is not None and taken is None:
+        with graph.inserting_before(norm.dx):
+            dx = graph.call_function(aten.add.Tensor, (norm.residual, dx))
+            dx.meta["val"] = value
+    norm.dx.replace_all_uses_with(dx, propagate_meta=False)
+    norm.dweight.replace_all_uses_with(down, propagate_meta=False)
+    return " with the residual's gradient" if taken is not None else ""
+
+
+def _move_before(place: fx.Node, nodes: Sequence[fx.Node | None]) -> None:
+    """Move nodes, and what they need, before ``place``, on which they do not depend: views that come late."""
+    for node in nodes:
+        if node is not None and place < node:
+            _move_before(place, node.all_input_nodes)
+            place.prepend(node)
 
 
 def _addition(node: fx.Node, dx: fx.Node | None) -> fx.Node | None:
@@ -116,4 +162,4 @@ def _gain(rows: int, columns: int, threads: int) -> float:
             total: Tensor = aten.native_layer_norm_backward.default(*arguments)[0] + residual
             return total
 
-        return gain(theirs, lambda: kernel(grad, x, mean, rstd, weight, residual))
+        return gain(theirs, lambda: kernel.layer_norm(grad, x, mean, rstd, weight, residual))

@@ -190,6 +190,24 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads() -> None:
 
 
 @tiles
+@pytest.mark.parametrize("shape", [(70, 1300, 2100), (300, 600, 40), (1030, 33, 70)], ids=str)
+def test_more_threads_than_rows_share_out_evenly(shape: tuple[int, int, int]) -> None:
+    """Threads then share columns, some have none; more than one block wide or deep, every element is written."""
+    m, k, n = shape
+    a, b = operand(m, k, False, 1), operand(k, n, True, 2)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3, 16):
+            torch.set_num_threads(threads)
+            results.append(matmul.out(a, b, None, out=torch.full((m, n), float("nan"))))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(results[0], (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(results[0], x) for x in results[1:])
+
+
+@tiles
 def test_into_rows_that_are_apart() -> None:
     a, b, memory = operand(30, 40, False, 1), operand(40, 50, False, 2), torch.full((30, 80), 7.0)
     matmul.out(a, b, None, out=memory[:, :50])

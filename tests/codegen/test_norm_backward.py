@@ -1,4 +1,4 @@
-"""LayerNorm's gradients in one sweep: against fp64, its bytes, where it is chosen, and what it takes along."""
+"""Gradients of LayerNorm and RMSNorm in one sweep: against fp64, bytes, choice, and what is taken along."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.build import trace
 
 aten = torch.ops.aten
 OURS = torch.ops.dscompile.layer_norm_backward.default
+RMS = torch.ops.dscompile.rms_norm_backward.default
 
 
 def problem(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -53,6 +54,24 @@ def test_the_kernel_against_fp64(rows: int, columns: int, threads: int) -> None:
         assert (value - exact).norm() <= 1e-6 * exact.norm() + 1e-6
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (4, 16), (513, 33), (1023, 512), (2, 4099)])
+def test_rms_norms_kernel_against_fp64(rows: int, columns: int, added: bool, kept: bool) -> None:
+    grad, x, _, _, weight, residual = problem(rows, columns)
+    rstd = torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+    leaf, wide = x.double().requires_grad_(), weight.double().requires_grad_()
+    out = leaf * torch.rsqrt(leaf.square().mean(1, keepdim=True) + 1e-6) * wide
+    exact = torch.autograd.grad(out, [leaf, wide], grad.double())
+    found = RMS(grad, x, rstd, weight, x * rstd if kept else None, residual if added else None)
+    wanted = (exact[0] + residual if added else exact[0], exact[1])
+    for value, right in zip(found, wanted, strict=True):
+        assert (value - right).norm() <= 2e-6 * right.norm() + 1e-6
+    composed = RMS(*(None if t is None else t.double() for t in (grad, x, rstd, weight, None, residual)))
+    torch.testing.assert_close(composed[0], exact[0] + residual, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(composed[1], exact[1], rtol=1e-5, atol=1e-5)
+
+
 def test_errors_are_at_most_those_of_pytorch() -> None:
     given = problem(2048, 256)
     exact = reference(*given)
@@ -85,7 +104,9 @@ def test_another_dtype_runs_with_pytorchs_kernel() -> None:
 
 
 def test_the_fake_kernel_says_what_the_kernel_returns() -> None:
-    torch.library.opcheck(OURS, tuple(problem(4, 8)), test_utils=("test_schema", "test_faketensor"))
+    grad, x, mean, rstd, weight, residual = problem(4, 8)
+    for op, given in ((OURS, (grad, x, mean, rstd, weight, residual)), (RMS, (grad, x, rstd, weight, None, residual))):
+        torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------
@@ -154,6 +175,80 @@ def test_a_compiled_model_has_eagers_gradients() -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, backend="dscompile", options={"summary": False, "norm_backward": "kernel"})
     leaves, probe = [x, *model.parameters()], torch.randn(2, 6, 8)
+    wanted = torch.autograd.grad((model(x) * probe).sum(), leaves)
+    found = torch.autograd.grad((compiled(x) * probe).sum(), leaves)
+    for value, exact in zip(found, wanted, strict=True):
+        assert (value - exact).norm() <= 1e-5 * exact.norm()
+
+
+# -- RMSNorm, which is many operators ----------------------------------------------------------------------------------
+
+
+class LlamaNorm(nn.Module):
+    """RMSNorm as models write it: operands the other way round, and a cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class RmsBlock(nn.Module):
+    def __init__(self, norm: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.residual = norm, nn.Linear(8, 8), residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(self.norm(x))
+        return x + result if self.residual else result
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("norm", [nn.RMSNorm(8), LlamaNorm()])
+def test_rms_norms_are_found_by_what_they_compute(norm: nn.Module, residual: bool) -> None:
+    module = module_of(RmsBlock(norm, residual), torch.randn(2, 4, 8, requires_grad=True))
+    text = chosen(module, norm_backward="kernel")
+    assert text.startswith("RMS norm backward [2, 4, 8]: our kernel")
+    (node,) = module.graph.find_nodes(op="call_function", target=RMS)
+    assert node.args[4] is None, "x * rstd is computed in this graph and need not be read"
+    rest = [n for n in module.graph.nodes if n.target in (aten.pow.Tensor_Scalar, aten.rsqrt.default)]
+    assert len(rest) == 2, "the forward's square and root are all that is left"
+
+
+def test_a_frozen_weight_leaves_rms_norm_to_inductor() -> None:
+    norm = nn.RMSNorm(8)
+    norm.weight.requires_grad_(False)
+    module = module_of(RmsBlock(norm, True), torch.randn(2, 4, 8, requires_grad=True))
+    assert choose_norms(module, Config.load({"norm_backward": "kernel"})) == []
+
+
+class Twice(nn.Module):
+    """Nearly a norm: the gradient of the input holds the second term twice."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x * root * weight + root
+
+
+def test_what_is_no_rms_norm_is_left() -> None:
+    x, weight = torch.randn(2, 4, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    module = trace(Twice(), x, weight).module
+    assert choose_norms(module, Config.load({"norm_backward": "kernel"})) == []
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(8), LlamaNorm()])
+def test_a_compiled_model_of_rms_norms_has_eagers_gradients(norm: nn.Module) -> None:
+    """One norm is shared, one has no residual; what was kept for the backward comes late, as a view."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), RmsBlock(norm, True), RmsBlock(norm, False), nn.RMSNorm(8))
+    x, probe = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 6, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="dscompile", options={"summary": False, "norm_backward": "kernel"})
+    leaves = [x, *model.parameters()]
     wanted = torch.autograd.grad((model(x) * probe).sum(), leaves)
     found = torch.autograd.grad((compiled(x) * probe).sum(), leaves)
     for value, exact in zip(found, wanted, strict=True):

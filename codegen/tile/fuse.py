@@ -29,7 +29,7 @@ class WhyNot(NamedTuple):
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """Parts of operators computed by one kernel; ``copies`` are computed here although another kernel does, too."""
 
@@ -74,7 +74,8 @@ class _Fusion:
         self.hints = hints
         self.builder = Builder(self.flow, columns_apart=columns_apart)
         self.groups: list[Group] = [Group(frozenset({p})) for p in self.flow.parts]
-        self.refusals: dict[tuple[frozenset[Part], frozenset[Part]], str] = {}
+        self.refusals: dict[tuple[Group, Group], str] = {}
+        self.beside = False  # last, so that no kernel is taken from a neighbour with which it shares bytes
         self._costs: dict[
             tuple[frozenset[Part], frozenset[fx.Node], frozenset[fx.Node]], tuple[Tile, Schedule, int]
         ] = {}
@@ -84,7 +85,11 @@ class _Fusion:
         while self._sweep():
             pass
         self._copy()
+        self._inline()
         while self._sweep():  # a copy can make two kernels independent of each other
+            pass
+        self.beside = True
+        while self._sweep():
             pass
         return self._result()
 
@@ -115,14 +120,22 @@ class _Fusion:
         return merged
 
     def _neighbours(self, group: Group) -> Iterator[Group]:
+        """Groups that share something with this one; in the end, also those that read results of the same kernel."""
         mine = self.flow.touched(group.parts)
+        makers = self._makers(group) if self.beside else set()
         for other in self.groups:
-            if other is not group and mine & self.flow.touched(other.parts):
+            if other is group:
+                continue
+            if mine & self.flow.touched(other.parts) or (makers and makers & self._makers(other)):
                 yield other
 
+    def _makers(self, group: Group) -> set[int]:
+        reads = self.flow.reads(group.parts, group.copies)
+        return {id(other) for other in self.groups if any(p.node in reads for p in other.parts if not p.partial)}
+
     def _merge(self, left: Group, right: Group) -> bool:
-        key = (left.parts, right.parts)
-        if key in self.refusals or (right.parts, left.parts) in self.refusals:
+        key = (left, right)  # with their copies: those may have made what is between them needless
+        if key in self.refusals or (right, left) in self.refusals:
             return False
         both = Group(left.parts | right.parts, left.copies | right.copies)
         try:
@@ -192,6 +205,26 @@ class _Fusion:
                     pass
                 self.groups[index] = old
 
+    def _inline(self) -> None:
+        """Do without a kernel of pointwise values where all its readers compute them again for fewer bytes.
+
+        A batch norm's ``rsqrt(variance + eps)`` is one: its readers load the variance instead.
+        """
+        for maker in list(self.groups):
+            own = frozenset(p.node for p in maker.parts)
+            readers = [g for g in self.groups if g is not maker and own & self.flow.reads(g.parts, g.copies)]
+            if not readers or own & (self.flow.kept | self.flow.reductions.keys()):
+                continue
+            before, old = self._cost(maker)[2] + sum(self._cost(g)[2] for g in readers), self.groups
+            copying = {id(g): Group(g.parts, g.copies | own | maker.copies) for g in readers}
+            self.groups = [copying.get(id(g), g) for g in old if g is not maker]
+            try:
+                if sum(self._cost(g)[2] for g in copying.values()) < before:
+                    continue
+            except RefusedError:
+                pass
+            self.groups = old
+
     def _total(self) -> int:
         return sum(self._cost(g)[2] for g in self.groups)
 
@@ -225,10 +258,10 @@ class _Fusion:
             waiting = [item for item in waiting if item is not ready]
         fused.kernels = [(g, *self._cost(g)) for g in fused.order if isinstance(g, Group)]
         fused.refusals = [WhyNot(f"%{n.name}", "", reason) for n, reason in self.flow.left.items() if reason]
-        alive = {g.parts for g in self.groups}
+        alive = set(self.groups)
         for (left, right), reason in self.refusals.items():
             if left in alive and right in alive:
-                fused.refusals.append(WhyNot(Group(left).label, Group(right).label, reason))
+                fused.refusals.append(WhyNot(left.label, right.label, reason))
         return fused
 
     def _first(self, item: Group | fx.Node) -> int:

@@ -180,6 +180,18 @@ class Reduce(Expr):
         return (self.arg,)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Scan(Expr):
+    """The sum of ``arg`` over the columns up to and including each one, in a ``ROWS`` space."""
+
+    arg: Expr
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """What is added up."""
+        return (self.arg,)
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """Write ``value``, rounded to the buffer's dtype, at ``index``. ``partial``: one row of the buffer a program."""
@@ -256,6 +268,10 @@ class Exprs:
         """A reduction over one symbol."""
         return self._make((Reduce, how, arg, over), lambda: Reduce(arg.kind, arg.symbols - {over}, how, arg, over))
 
+    def scan(self, arg: Expr) -> Expr:
+        """A running sum over the columns."""
+        return self._make((Scan, arg), lambda: Scan(arg.kind, arg.symbols | {COL}, arg))
+
     def _make(self, key: tuple[Any, ...], make: Any) -> Expr:
         found = self._made.get(key)
         if found is None:
@@ -294,6 +310,11 @@ class Tile:
     def reductions(self) -> list[Reduce]:
         """The reductions, inner ones first."""
         return [e for e in self.expressions() if isinstance(e, Reduce)]
+
+    @property
+    def along_rows(self) -> bool:
+        """Whether a program must hold the whole row: it reduces it or adds it up."""
+        return any(isinstance(e, Scan) or (isinstance(e, Reduce) and e.over == COL) for e in self.expressions())
 
     def loads(self) -> list[Load]:
         """The loads."""

@@ -26,6 +26,7 @@ from dscompile.codegen.tile.ir import (
     Load,
     Pointwise,
     Reduce,
+    Scan,
     Through,
 )
 
@@ -192,6 +193,8 @@ class Body:
         if isinstance(expr, Reduce):
             assert self.reduce is not None
             return self.reduce(expr)
+        if isinstance(expr, Scan):
+            return self.scan(expr)
         assert isinstance(expr, Pointwise)
         args = [self.value(a) for a in expr.args]
         if expr.op in _INFIX:
@@ -206,6 +209,13 @@ class Body:
             self.helpers.add(NAN_CALLS[expr.op])
             return f"{NAN_CALLS[expr.op]}({', '.join(args)})"
         return f"{_CALLS[expr.op]}({', '.join(args)})"
+
+    def scan(self, expr: Scan) -> str:
+        """A running sum along the block's columns; what is beyond the row is added after all of it."""
+        value = self.value(expr.arg)
+        if COL not in expr.arg.symbols:
+            value = f"tl.where({self.places[COL]} >= 0, {value}, 0)"  # one value for the row: a block of it
+        return f"tl.cumsum({value}{'.to(tl.int64)' if expr.kind == 'int' else ''}, axis=1)"
 
     def bounded(self, expr: Bounded) -> str:
         """An index from memory: of 64 bits, as it may be multiplied by a stride, and counted from the front."""

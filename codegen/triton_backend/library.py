@@ -83,6 +83,11 @@ def embedding_norm(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     return functional.layer_norm(functional.embedding(ids, table) + x, [x.shape[-1]], eps=EPS)
 
 
+def cumulative_softmax(x: Tensor) -> Tensor:
+    """Running sum of ``softmax(x)`` over each row, fp32: of sorted logits, what nucleus sampling compares."""
+    return torch.softmax(x.float(), -1).cumsum(-1)
+
+
 def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised ``[..., N]``, and 1 / root mean square of each row in fp32 for backward."""
     wide = x.float()
@@ -280,6 +285,7 @@ def entries() -> dict[str, Entry]:
         "rms_norm": Entry(rms_norm, _matrix("n")),
         "rms_norm_backward": Entry(rms_norm_backward, _matrix("x", "r", "n")),
         "softmax": Entry(softmax, _matrix()),
+        "cumulative_softmax": Entry(cumulative_softmax, _matrix()),
         "softmax_backward": Entry(softmax_backward, _matrix("x")),
         "cross_entropy": Entry(cross_entropy, _classes("x", "t")),
         "cross_entropy_backward": Entry(cross_entropy_backward, _classes("0", "x", "t", "r")),

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 import sympy
+import torch
 
 from dscompile.codegen.tile.cost import bytes_read, bytes_written
 from dscompile.codegen.tile.indexing import Div
@@ -255,6 +256,8 @@ class _Render:
         body = self.body
         pointer = body.pointer(store.buffer, store.index)
         result = body.across(found.how, name, 0)
+        if store.buffer.dtype in (torch.float16, torch.bfloat16):
+            result = f"{result}.to({TYPES[store.buffer.dtype]})"  # one program: this is the result itself
         if self.flat:
             return [f"tl.store({pointer}, {result.replace(', keep_dims=True', '')})"]
         pointer += " + c" if COL not in store.index.free_symbols else ""  # one column: a block of one address

@@ -67,6 +67,8 @@ def case(name: str, dtype: torch.dtype, rows: int, cols: int) -> tuple[list[Tens
         return [x, ids, grad], [functional.layer_norm(G[ids] + X, [cols], eps=EPS)]
     if name == "softmax":
         return [x], [torch.softmax(X, -1)]
+    if name == "cumulative_softmax":
+        return [x], [torch.softmax(X, -1).cumsum(-1)]
     if name == "softmax_backward":
         y = torch.softmax(x.float(), -1).to(dtype)
         Y = y.double()

@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 QUICK = [
     "layer_norm/bf16/8192/1024@sm_90", "layer_norm_backward/bf16/8192/1024@gfx942", "adamw/bf16/8192/1024@sm_100",
     "rms_norm_backward/bf16/8192/1024@sm_80", "attention/bf16/64/64/-@sm_90",
-    *(f"embedding_norm/bf16/8192/1024@{target}" for target in TARGETS),
+    *(f"{name}/bf16/8192/1024@{target}" for name in ("embedding_norm", "cumulative_softmax") for target in TARGETS),
 ]  # fmt: skip
 CONTROL = ["!bias_gelu/bf16/8192/1024@sm_90", "!attention/bf16/64/64/-@sm_90"]
 SIZES = {

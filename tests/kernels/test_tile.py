@@ -114,7 +114,9 @@ def test_a_product_between_two_operators_keeps_them_apart() -> None:
     [
         (lambda x: x * 2, torch.float64, "torch.float64 is not computed in fp32 without loss"),
         (lambda x: torch.cat([x] * 4, 1).sum(1), torch.float32, "it reduces a dimension between others"),
-        (lambda x: x.cumsum(-1), torch.float32, "aten.cumsum.default is not a tile operator"),
+        (lambda x: x.cumsum(1), torch.float32, "aten.cumsum.default over another dimension than the last"),
+        (lambda x: x.repeat(1, 1, 4096).cumsum(-1), torch.float32, "a row of 32768 is not held by one program"),
+        (lambda x: x.cumprod(-1), torch.float32, "aten.cumprod.default is not a tile operator"),
         (lambda x: x**2.5, torch.float32, "with exponent 2.5 is not a tile operator"),
         (lambda x: x.amax(-1), torch.int64, "of torch.int64 is not a tile reduction"),
         (lambda x: torch.div(x, 3, rounding_mode="floor"), torch.float32, "with rounding is not a tile operator"),
@@ -162,6 +164,62 @@ def test_an_index_that_is_known_to_be_inside_is_not_checked() -> None:
         found = fuse(traced(lambda x, s=shift: x[torch.arange(s, 8 + s, device="meta")] * 2, x).graph)
         (kernel,) = found.kernels
         assert sum(isinstance(e, Bounded) for e in kernel[1].expressions()) == checks
+
+
+def test_a_batch_norms_gradients_are_two_kernels() -> None:
+    """The gradient of the input with sums of each image and channel, and both channel sums: all of x twice at most.
+
+    The ``rsqrt`` of the variance is computed by both, and no kernel of its own.
+    """
+    gradients = torch.ops.aten.native_batch_norm_backward
+
+    def backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor) -> Any:
+        return gradients(grad, x, weight, mean, variance, None, None, False, 1e-5, [True] * 3)
+
+    found = fused(backward, (8, 16, 32, 32), (8, 16, 32, 32), (16,), (16,), (16,))
+    assert [tile.space.kind for _, tile, _, _ in found.kernels] == [SpaceKind.ROWS, SpaceKind.FLAT]
+    assert found.bytes == 4 * (3 * 8 * 16 * 32 * 32 + 2 * 2 * 8 * 16 + 3 * 16 + 16 + 2 * 16)
+    assert "different numbers of elements" in reasons(found)
+
+
+def test_kernels_beside_each_other_are_joined_only_if_they_read_from_the_same_one() -> None:
+    """Two readers of different parts of what one kernel made share no byte, but a launch; two of inputs do not."""
+
+    def apart(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, both = x.sum(-1), (x * 2).sum(-1)
+        return (rows.view(8, 8)[:4] + rows.view(8, 8)[4:]) @ w, both.view(8, 8)[:4] * both.view(8, 8)[4:], x.view(-1)
+
+    assert len(fused(apart, (64, 32), (8, 8)).kernels) == 2
+    assert len(fused(lambda x, y: (x.sin(), y.sin()), (64, 32), (64, 32)).kernels) == 2
+
+
+def test_a_value_that_its_readers_compute_again_is_no_kernel() -> None:
+    """Unless that would read more: the sum of two, of which every reader would load both."""
+
+    def function(a: Tensor, b: Tensor, x: Tensor, scale: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        s = scale(a, b)
+        return x * s, (x.sin() @ x) + s
+
+    shapes = (64,), (64,), (64, 64)
+    assert len(fused(lambda a, b, x: function(a, b, x, lambda a, b: a.rsqrt()), *shapes).kernels) == 2
+    assert len(fused(lambda a, b, x: function(a, b, x, lambda a, b: a.cumsum(0)), *shapes).kernels) == 3
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(4, 1), (4000, 2)])
+def test_a_sum_over_columns_of_few_rows_ends_in_the_kernel_that_makes_it(rows: int, kernels: int) -> None:
+    found = fused(lambda x: (torch.softmax(x, -1), x.sum(0)), (rows, 64), dtype=torch.bfloat16)
+    assert len(found.kernels) == kernels
+    if rows == 4:
+        assert found.bytes == 2 * (2 * 4 * 64 + 64)
+
+
+def test_a_running_sum_is_made_with_the_row_that_it_adds_up() -> None:
+    found = fused(lambda x: torch.softmax(x, -1).cumsum(-1) * 2, (64, 512))
+    assert len(found.kernels) == 1
+    assert found.bytes == 2 * 4 * 64 * 512
+    shifted = fused(lambda x: x.cumsum(-1)[:, 1:] * 2, (64, 512))
+    assert len(shifted.kernels) == 2
+    assert "is read at another place than the one to which it adds up" in reasons(shifted)
 
 
 def test_attention_stays_one_operator() -> None:

@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import fx
 
 from dscompile.codegen.tile.build import Builder, Part
 from dscompile.codegen.tile.cost import tile_bytes
 from dscompile.codegen.tile.flow import Flow
 from dscompile.codegen.tile.ir import Tile
-from dscompile.codegen.tile.schedule import Hints, Schedule, schedule
-from dscompile.codegen.tile.values import RefusedError
+from dscompile.codegen.tile.schedule import Hints, Schedule, hint, schedule
+from dscompile.codegen.tile.values import RefusedError, buffer_of
+
+
+_STEP = 32
+"""Neighbours are looked for by values of at least 1/32, 1/1024, ... of the largest, and in the end by all."""
 
 
 class WhyNot(NamedTuple):
@@ -75,6 +80,11 @@ class _Fusion:
         self.builder = Builder(self.flow, columns_apart=columns_apart)
         self.groups: list[Group] = [Group(frozenset({p})) for p in self.flow.parts]
         self.refusals: dict[tuple[Group, Group], str] = {}
+        self._sizes: dict[object, int] = {
+            node: hint(buffer_of(node).bytes, self.hints)
+            for node in graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+        }
         self.beside = False  # last, so that no kernel is taken from a neighbour with which it shares bytes
         self._costs: dict[
             tuple[frozenset[Part], frozenset[fx.Node], frozenset[fx.Node]], tuple[Tile, Schedule, int]
@@ -82,8 +92,9 @@ class _Fusion:
 
     def run(self) -> Fused:
         self._drop_impossible()
-        while self._sweep():
-            pass
+        for floor in self._floors():
+            while self._sweep(floor):
+                pass
         self._copy()
         self._inline()
         while self._sweep():  # a copy can make two kernels independent of each other
@@ -105,13 +116,20 @@ class _Fusion:
 
     # -- merging -------------------------------------------------------------------------------------------------------
 
-    def _sweep(self) -> bool:
-        """One walk over all neighbours; True if any two were merged."""
+    def _floors(self) -> list[int]:
+        """Large values first: a merge for a small one must not come between two kernels that read a large one."""
+        found = [max(self._sizes.values(), default=0) // _STEP]
+        while found[-1]:
+            found.append(found[-1] // _STEP)
+        return found
+
+    def _sweep(self, floor: int = 0) -> bool:
+        """One walk over all neighbours that share a value of at least ``floor`` bytes; True if any two were merged."""
         merged = False
         index = 0
         while index < len(self.groups):
             group = self.groups[index]
-            for other in self._neighbours(group):
+            for other in self._neighbours(group, floor):
                 if self._merge(group, other):
                     merged = True
                     break
@@ -119,9 +137,9 @@ class _Fusion:
                 index += 1
         return merged
 
-    def _neighbours(self, group: Group) -> Iterator[Group]:
+    def _neighbours(self, group: Group, floor: int) -> Iterator[Group]:
         """Groups that share something with this one; in the end, also those that read results of the same kernel."""
-        mine = self.flow.touched(group.parts)
+        mine = frozenset(t for t in self.flow.touched(group.parts) if not floor or self._sizes.get(t, 0) >= floor)
         makers = self._makers(group) if self.beside else set()
         for other in self.groups:
             if other is group:

@@ -34,19 +34,20 @@ def test_a_norm_takes_no_more_kernels_and_fewer_bytes_than_inductors(norms: dict
         assert figures["inductor bytes"] > 1.1 * figures["graph ideal"], "sums over columns read their operands again"
 
 
-MORE = {"resnet/backward": (35, 17), "gpt2/forward": (14, 13)}
-"""Graphs in which we take more launches, and how many, ours and Inductor's: it reduces a batch norm's small operands in
-one kernel, and generates cumsum, which the tile language does not have."""
+MOST = {
+    "llama": (16, 15), "gpt2": (12, 18), "mistral": (16, 15), "mixtral": (40, 31), "bert": (12, 18), "t5": (42, 52),
+    "vit": (9, 19), "resnet": (18, 17),
+}  # fmt: skip
+"""Launches of forward and backward as counted: more is a regression, even where Inductor takes more still."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama", "gpt2", "mistral", "mixtral", "bert", "t5", "vit", "resnet"])
-def test_a_model_takes_no_more_launches_than_inductors_but_for_named_graphs(model: str) -> None:
+def test_a_model_takes_no_more_launches_than_inductors(model: str) -> None:
     (found,) = work("count_kernels", [model]).values()
     assert not isinstance(found, str), found
-    for half, figures in found.items():
+    for (half, figures), most in zip(found.items(), MOST[model], strict=True):
         ours = figures["ours"] + len(figures["alone"])
         theirs = figures["inductor"] + len(figures["their alone"])
-        known = MORE.get(f"{model}/{half}")
-        assert ours <= theirs if known is None else (ours, theirs) == known, (half, figures)
+        assert ours <= min(theirs, most), (half, figures)
         assert figures["bytes"] < figures["inductor bytes"], (half, figures)

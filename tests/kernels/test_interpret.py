@@ -97,9 +97,10 @@ def test_sums_that_share_a_kernel_and_running_sums_are_right(sums: dict[str, Any
     found = sums[case]
     assert not isinstance(found, str), found
     assert found["left"] == []
-    assert found["kernels"] <= (4 if case.startswith("batch_norm_training") else 2)
+    assert found["kernels"] <= (3 if case.startswith("batch_norm_training") else 2)
     assert found["shape"]
-    assert found["error"] <= ROUNDING
+    columns = int(case.rsplit("/")[-1]) if case.startswith("cumsum") and "/f32/" in case else 0
+    assert found["error"] <= ROUNDING + columns * 2.0**-24 / 3e-6, "the interpreter adds one after another, in fp32"
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

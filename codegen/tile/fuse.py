@@ -21,7 +21,6 @@ from dscompile.codegen.tile.ir import Tile
 from dscompile.codegen.tile.schedule import Hints, Schedule, hint, schedule
 from dscompile.codegen.tile.values import RefusedError, buffer_of
 
-
 _STEP = 32
 """Neighbours are looked for by values of at least 1/32, 1/1024, ... of the largest, and in the end by all."""
 

@@ -1,4 +1,7 @@
-"""A process of its own: gathers, running sums and joined sums in Triton's interpreter against fp64. A case is ``name/dtype/A/B``; see ``gathers``."""
+"""A process of its own: gathers, running sums and joined sums in Triton's interpreter against fp64.
+
+A case is ``name/dtype/A/B``; see ``gathers`` and ``sums``.
+"""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ SUM_CASES = [f"{name}/{dtype}/{size}" for name in SUMS for dtype in ("f32", "bf1
 
 @pytest.mark.parametrize("case", SUM_CASES)
 def test_sums_that_share_a_kernel_and_running_sums_are_right(sums: dict[str, Any], case: str) -> None:
-    """A batch norm's gradients in evaluation and training, sums that one program ends, ``cumsum`` wherever it stands."""
+    """A batch norm's gradients in evaluation and training, sums that one program ends, ``cumsum`` in every place."""
     found = sums[case]
     assert not isinstance(found, str), found
     assert found["left"] == []

@@ -3,7 +3,7 @@
 Both kinds mix in one program. The comparison is of bytes, from the tile language: Inductor's are those of the same
 fusion with what Inductor is known to do otherwise, a sum over columns in kernels of its own, which read its operands
 again (its layer norm's backward moves 1.21 times the ideal, and bias + GELU 1.26). What the tile language does not have
-and Inductor does (gather, scatter, cumsum) runs as PyTorch's operator beside our kernels and counts against them. No
+and Inductor does (scatter, pooling) runs as PyTorch's operator beside our kernels and counts against them. No
 time is predicted.
 """
 
@@ -20,8 +20,8 @@ from torch import fx
 
 from dscompile.codegen.regions import Region
 from dscompile.codegen.tile.fuse import fuse
+from dscompile.codegen.tile.sizes import size
 from dscompile.codegen.tile.trace import decomposed
-from dscompile.codegen.tile.values import size
 from dscompile.codegen.triton_backend.assemble import Assembled, assemble
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.symbols import hints

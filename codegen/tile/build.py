@@ -9,9 +9,10 @@ from torch import fx
 from dscompile.codegen.tile.flow import Flow, Part
 from dscompile.codegen.tile.indexing import Div, linear, product, simplify
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Space, SpaceKind, Store, Tile
-from dscompile.codegen.tile.reductions import Along, Reduction
+from dscompile.codegen.tile.reductions import Along, Reduction, operator_name
 from dscompile.codegen.tile.schedule import PERSISTENT, PROGRAMS, programs
-from dscompile.codegen.tile.values import Place, RefusedError, Values, buffer_of, shape_of, size
+from dscompile.codegen.tile.sizes import shape_of, size
+from dscompile.codegen.tile.values import SCANS, Place, RefusedError, Values, buffer_of
 
 __all__ = ["Builder", "Part"]
 
@@ -58,14 +59,15 @@ class Builder:
         self, space: Space, parts: frozenset[Part], copies: frozenset[fx.Node], needed: frozenset[fx.Node]
     ) -> Tile:
         inside = frozenset(p.node for p in parts if not p.partial) | copies
+        ended = self._ended(parts)
         values = Values(space, inside, self.flow.reductions, self.partials)
         stores: list[Store] = []
         partial = False
         for part in sorted(parts, key=lambda p: p.order):
             if part.partial:
-                stores.append(self._partial_store(values, self.flow.reductions[part.node]))
+                stores.append(self._partial_store(values, self.flow.reductions[part.node], part.node in ended))
                 partial = True
-            elif part.node in needed:
+            elif part.node in needed and part.node not in ended:
                 stores.append(self._store(values, part.node))
         if not stores:
             raise RefusedError("nothing is stored")
@@ -87,11 +89,17 @@ class Builder:
     def _space(self, parts: frozenset[Part]) -> Space:
         """The one space in which every part can be computed."""
         spaces: set[Space] = set()
+        ended = self._ended(parts)
         sizes: set[sympy.Expr] = set()
         for part in parts:
             found = self.flow.reductions.get(part.node)
-            if found is None:
+            if operator_name(part.node) in SCANS:
+                shape = shape_of(part.node)
+                spaces.add(Space(SpaceKind.ROWS, product(shape[:-1]), shape[-1]))
+            elif found is None:
                 sizes.add(product(shape_of(part.node)))
+            elif part.node in ended and not part.partial:
+                continue
             elif found.partial and not part.partial:
                 spaces.add(Space(SpaceKind.FINISH, sympy.Integer(programs(found.rows, found.cols)), _results(found)))
             elif found.along is Along.ALL:
@@ -113,11 +121,20 @@ class Builder:
             raise RefusedError("it has no elements")
         return space
 
+    def _ended(self, parts: frozenset[Part]) -> frozenset[fx.Node]:
+        """Reductions over all rows whose first half is their result: one program sees everything."""
+        halves = {p.node for p in parts if p.partial} & {p.node for p in parts if not p.partial}
+        return frozenset(n for n in halves if self._by_one_program(self.flow.reductions[n]))
+
+    def _by_one_program(self, found: Reduction) -> bool:
+        value = found.node.meta["val"]
+        plain = found.scale == 1.0 and found.count == 1 and not found.root and found.how != "any"
+        return plain and bool(value.is_contiguous()) and programs(found.rows, found.cols) == 1
+
     def _check_rows(self, tile: Tile) -> None:
         """A program that sums over columns holds its row; it cannot walk a long one in blocks as well."""
-        along_rows = any(r.over == COL for r in tile.reductions())
         cols = tile.space.cols
-        if tile.programs and along_rows and not (cols.is_Integer and int(cols) <= PERSISTENT):
+        if tile.programs and tile.along_rows and not (cols.is_Integer and int(cols) <= PERSISTENT):
             raise RefusedError(f"a row of {cols} is too long to hold the sums of its columns")
 
     def _places(self, values: Values, node: fx.Node) -> list[Place]:
@@ -145,14 +162,16 @@ class Builder:
         assert reason is not None
         raise reason
 
-    def _partial_store(self, values: Values, found: Reduction) -> Store:
+    def _partial_store(self, values: Values, found: Reduction, ended: bool) -> Store:
         place = values.full(shape_of(found.node.args[0]))  # type: ignore[arg-type]
         over = COL if found.along is Along.ALL else ROW
         operand = values.reduced_operand(found, place)
         result: Expr = values.exprs.reduce(found.how, operand, over)
         values.names.setdefault(result, found.node.name)
-        index = _PROGRAM * _results(found) + (0 if found.along is Along.ALL or found.cols == 1 else COL)
-        return Store(self.partials[found.node], index, result, partial=True)
+        index = sympy.Integer(0) if found.along is Along.ALL or found.cols == 1 else COL
+        if ended:
+            return Store(buffer_of(found.node), index, result, partial=True)
+        return Store(self.partials[found.node], _PROGRAM * _results(found) + index, result, partial=True)
 
 
 def _as_table(tile: Tile) -> Space | None:

@@ -17,7 +17,7 @@ def bytes_read(tile: Tile, schedule: Schedule, hints: Hints) -> int:
     limits = {ROW: tile.space.rows, COL: tile.space.cols}
     touched: dict[Buffer, int] = {}
     for load in tile.loads():
-        elements = sympy.Mul(*(limits[s] for s in load.index.free_symbols if s in limits))
+        elements = sympy.Mul(*(limits[s] for s in load.places if s in limits))
         often = passes_of(load, tile, schedule) if COL in load.symbols else 1
         found = min(hint(elements, hints), hint(load.buffer.numel, hints)) * often
         most = hint(load.buffer.numel, hints) * max(schedule.passes, 1)

@@ -11,14 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import fx
 
 from dscompile.codegen.tile.build import Builder, Part
 from dscompile.codegen.tile.cost import tile_bytes
 from dscompile.codegen.tile.flow import Flow
 from dscompile.codegen.tile.ir import Tile
-from dscompile.codegen.tile.schedule import Hints, Schedule, schedule
-from dscompile.codegen.tile.values import RefusedError
+from dscompile.codegen.tile.schedule import Hints, Schedule, hint, schedule
+from dscompile.codegen.tile.values import RefusedError, buffer_of
+
+_STEP = 32
+"""Neighbours are looked for by values of at least 1/32, 1/1024, ... of the largest, and in the end by all."""
 
 
 class WhyNot(NamedTuple):
@@ -29,7 +33,7 @@ class WhyNot(NamedTuple):
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """Parts of operators computed by one kernel; ``copies`` are computed here although another kernel does, too."""
 
@@ -74,17 +78,28 @@ class _Fusion:
         self.hints = hints
         self.builder = Builder(self.flow, columns_apart=columns_apart)
         self.groups: list[Group] = [Group(frozenset({p})) for p in self.flow.parts]
-        self.refusals: dict[tuple[frozenset[Part], frozenset[Part]], str] = {}
+        self.refusals: dict[tuple[Group, Group], str] = {}
+        self._sizes: dict[object, int] = {
+            node: hint(buffer_of(node).bytes, self.hints)
+            for node in graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+        }
+        self.beside = False  # last, so that no kernel is taken from a neighbour with which it shares bytes
         self._costs: dict[
             tuple[frozenset[Part], frozenset[fx.Node], frozenset[fx.Node]], tuple[Tile, Schedule, int]
         ] = {}
 
     def run(self) -> Fused:
         self._drop_impossible()
-        while self._sweep():
-            pass
+        for floor in self._floors():
+            while self._sweep(floor):
+                pass
         self._copy()
+        self._inline()
         while self._sweep():  # a copy can make two kernels independent of each other
+            pass
+        self.beside = True
+        while self._sweep():
             pass
         return self._result()
 
@@ -100,13 +115,20 @@ class _Fusion:
 
     # -- merging -------------------------------------------------------------------------------------------------------
 
-    def _sweep(self) -> bool:
-        """One walk over all neighbours; True if any two were merged."""
+    def _floors(self) -> list[int]:
+        """Large values first: a merge for a small one must not come between two kernels that read a large one."""
+        found = [max(self._sizes.values(), default=0) // _STEP]
+        while found[-1]:
+            found.append(found[-1] // _STEP)
+        return found
+
+    def _sweep(self, floor: int = 0) -> bool:
+        """One walk over all neighbours that share a value of at least ``floor`` bytes; True if any two were merged."""
         merged = False
         index = 0
         while index < len(self.groups):
             group = self.groups[index]
-            for other in self._neighbours(group):
+            for other in self._neighbours(group, floor):
                 if self._merge(group, other):
                     merged = True
                     break
@@ -114,15 +136,23 @@ class _Fusion:
                 index += 1
         return merged
 
-    def _neighbours(self, group: Group) -> Iterator[Group]:
-        mine = self.flow.touched(group.parts)
+    def _neighbours(self, group: Group, floor: int) -> Iterator[Group]:
+        """Groups that share something with this one; in the end, also those that read results of the same kernel."""
+        mine = frozenset(t for t in self.flow.touched(group.parts) if not floor or self._sizes.get(t, 0) >= floor)
+        makers = self._makers(group) if self.beside else set()
         for other in self.groups:
-            if other is not group and mine & self.flow.touched(other.parts):
+            if other is group:
+                continue
+            if mine & self.flow.touched(other.parts) or (makers and makers & self._makers(other)):
                 yield other
 
+    def _makers(self, group: Group) -> set[int]:
+        reads = self.flow.reads(group.parts, group.copies)
+        return {id(other) for other in self.groups if any(p.node in reads for p in other.parts if not p.partial)}
+
     def _merge(self, left: Group, right: Group) -> bool:
-        key = (left.parts, right.parts)
-        if key in self.refusals or (right.parts, left.parts) in self.refusals:
+        key = (left, right)  # with their copies: those may have made what is between them needless
+        if key in self.refusals or (right, left) in self.refusals:
             return False
         both = Group(left.parts | right.parts, left.copies | right.copies)
         try:
@@ -192,6 +222,26 @@ class _Fusion:
                     pass
                 self.groups[index] = old
 
+    def _inline(self) -> None:
+        """Do without a kernel of pointwise values where all its readers compute them again for fewer bytes.
+
+        A batch norm's ``rsqrt(variance + eps)`` is one: its readers load the variance instead.
+        """
+        for maker in list(self.groups):
+            own = frozenset(p.node for p in maker.parts)
+            readers = [g for g in self.groups if g is not maker and own & self.flow.reads(g.parts, g.copies)]
+            if not readers or own & (self.flow.kept | self.flow.reductions.keys()):
+                continue
+            before, old = self._cost(maker)[2] + sum(self._cost(g)[2] for g in readers), self.groups
+            copying = {id(g): Group(g.parts, g.copies | own | maker.copies) for g in readers}
+            self.groups = [copying.get(id(g), g) for g in old if g is not maker]
+            try:
+                if sum(self._cost(g)[2] for g in copying.values()) < before:
+                    continue
+            except RefusedError:
+                pass
+            self.groups = old
+
     def _total(self) -> int:
         return sum(self._cost(g)[2] for g in self.groups)
 
@@ -225,10 +275,10 @@ class _Fusion:
             waiting = [item for item in waiting if item is not ready]
         fused.kernels = [(g, *self._cost(g)) for g in fused.order if isinstance(g, Group)]
         fused.refusals = [WhyNot(f"%{n.name}", "", reason) for n, reason in self.flow.left.items() if reason]
-        alive = {g.parts for g in self.groups}
+        alive = set(self.groups)
         for (left, right), reason in self.refusals.items():
             if left in alive and right in alive:
-                fused.refusals.append(WhyNot(Group(left).label, Group(right).label, reason))
+                fused.refusals.append(WhyNot(left.label, right.label, reason))
         return fused
 
     def _first(self, item: Group | fx.Node) -> int:

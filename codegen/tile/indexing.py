@@ -103,12 +103,12 @@ def _inner(expr: sympy.Expr, limits: Limits) -> sympy.Expr:
     if isinstance(expr, (Div, Rem)):
         a, b = simplify(expr.args[0], limits), expr.args[1]
         top = upper(a, limits)
-        if top is not None and (b - top).is_positive and _non_negative(a):
+        if top is not None and (b - top).is_positive and non_negative(a):
             return sympy.Integer(0) if isinstance(expr, Div) else a
         for unit in _units(a, b):
             whole, rest = _split(a, unit)
             left = upper(rest, limits)
-            if whole and left is not None and (unit - left).is_positive and _non_negative(rest):
+            if whole and left is not None and (unit - left).is_positive and non_negative(rest):
                 a, b = sympy.Add(*(t / unit for t in whole)), b / unit
                 return Div(a, b) if isinstance(expr, Div) else unit * Rem(a, b) + rest
         return type(expr)(a, b)
@@ -132,7 +132,8 @@ def _is_size(factor: sympy.Expr) -> bool:
     return bool(factor.is_Symbol and factor.is_positive)
 
 
-def _non_negative(expr: sympy.Expr) -> bool:
+def non_negative(expr: sympy.Expr) -> bool:
+    """Whether an index is known not to be negative: terms of the module's own quotients and remainders are not."""
     return all(bool(t.is_nonnegative) for t in sympy.Add.make_args(expr)) or isinstance(expr, (Div, Rem))
 
 

@@ -82,11 +82,39 @@ class Const(Expr):
     value: float | int | bool
 
 
+Through = tuple[tuple[sympy.Symbol, "Expr"], ...]
+"""What stands for data in an index: a symbol, and the expression whose value it is."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Index(Expr):
     """An index expression used as a value."""
 
     index: sympy.Expr
+    through: Through = ()
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """The values that the index depends on."""
+        return tuple(e for _, e in self.through)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Bounded(Expr):
+    """An integer from memory as an index: asserted to be from 0 to ``size - 1`` where ``mask`` holds.
+
+    ``wraps``: negative numbers count from the end.
+    """
+
+    arg: Expr
+    size: sympy.Expr
+    wraps: bool
+    mask: Expr | None = None
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """The number and the mask."""
+        return (self.arg,) if self.mask is None else (self.arg, self.mask)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -96,11 +124,17 @@ class Load(Expr):
     buffer: Buffer
     index: sympy.Expr
     mask: Expr | None = None
+    through: Through = ()
 
     @property
     def operands(self) -> tuple[Expr, ...]:
-        """The mask."""
-        return () if self.mask is None else (self.mask,)
+        """The values that the index depends on, and the mask."""
+        return tuple(e for _, e in self.through) + (() if self.mask is None else (self.mask,))
+
+    @property
+    def places(self) -> frozenset[sympy.Symbol]:
+        """The symbols of the space on which the address depends, itself or through data."""
+        return places(self.index).union(*(e.symbols for _, e in self.through))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -146,6 +180,18 @@ class Reduce(Expr):
         return (self.arg,)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Scan(Expr):
+    """The sum of ``arg`` over the columns up to and including each one, in a ``ROWS`` space."""
+
+    arg: Expr
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """What is added up."""
+        return (self.arg,)
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """Write ``value``, rounded to the buffer's dtype, at ``index``. ``partial``: one row of the buffer a program."""
@@ -162,6 +208,7 @@ class Exprs:
     def __init__(self) -> None:
         """Start empty."""
         self._made: dict[tuple[Any, ...], Expr] = {}
+        self._data: dict[sympy.Symbol, Bounded] = {}
 
     def const(self, value: float | int | bool) -> Expr:
         """A number."""
@@ -172,13 +219,37 @@ class Exprs:
         """An integer that is a function of the place."""
         if index.is_Integer:
             return self.const(int(index))
-        return self._make((Index, index), lambda: Index("int", places(index), index))
+        through = self._through(index)
+        symbols = places(index).union(*(e.symbols for _, e in through))
+        return self._make((Index, index), lambda: Index("int", symbols, index, through))
+
+    def place(self, arg: Expr, size: sympy.Expr, *, wraps: bool, mask: Expr | None = None) -> sympy.Symbol:
+        """A symbol for an integer from memory, to be used in indices of a dimension of ``size``."""
+        symbols = arg.symbols | (mask.symbols if mask is not None else frozenset())
+        key = (Bounded, arg, size, wraps, mask)
+        found = self._make(key, lambda: Bounded("int", symbols, arg, size, wraps, mask))
+        assert isinstance(found, Bounded)
+        for symbol, known in self._data.items():
+            if known is found:
+                return symbol
+        symbol = sympy.Symbol(f"at{len(self._data)}", integer=True, nonnegative=True)
+        self._data[symbol] = found
+        return symbol
+
+    @property
+    def data_limits(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """How many values each symbol for data takes."""
+        return {symbol: found.size for symbol, found in self._data.items()}
+
+    def _through(self, index: sympy.Expr) -> Through:
+        return tuple((s, self._data[s]) for s in sorted(index.free_symbols & self._data.keys(), key=str))
 
     def load(self, buffer: Buffer, index: sympy.Expr, mask: Expr | None = None) -> Expr:
         """An element of a buffer."""
         kind = "float" if buffer.dtype.is_floating_point else "bool" if buffer.dtype is torch.bool else "int"
-        symbols = places(index) | (mask.symbols if mask is not None else frozenset())
-        return self._make((Load, buffer, index, mask), lambda: Load(kind, symbols, buffer, index, mask))
+        through = self._through(index)
+        symbols = places(index).union(*(e.symbols for _, e in through), mask.symbols if mask is not None else ())
+        return self._make((Load, buffer, index, mask), lambda: Load(kind, symbols, buffer, index, mask, through))
 
     def pointwise(self, op: str, kind: str, *args: Expr) -> Expr:
         """An operator applied element by element."""
@@ -196,6 +267,10 @@ class Exprs:
     def reduce(self, how: str, arg: Expr, over: sympy.Symbol) -> Expr:
         """A reduction over one symbol."""
         return self._make((Reduce, how, arg, over), lambda: Reduce(arg.kind, arg.symbols - {over}, how, arg, over))
+
+    def scan(self, arg: Expr) -> Expr:
+        """A running sum over the columns."""
+        return self._make((Scan, arg), lambda: Scan(arg.kind, arg.symbols | {COL}, arg))
 
     def _make(self, key: tuple[Any, ...], make: Any) -> Expr:
         found = self._made.get(key)
@@ -235,6 +310,11 @@ class Tile:
     def reductions(self) -> list[Reduce]:
         """The reductions, inner ones first."""
         return [e for e in self.expressions() if isinstance(e, Reduce)]
+
+    @property
+    def along_rows(self) -> bool:
+        """Whether a program must hold the whole row: it reduces it or adds it up."""
+        return any(isinstance(e, Scan) or (isinstance(e, Reduce) and e.over == COL) for e in self.expressions())
 
     def loads(self) -> list[Load]:
         """The loads."""

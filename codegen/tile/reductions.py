@@ -11,6 +11,7 @@ import sympy
 from torch import fx
 
 from dscompile.codegen.tile.indexing import product
+from dscompile.codegen.tile.schedule import PERSISTENT
 from dscompile.torch_compat import OpOverload
 
 ONE_PROGRAM = 16384
@@ -87,6 +88,17 @@ def reduction(node: fx.Node) -> Reduction | str | None:
             count = sympy.Integer(1)
     norm = name == "linalg_vector_norm"
     return Reduction(node, _HOW[name], along, reduced, keepdim, rows, cols, scale, count, norm, norm)
+
+
+def why_no_scan(node: fx.Node) -> str:
+    """Why a ``cumsum`` is none of the tile language ("" if it is): a program holds the row that it adds up."""
+    source: Any = node.args[0]
+    shape = source.meta["val"].shape
+    if not shape or node_argument(node, 1, "dim", 0) % len(shape) != len(shape) - 1:
+        return f"{node.target} over another dimension than the last is not a tile operator"
+    if not isinstance(shape[-1], int) or shape[-1] > PERSISTENT:
+        return f"{node.target}: a row of {shape[-1]} is not held by one program"
+    return ""
 
 
 def operator_name(node: fx.Node) -> str:

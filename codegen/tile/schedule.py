@@ -71,7 +71,7 @@ def schedule(tile: Tile, hints: Hints) -> Schedule:
         cols = min(power(hint(space.cols, hints)), 32)
         return Schedule(power(int(space.rows)), cols, True, 0, 4, 1, {}, {})
     cols = hint(space.cols, hints)
-    along_rows = any(r.over == COL for r in tile.reductions())
+    along_rows = tile.along_rows
     persistent = bool(space.cols.is_Integer) and cols <= PERSISTENT
     cols = cols if persistent else max(cols, ELEMENTS)  # a block for every length that a symbol may take
     block = power(cols) if persistent and (along_rows or not tile.programs) else min(power(cols), LOOPED)

@@ -48,6 +48,7 @@ def table() -> dict[OpOverload, Callable[..., Any]]:
         **tile_decompositions(),
         aten.var_mean.correction: var_mean,
         aten.slice_scatter.default: slice_scatter,
+        aten.scatter.value: scatter_value,
         aten.sum.dim_IntList: sum_between,
     }
 
@@ -67,6 +68,21 @@ def slice_scatter(
     ends = (torch.narrow(x, dim, 0, first), source, torch.narrow(x, dim, last, length - last))
     parts = [part for part in ends if part.shape[dim] != 0]
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone()
+
+
+def scatter_value(x: torch.Tensor, dim: int, index: torch.Tensor, value: float) -> Any:
+    """``x`` with one element of each line along ``dim`` set, as a comparison: the gradient of a loss by class.
+
+    A place outside sets nothing, as in TorchInductor's form of it; the loss's forward has checked it.
+    """
+    d = dim % x.dim() if x.dim() else 0
+    lines = x.dim() == index.dim() > 0 and index.shape[d] == 1
+    if not lines or any(x.shape[k] != index.shape[k] for k in range(x.dim()) if k != d):
+        return NotImplemented
+    shape = [1] * x.dim()
+    shape[d] = x.shape[d]
+    places = torch.arange(x.shape[d], device=x.device).view(shape)
+    return torch.where(places == index, torch.full((), value, dtype=x.dtype, device=x.device), x)
 
 
 def sum_between(

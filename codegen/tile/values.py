@@ -14,10 +14,12 @@ import sympy
 import torch
 from torch import fx
 
+from dscompile.codegen.tile.gather import GATHERS, gathered, why_no_gather
 from dscompile.codegen.tile.indexing import Limits, contiguous, delinearise, linear, product, simplify
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Exprs, Space, SpaceKind
 from dscompile.codegen.tile.ops import BOOLEAN, KINDS, convert, div, mul, sqrt
-from dscompile.codegen.tile.reductions import Along, Reduction, node_argument, operator_name, reduction
+from dscompile.codegen.tile.reductions import Along, Reduction, node_argument, operator_name, reduction, why_no_scan
+from dscompile.codegen.tile.sizes import shape_of, size
 
 Place = tuple[sympy.Expr, ...]
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int32, torch.int64, torch.uint8})
@@ -30,6 +32,7 @@ VIEWS = frozenset({
 CONSTANTS = frozenset(
     {"full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "scalar_tensor", "arange", "iota"}
 )
+SCANS = frozenset({"cumsum"})
 _CONVERSIONS = frozenset({"_to_copy", "convert_element_type"})
 _JOINED = frozenset({"cat"})
 _RANDOM = frozenset({"inductor_random"})
@@ -37,23 +40,6 @@ _RANDOM = frozenset({"inductor_random"})
 
 class RefusedError(Exception):
     """A set of nodes is not one kernel; the text says why."""
-
-
-def shape_of(node: fx.Node) -> tuple[sympy.Expr, ...]:
-    """The shape as sympy sizes."""
-    return tuple(size(s) for s in node.meta["val"].shape)
-
-
-def size(value: Any) -> sympy.Expr:
-    """A size or stride as sympy: a number, or the expression of a symbolic one."""
-    if isinstance(value, torch.SymInt):
-        return value.node.expr.xreplace({s: symbol(s.name) for s in value.node.expr.free_symbols})
-    return sympy.Integer(int(value))
-
-
-def symbol(name: str) -> sympy.Symbol:
-    """The symbol of a graph's symbolic size."""
-    return sympy.Symbol(name, integer=True, positive=True)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -76,7 +62,11 @@ def why_not(node: fx.Node) -> str:
         return f"{node.target}: {found}"
     if found is not None and found.how in ("max", "min") and not value.dtype.is_floating_point:
         return f"{node.target} of {value.dtype} is not a tile reduction"
-    known = name in KINDS or name in BOOLEAN or name in _CONVERSIONS or name in _JOINED or name in _RANDOM
+    if name in SCANS and (reason := why_no_scan(node)):
+        return reason
+    if name in GATHERS and (reason := why_no_gather(node)):
+        return reason
+    known = name in KINDS or name in BOOLEAN or name in _CONVERSIONS | _JOINED | _RANDOM | GATHERS | SCANS
     if found is None and not known:
         return f"{node.target} is not a tile operator"
     for read in (node, *node.all_input_nodes):
@@ -114,7 +104,7 @@ class Values:
     @property
     def limits(self) -> Limits:
         """How far each symbol of the space runs."""
-        return {ROW: self.space.rows, COL: self.space.cols}
+        return {ROW: self.space.rows, COL: self.space.cols, **self.exprs.data_limits}
 
     def at(self, node: fx.Node, index: Place, mask: Expr | None = None) -> Expr:
         """The value of ``node`` at ``index``; a load under ``mask`` gives 0 where it is false."""
@@ -152,6 +142,10 @@ class Values:
         if name in _CONVERSIONS:
             dtype = node_argument(node, 1, "dtype", None) or node.meta["val"].dtype
             return convert(self.exprs, self.operand(node.args[0], shape_of(node), index, mask), dtype)
+        if name in GATHERS:
+            return gathered(self, node, index, mask)
+        if name in SCANS:
+            return self._scanned(node, index)
         if name in _JOINED:
             return self._joined(node, index, mask)
         if name in _RANDOM:
@@ -298,6 +292,16 @@ class Values:
         partial = self.partials[found.node]
         cols = sympy.Integer(1) if found.along is Along.ALL else found.cols
         return self.exprs.reduce(found.how, self.exprs.load(partial, ROW * cols + out), ROW)
+
+    def _scanned(self, node: fx.Node, index: Place) -> Expr:
+        """A running sum over the row that this program holds."""
+        shape = shape_of(node)
+        whole = self.space.kind is SpaceKind.ROWS and self.space.cols == shape[-1]
+        place = self.full(shape) if whole else ()
+        if not whole or any(simplify(a - k, self.limits) != 0 for a, k in zip(index, place, strict=True)):
+            raise RefusedError(f"%{node.name} is read at another place than the one to which it adds up")
+        value = convert(self.exprs, self.at(node.args[0], place), node.meta["val"].dtype)  # type: ignore[arg-type]
+        return self.exprs.scan(value)
 
     def full(self, shape: Sequence[sympy.Expr]) -> Place:
         """The index of a tensor that has one element for each of the space. RefusedError for another shape."""

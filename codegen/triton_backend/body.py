@@ -14,7 +14,21 @@ import sympy
 import torch
 from sympy.printing.str import StrPrinter
 
-from dscompile.codegen.tile.ir import COL, ROW, Buffer, Cast, Const, Expr, Index, Load, Pointwise, Reduce
+from dscompile.codegen.tile.ir import (
+    COL,
+    ROW,
+    Bounded,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Pointwise,
+    Reduce,
+    Scan,
+    Through,
+)
 
 TYPES = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.bool: "tl.int1",
@@ -108,9 +122,10 @@ class Body:
         self.reduce: Callable[[Reduce], str] | None = None
         self._taken = set(reserved) | set(places.values()) | set(masks.values())
 
-    def index(self, index: sympy.Expr) -> str:
-        """An index expression as text."""
-        return index_text(index.xreplace({s: sympy.Symbol(n) for s, n in self.places.items()}))
+    def index(self, index: sympy.Expr, through: Through = ()) -> str:
+        """An index expression as text; writes what it takes to compute the data in it."""
+        names = self.places | {s: self.value(e) for s, e in through}
+        return index_text(index.xreplace({s: sympy.Symbol(n) for s, n in names.items()}))
 
     def mask(self, symbols: frozenset[sympy.Symbol], extra: str = "") -> str:
         """The mask of a load or store that touches the places ``symbols``."""
@@ -123,7 +138,7 @@ class Body:
         if isinstance(expr, Const):
             return literal(expr.value)
         if isinstance(expr, Index) and expr.index.is_Symbol:
-            return self.index(expr.index)
+            return self.index(expr.index, expr.through)
         for known in (self.results, self.outer.names, self.inner.names):
             if expr in known:
                 return known[expr]
@@ -141,14 +156,18 @@ class Body:
 
     def _known(self, expr: Expr) -> bool:
         atom = isinstance(expr, Const) or (isinstance(expr, Index) and expr.index.is_Symbol)
+        atom = atom and all(map(self._known, expr.operands))
         return atom or expr in self.results or expr in self.outer.names or expr in self.inner.names
 
     def _write(self, expr: Expr) -> None:
         text = self._text(expr)
         scope = self.inner if self.moving(expr) else self.outer
-        name = self.name(self.hints.get(expr) or (expr.buffer.name if isinstance(expr, Load) else "t"))
+        plain = expr.buffer.name if isinstance(expr, Load) else "at" if isinstance(expr, Bounded) else "t"
+        name = self.name(self.hints.get(expr) or plain)
         scope.lines.append(f"{name} = {text}")
         scope.names[expr] = name
+        if isinstance(expr, Bounded):
+            scope.lines.append(self.assertion(expr, name))
 
     def name(self, wish: str) -> str:
         """A name that nothing else has."""
@@ -164,7 +183,9 @@ class Body:
         if isinstance(expr, Load):
             return self.load(expr)
         if isinstance(expr, Index):
-            return self.index(expr.index)
+            return self.index(expr.index, expr.through)
+        if isinstance(expr, Bounded):
+            return self.bounded(expr)
         if isinstance(expr, Cast):
             type_ = {"float": "tl.float32", "int": "tl.int64", "bool": "tl.int1"}[expr.kind]
             arg = self.value(expr.arg)
@@ -172,6 +193,8 @@ class Body:
         if isinstance(expr, Reduce):
             assert self.reduce is not None
             return self.reduce(expr)
+        if isinstance(expr, Scan):
+            return self.scan(expr)
         assert isinstance(expr, Pointwise)
         args = [self.value(a) for a in expr.args]
         if expr.op in _INFIX:
@@ -187,19 +210,39 @@ class Body:
             return f"{NAN_CALLS[expr.op]}({', '.join(args)})"
         return f"{_CALLS[expr.op]}({', '.join(args)})"
 
+    def scan(self, expr: Scan) -> str:
+        """A running sum along the block's columns; what is beyond the row is added after all of it."""
+        value = self.value(expr.arg)
+        if COL not in expr.arg.symbols:
+            value = f"tl.where({self.places[COL]} >= 0, {value}, 0)"  # one value for the row: a block of it
+        return f"tl.cumsum({value}{'.to(tl.int64)' if expr.kind == 'int' else ''}, axis=1)"
+
+    def bounded(self, expr: Bounded) -> str:
+        """An index from memory: of 64 bits, as it may be multiplied by a stride, and counted from the front."""
+        arg = f"{self.value(expr.arg)}.to(tl.int64)"
+        return f"tl.where({arg} < 0, {arg} + {self.index(expr.size)}, {arg})" if expr.wraps else arg
+
+    def assertion(self, expr: Bounded, name: str) -> str:
+        """The check of an index from memory, as PyTorch's own kernels make it on a GPU."""
+        top = self.index(expr.size)
+        extra = self.value(expr.mask) if expr.mask is not None else ""
+        mask = self.mask(expr.symbols, extra)
+        inside = f'(0 <= {name}) & ({name} < {top}), "an index is not below {top}"'
+        return f"tl.device_assert({inside}{', mask=' + mask if mask else ''})"
+
     def load(self, expr: Load) -> str:
         """A load, widened as the type rule says."""
         extra = self.value(expr.mask) if expr.mask is not None else ""
         mask = self.mask(frozenset(expr.index.free_symbols & set(self.places)) | expr.symbols, extra)
-        pointer = self.pointer(expr.buffer, expr.index)
+        pointer = self.pointer(expr.buffer, expr.index, expr.through)
         text = f"tl.load({pointer}, mask={mask}, other=0)" if mask else f"tl.load({pointer})"
         if expr.buffer.dtype.is_floating_point and expr.buffer.dtype is not torch.float32:
             return f"{text}.to(tl.float32)"
         return f"{text} != 0" if expr.buffer.dtype is torch.bool else text
 
-    def pointer(self, buffer: Buffer, index: sympy.Expr) -> str:
+    def pointer(self, buffer: Buffer, index: sympy.Expr, through: Through = ()) -> str:
         """The address of an element."""
-        return f"{buffer.name}_ptr" if index == 0 else f"{buffer.name}_ptr + {self.index(index)}"
+        return f"{buffer.name}_ptr" if index == 0 else f"{buffer.name}_ptr + {self.index(index, through)}"
 
     def combine(self, how: str, accumulator: str, value: str) -> str:
         """One more value in an accumulator."""

@@ -22,7 +22,7 @@ class Kernel:
         a program is built. bytes: that it moves; ideal: that any kernel with these inputs and outputs must move (both
         at the hinted sizes). nodes: what it computes. kind: ``row`` (a row or a flat block a program), ``finish`` (adds
         up partial results) or ``matrix``. registers: most of a CUDA thread; 0: as many as its kind takes. scalars:
-        loads and stores of one value a program or a row.
+        loads and stores of one value a program or a row. checks: whether it asserts that indices are in bounds.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Kernel:
     kind: str = "row"
     registers: int = 0
     scalars: tuple[int, int] = (0, 0)
+    checks: bool = False
 
     @property
     def matrix(self) -> bool:

@@ -78,6 +78,16 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wei
     return dx.to(x.dtype), (dy * normal).sum(rows).to(weight.dtype), dy.sum(rows).to(weight.dtype)
 
 
+def embedding_norm(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """``layer_norm(table[ids] + x)`` without weights; x ``[T, N]``, ids int64 ``[T]``, table ``[V, N]``."""
+    return functional.layer_norm(functional.embedding(ids, table) + x, [x.shape[-1]], eps=EPS)
+
+
+def cumulative_softmax(x: Tensor) -> Tensor:
+    """Running sum of ``softmax(x)`` over each row, fp32: of sorted logits, what nucleus sampling compares."""
+    return torch.softmax(x.float(), -1).cumsum(-1)
+
+
 def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised ``[..., N]``, and 1 / root mean square of each row in fp32 for backward."""
     wide = x.float()
@@ -205,7 +215,7 @@ class Entry:
 
 
 def _matrix(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
-    """``x [rows, cols]`` and more: ``x`` another one, ``n`` a row vector, ``r`` fp32 per row, ``s`` a seed."""
+    """``x [rows, cols]`` and: ``x`` another one, ``n`` a row vector, ``s`` a seed; per row ``r`` fp32, ``i`` int64."""
 
     def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
         kinds: dict[str, Callable[[], Tensor]] = {
@@ -213,6 +223,7 @@ def _matrix(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
             "n": lambda: torch.empty(cols, dtype=dtype),
             "r": lambda: torch.empty(rows, 1),
             "s": lambda: torch.zeros((), dtype=torch.int64),
+            "i": lambda: torch.zeros(rows, dtype=torch.int64),
         }
         return tuple(kinds[e]() for e in ("x", *extra))
 
@@ -270,9 +281,11 @@ def entries() -> dict[str, Entry]:
         "bias_dropout_residual_backward": Entry(bias_dropout_residual_backward, _matrix("s")),
         "layer_norm": Entry(layer_norm, _matrix("n", "n")),
         "layer_norm_backward": Entry(layer_norm_backward, _matrix("x", "r", "r", "n")),
+        "embedding_norm": Entry(embedding_norm, _matrix("i", "x")),
         "rms_norm": Entry(rms_norm, _matrix("n")),
         "rms_norm_backward": Entry(rms_norm_backward, _matrix("x", "r", "n")),
         "softmax": Entry(softmax, _matrix()),
+        "cumulative_softmax": Entry(cumulative_softmax, _matrix()),
         "softmax_backward": Entry(softmax_backward, _matrix("x")),
         "cross_entropy": Entry(cross_entropy, _classes("x", "t")),
         "cross_entropy_backward": Entry(cross_entropy_backward, _classes("0", "x", "t", "r")),

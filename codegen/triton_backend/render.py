@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Sequence
 
 import sympy
+import torch
 
 from dscompile.codegen.tile.cost import bytes_read, bytes_written
 from dscompile.codegen.tile.indexing import Div
-from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Reduce, SpaceKind, Store, Tile
+from dscompile.codegen.tile.ir import COL, ROW, Bounded, Buffer, Expr, Index, Load, Reduce, SpaceKind, Store, Tile
 from dscompile.codegen.tile.schedule import Hints, Schedule, hint
 from dscompile.codegen.triton_backend.body import HELPERS, IDENTITY, TYPES, Body
 from dscompile.codegen.triton_backend.kernel import Kernel
@@ -67,11 +68,12 @@ class _Render:
             nodes=self.tile.nodes,
             kind="finish" if self.tile.space.kind is SpaceKind.FINISH else "row",
             scalars=self._scalars(),
+            checks=any(isinstance(e, Bounded) for e in self.tile.expressions()),
         )
 
     def _scalars(self) -> tuple[int, int]:
         """Loads and stores of one value a row or a program."""
-        loads = sum(COL not in load.index.free_symbols for load in self.tile.loads())
+        loads = sum(COL not in load.places for load in self.tile.loads())
         stores = sum(COL not in s.index.free_symbols for s in self.tile.stores)
         return loads * self.schedule.row_block, stores * self.schedule.row_block
 
@@ -138,7 +140,10 @@ class _Render:
         indices += [e.index for e in self.tile.expressions() if hasattr(e, "index")]
         if not self.flat and not self.tile.space.cols.is_Integer:
             indices.append(self.tile.space.cols)
-        return set().union(*(i.free_symbols for i in indices)) - {ROW, COL, _PROGRAM}
+        checked = [e for e in self.tile.expressions() if isinstance(e, Bounded)]
+        indices += [e.size for e in checked]
+        data = {s for e in self.tile.expressions() if isinstance(e, (Load, Index)) for s, _ in e.through}
+        return set().union(*(i.free_symbols for i in indices)) - {ROW, COL, _PROGRAM} - data
 
     def _sizes(self) -> set[sympy.Symbol]:
         """The symbolic sizes that decide how many bytes are moved."""
@@ -251,6 +256,8 @@ class _Render:
         body = self.body
         pointer = body.pointer(store.buffer, store.index)
         result = body.across(found.how, name, 0)
+        if store.buffer.dtype in (torch.float16, torch.bfloat16):
+            result = f"{result}.to({TYPES[store.buffer.dtype]})"  # one program: this is the result itself
         if self.flat:
             return [f"tl.store({pointer}, {result.replace(', keep_dims=True', '')})"]
         pointer += " + c" if COL not in store.index.free_symbols else ""  # one column: a block of one address

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dscompile.codegen.tile.schedule import Hints
-from dscompile.codegen.tile.values import size
+from dscompile.codegen.tile.sizes import size
 from dscompile.codegen.triton_backend.body import index_text
 from dscompile.errors import UnsupportedError
 from dscompile.torch_compat import size_hint

@@ -62,12 +62,15 @@ def launch_options(kernel: Kernel, backend: str, warp: int) -> dict[str, int]:
     ptxas spills a few registers to reach a rounder occupancy if it is not told how many it may use.
 
     A row kernel has as many threads everywhere. A matrix kernel's tiles are cut by warps: AMD's take four at most, and
-    one stage, because more spill (seen in ahead-of-time builds for gfx942).
+    one stage, because more spill (seen in ahead-of-time builds for gfx942). Indices from memory are asserted to be in
+    bounds on CUDA only, as by TorchInductor: for gfx942 an assertion cuts every access of the kernel narrow.
     """
     if backend != "cuda":
         warps = min(kernel.warps, 4) if kernel.matrix else max(1, kernel.warps * 32 // warp)
         return {"num_warps": warps, "num_stages": 1 if kernel.matrix else kernel.stages}
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options: dict[str, int] = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    if kernel.checks:
+        options |= {"debug": True, "sanitize_overflow": False}  # without them Triton drops device_assert
     if kernel.registers or not kernel.matrix:
         options["maxnreg"] = kernel.registers or ROW_REGISTERS
     return options

@@ -62,8 +62,13 @@ def case(name: str, dtype: torch.dtype, rows: int, cols: int) -> tuple[list[Tens
     if name == "rms_norm_backward":
         stat = (X.square().mean(-1, keepdim=True) + EPS).rsqrt()
         return [grad, x, stat.float(), w], list(gradients(_rms_norm, G, X, W))
+    if name == "embedding_norm":
+        ids = torch.randint(rows, (rows,), generator=g)
+        return [x, ids, grad], [functional.layer_norm(G[ids] + X, [cols], eps=EPS)]
     if name == "softmax":
         return [x], [torch.softmax(X, -1)]
+    if name == "cumulative_softmax":
+        return [x], [torch.softmax(X, -1).cumsum(-1)]
     if name == "softmax_backward":
         y = torch.softmax(x.float(), -1).to(dtype)
         Y = y.double()

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dscompile.codegen.triton_backend.bars import EXCEPTIONS
-from dscompile.codegen.triton_backend.library import entries
-from dscompile.codegen.triton_backend.targets import TARGETS, find_target
+from dscompile.codegen.triton_backend.library import entries, example, generate
+from dscompile.codegen.triton_backend.targets import TARGETS, find_target, launch_options
 from dscompile.errors import UnsupportedError
 from tests.kernels.workers import ROOT, work
 
@@ -25,6 +26,7 @@ needs_triton = pytest.mark.skipif(
 QUICK = [
     "layer_norm/bf16/8192/1024@sm_90", "layer_norm_backward/bf16/8192/1024@gfx942", "adamw/bf16/8192/1024@sm_100",
     "rms_norm_backward/bf16/8192/1024@sm_80", "attention/bf16/64/64/-@sm_90",
+    *(f"{name}/bf16/8192/1024@{target}" for name in ("embedding_norm", "cumulative_softmax") for target in TARGETS),
 ]  # fmt: skip
 CONTROL = ["!bias_gelu/bf16/8192/1024@sm_90", "!attention/bf16/64/64/-@sm_90"]
 SIZES = {
@@ -56,6 +58,16 @@ def check(kernels: Any) -> None:
     assert not isinstance(kernels, str), kernels
     assert kernels
     assert {name: k["faults"] for name, k in kernels.items() if k["faults"]} == {}
+
+
+def test_indices_are_asserted_on_cuda_only() -> None:
+    """Without ``debug`` Triton drops ``device_assert``; for AMD it would make every access of the kernel narrow."""
+    checked, plain = (generate(n, example(n, torch.float32, 8, 64)).kernels[0] for n in ("embedding_norm", "softmax"))
+    assert "tl.device_assert(" in checked.source
+    assert launch_options(checked, "cuda", 32)["debug"] is True
+    assert launch_options(checked, "cuda", 32)["sanitize_overflow"] is False
+    assert "debug" not in launch_options(checked, "hip", 64)
+    assert "debug" not in launch_options(plain, "cuda", 32)
 
 
 @needs_triton

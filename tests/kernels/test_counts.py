@@ -34,18 +34,20 @@ def test_a_norm_takes_no_more_kernels_and_fewer_bytes_than_inductors(norms: dict
         assert figures["inductor bytes"] > 1.1 * figures["graph ideal"], "sums over columns read their operands again"
 
 
-MORE = {"resnet/backward", "bert/forward", "gpt2/forward", "mixtral/forward"}
-"""Graphs in which we take more launches: Inductor generates gather, scatter, embedding, pooling and cumsum; the tile
-language has none of them, so that PyTorch's operators run, one launch each. Such regions are Inductor's by bytes."""
+MOST = {
+    "llama": (16, 15), "gpt2": (12, 18), "mistral": (16, 15), "mixtral": (40, 31), "bert": (12, 18), "t5": (42, 52),
+    "vit": (9, 19), "resnet": (18, 17),
+}  # fmt: skip
+"""Launches of forward and backward as counted: more is a regression, even where Inductor takes more still."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama", "gpt2", "mistral", "mixtral", "bert", "t5", "vit", "resnet"])
-def test_a_model_takes_no_more_launches_than_inductors_but_for_named_graphs(model: str) -> None:
+def test_a_model_takes_no_more_launches_than_inductors(model: str) -> None:
     (found,) = work("count_kernels", [model]).values()
     assert not isinstance(found, str), found
-    for half, figures in found.items():
+    for (half, figures), most in zip(found.items(), MOST[model], strict=True):
         ours = figures["ours"] + len(figures["alone"])
         theirs = figures["inductor"] + len(figures["their alone"])
-        assert (ours > theirs) == (f"{model}/{half}" in MORE), (half, figures)
+        assert ours <= min(theirs, most), (half, figures)
         assert figures["bytes"] < figures["inductor bytes"], (half, figures)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.gathers import CASES
+from tests.kernels.sums import SUMS
 from tests.kernels.workers import work
 from tests.sparse.layouts import LAYOUTS
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 ROWS = (
     "bias_gelu", "bias_gelu_backward", "bias_silu", "bias_silu_backward", "layer_norm", "layer_norm_backward",
     "rms_norm", "rms_norm_backward", "softmax", "softmax_backward", "cross_entropy", "cross_entropy_backward",
-    "cross_entropy_both", "adamw", "lamb", "unscale",
+    "cross_entropy_both", "adamw", "lamb", "unscale", "embedding_norm", "cumulative_softmax",
 )  # fmt: skip
 QUICK = [f"{name}/bf16/5/37" for name in ROWS] + [
     "rotary/bf16/5/24", "layer_norm/f32/1/20", "layer_norm_backward/f16/33/16", "unscale/f32/21/1000",
@@ -55,6 +57,50 @@ def test_every_kernel_is_right_at_every_size() -> None:
     found = work("interpret", FULL, timeout=1800)
     wrong = {case: e for case, e in found.items() if isinstance(e, str) or not e or max(e) > ROUNDING}
     assert not wrong
+
+
+# -- places that data decide -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gathers() -> dict[str, Any]:
+    return work("interpret_gather", GATHERS)
+
+
+GATHERS = [f"{name}/{dtype}/{size}" for name in CASES for dtype in ("f32", "bf16", "f16")
+           for size in ("1/1", "5/37", "3/1025")]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GATHERS)
+def test_a_gather_is_right_and_fused(gathers: dict[str, Any], case: str) -> None:
+    """``index`` by negative numbers, between other dimensions and apart; ``gather``, ``embedding``; int32 and int64."""
+    found = gathers[case]
+    assert not isinstance(found, str), found
+    assert found["left"] == []
+    assert found["kernels"] <= (2 if case.startswith("gather") else 1), "an index may be converted by its own kernel"
+    assert found["shape"]
+    assert found["error"] <= ROUNDING
+
+
+@pytest.fixture(scope="module")
+def sums() -> dict[str, Any]:
+    return work("interpret_gather", SUM_CASES)
+
+
+SUM_CASES = [f"{name}/{dtype}/{size}" for name in SUMS for dtype in ("f32", "bf16", "f16")
+             for size in ("1/1", "5/37", "3/1025")]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SUM_CASES)
+def test_sums_that_share_a_kernel_and_running_sums_are_right(sums: dict[str, Any], case: str) -> None:
+    """A batch norm's gradients in evaluation and training, sums that one program ends, ``cumsum`` in every place."""
+    found = sums[case]
+    assert not isinstance(found, str), found
+    assert found["left"] == []
+    assert found["kernels"] <= (3 if case.startswith("batch_norm_training") else 2)
+    assert found["shape"]
+    columns = int(case.rsplit("/")[-1]) if case.startswith("cumsum") and "/f32/" in case else 0
+    assert found["error"] <= ROUNDING + columns * 2.0**-24 / 3e-6, "the interpreter adds one after another, in fp32"
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dscompile.codegen.tile.fuse import Fused, fuse
 from dscompile.codegen.tile.indexing import Div, Rem, contiguous, delinearise, linear, simplify
-from dscompile.codegen.tile.ir import COL, ROW, SpaceKind
+from dscompile.codegen.tile.ir import COL, ROW, Bounded, SpaceKind
 from dscompile.codegen.tile.schedule import PROGRAMS
 from dscompile.codegen.tile.trace import traced
 from dscompile.codegen.triton_backend.library import entries, example
@@ -114,7 +114,9 @@ def test_a_product_between_two_operators_keeps_them_apart() -> None:
     [
         (lambda x: x * 2, torch.float64, "torch.float64 is not computed in fp32 without loss"),
         (lambda x: torch.cat([x] * 4, 1).sum(1), torch.float32, "it reduces a dimension between others"),
-        (lambda x: x.cumsum(-1), torch.float32, "aten.cumsum.default is not a tile operator"),
+        (lambda x: x.cumsum(1), torch.float32, "aten.cumsum.default over another dimension than the last"),
+        (lambda x: x.repeat(1, 1, 4096).cumsum(-1), torch.float32, "a row of 32768 is not held by one program"),
+        (lambda x: x.cumprod(-1), torch.float32, "aten.cumprod.default is not a tile operator"),
         (lambda x: x**2.5, torch.float32, "with exponent 2.5 is not a tile operator"),
         (lambda x: x.amax(-1), torch.int64, "of torch.int64 is not a tile reduction"),
         (lambda x: torch.div(x, 3, rounding_mode="floor"), torch.float32, "with rounding is not a tile operator"),
@@ -145,6 +147,79 @@ def test_a_sum_around_a_kept_dimension_reads_its_operand_once() -> None:
 def test_a_scattered_slice_is_one_kernel() -> None:
     found = fused(lambda x, y: torch.slice_scatter(x.sin(), y, 1, 2, 5) + 1, (64, 8), (64, 3))
     assert len(found.kernels) == 1
+
+
+def test_an_embedding_is_read_where_it_is_normalised() -> None:
+    """Its rows, the indices, and the result; not the whole table, and nothing in between."""
+    table, ids = torch.empty(50304, 64, device="meta"), torch.empty(32, 16, dtype=torch.int64, device="meta")
+    found = fuse(traced(lambda t, i: torch.softmax(torch.nn.functional.embedding(i, t), -1), table, ids).graph)
+    assert len(found.kernels) == 1
+    assert found.bytes == 2 * 512 * 64 * 4 + 512 * 8
+
+
+def test_an_index_that_is_known_to_be_inside_is_not_checked() -> None:
+    """``arange`` is a place of its own; one that can be too large stays data."""
+    x = torch.empty(8, 64, device="meta")
+    for shift, checks in ((0, 0), (1, 1)):
+        found = fuse(traced(lambda x, s=shift: x[torch.arange(s, 8 + s, device="meta")] * 2, x).graph)
+        (kernel,) = found.kernels
+        assert sum(isinstance(e, Bounded) for e in kernel[1].expressions()) == checks
+
+
+def test_a_batch_norms_gradients_are_two_kernels() -> None:
+    """The gradient of the input with sums of each image and channel, and both channel sums: all of x twice at most.
+
+    The ``rsqrt`` of the variance is computed by both, and no kernel of its own.
+    """
+    gradients = torch.ops.aten.native_batch_norm_backward
+
+    def backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor) -> Any:
+        return gradients(grad, x, weight, mean, variance, None, None, False, 1e-5, [True] * 3)
+
+    found = fused(backward, (8, 16, 32, 32), (8, 16, 32, 32), (16,), (16,), (16,))
+    assert [tile.space.kind for _, tile, _, _ in found.kernels] == [SpaceKind.ROWS, SpaceKind.FLAT]
+    assert found.bytes == 4 * (3 * 8 * 16 * 32 * 32 + 2 * 2 * 8 * 16 + 3 * 16 + 16 + 2 * 16)
+    assert "different numbers of elements" in reasons(found)
+
+
+def test_kernels_beside_each_other_are_joined_only_if_they_read_from_the_same_one() -> None:
+    """Two readers of different parts of what one kernel made share no byte, but a launch; two of inputs do not."""
+
+    def apart(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, both = x.sum(-1), (x * 2).sum(-1)
+        return (rows.view(8, 8)[:4] + rows.view(8, 8)[4:]) @ w, both.view(8, 8)[:4] * both.view(8, 8)[4:], x.view(-1)
+
+    assert len(fused(apart, (64, 32), (8, 8)).kernels) == 2
+    assert len(fused(lambda x, y: (x.sin(), y.sin()), (64, 32), (64, 32)).kernels) == 2
+
+
+def test_a_value_that_its_readers_compute_again_is_no_kernel() -> None:
+    """Unless that would read more: the sum of two, of which every reader would load both."""
+
+    def function(a: Tensor, b: Tensor, x: Tensor, scale: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        s = scale(a, b)
+        return x * s, (x.sin() @ x) + s
+
+    shapes = (64,), (64,), (64, 64)
+    assert len(fused(lambda a, b, x: function(a, b, x, lambda a, b: a.rsqrt()), *shapes).kernels) == 2
+    assert len(fused(lambda a, b, x: function(a, b, x, lambda a, b: a.cumsum(0)), *shapes).kernels) == 3
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(4, 1), (4000, 2)])
+def test_a_sum_over_columns_of_few_rows_ends_in_the_kernel_that_makes_it(rows: int, kernels: int) -> None:
+    found = fused(lambda x: (torch.softmax(x, -1), x.sum(0)), (rows, 64), dtype=torch.bfloat16)
+    assert len(found.kernels) == kernels
+    if rows == 4:
+        assert found.bytes == 2 * (2 * 4 * 64 + 64)
+
+
+def test_a_running_sum_is_made_with_the_row_that_it_adds_up() -> None:
+    found = fused(lambda x: torch.softmax(x, -1).cumsum(-1) * 2, (64, 512))
+    assert len(found.kernels) == 1
+    assert found.bytes == 2 * 4 * 64 * 512
+    shifted = fused(lambda x: x.cumsum(-1).t() * x, (64, 64))
+    assert len(shifted.kernels) == 2
+    assert "is read at another place than the one to which it adds up" in reasons(shifted)
 
 
 def test_attention_stays_one_operator() -> None:

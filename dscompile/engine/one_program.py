@@ -83,21 +83,25 @@ class OneProgram:
             Exception: compilation failed for another reason than that the step cannot be one program.
         """
         if self.refused:
-            return self._as_frames(self.refused)
+            self._as_frames(self.refused)
+            return None
         kind = getattr(loss_fn, "__code__", type(loss_fn)), local, hooked
         if kind not in self._agreed:
             self.refused = self._agree(loss_fn, batch, hooked)
             if self.refused:
-                return self._as_frames(self.refused)
+                self._as_frames(self.refused)
+                return None
             self._agreed.add(kind)
         if hooked:
-            return self._as_frames(HOOKS)
+            self._as_frames(HOOKS)
+            return None
         try:
             loss = self._frame(loss_fn, batch, scale=scale, share=share)
         except UnsupportedError as error:
             if self._world == 1:
                 self.refused = str(error)
-                return self._as_frames(self.refused)
+                self._as_frames(self.refused)
+                return None
             alone = RunError(
                 f"train_batch: {error} It was one program before, and other ranks may still run theirs, so this "
                 'rank cannot run it otherwise alone. Set "step_entry": false in the section "dscompile".'

@@ -82,26 +82,36 @@ class OneProgram:
             RunError: this rank's later micro-batch cannot be one program, when the other ranks' may be.
             Exception: compilation failed for another reason than that the step cannot be one program.
         """
-        if self.refused:
-            self._as_frames(self.refused)
-            return None
+        reason = self._why_frames(loss_fn, batch, hooked, local)
+        if not reason:
+            try:
+                loss = self._whole(loss_fn, batch, scale, share)
+            except UnsupportedError as error:
+                if self._frame.started:  # gradients may have been delivered: running frames would add them again
+                    raise
+                reason = self.refused = str(error)
+            else:
+                self.reason = ""
+                self.runs += 1
+                return loss
+        self._count(reason)
+        return None
+
+    def _why_frames(self, loss_fn: LossFunction | None, batch: Any, hooked: bool, local: bool) -> str:
+        """Why a micro-batch must run as frames; a collective where the answer is not known yet."""
         kind = getattr(loss_fn, "__code__", type(loss_fn)), local, hooked
-        if kind not in self._agreed:
+        if not self.refused and kind not in self._agreed:
             self.refused = self._agree(loss_fn, batch, hooked)
-            if self.refused:
-                self._as_frames(self.refused)
-                return None
             self._agreed.add(kind)
-        if hooked:
-            self._as_frames(HOOKS)
-            return None
+        return self.refused or (HOOKS if hooked else "")
+
+    def _whole(self, loss_fn: LossFunction | None, batch: Any, scale: float, share: int) -> Tensor:
+        """Run a micro-batch as one program. Alone, this process may meet a refusal for a new shape; a rank may not."""
         try:
-            loss = self._frame(loss_fn, batch, scale=scale, share=share)
+            return self._frame(loss_fn, batch, scale=scale, share=share)
         except UnsupportedError as error:
-            if self._world == 1:
-                self.refused = str(error)
-                self._as_frames(self.refused)
-                return None
+            if self._world == 1 or self._frame.started:
+                raise
             alone = RunError(
                 f"train_batch: {error} It was one program before, and other ranks may still run theirs, so this "
                 'rank cannot run it otherwise alone. Set "step_entry": false in the section "dscompile".'
@@ -114,9 +124,6 @@ class OneProgram:
             if not self._frame.started:  # else its watch knows
                 self._tell(error)
             raise
-        self.reason = ""
-        self.runs += 1
-        return loss
 
     def _agree(self, loss_fn: LossFunction | None, batch: Any, hooked: bool) -> str:
         """Compile, and find out whether every rank could; the reason to run as frames, if any. A collective."""
@@ -171,7 +178,7 @@ class OneProgram:
         if self._world > 1 and (watch := self._watch()) is not None:
             watch.failed(error)
 
-    def _as_frames(self, reason: str) -> None:
+    def _count(self, reason: str) -> None:
         """Count a micro-batch that must run as frames, and report the reason once."""
         self.reason = reason
         self.fallbacks += 1

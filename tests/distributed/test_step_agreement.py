@@ -213,6 +213,20 @@ def test_one_rank_cannot_compile_a_later_shape() -> None:
     assert not waiting.timed_out
 
 
+def a_later_shape(rank: int, world: int) -> tuple[str, int, int]:
+    engine, stream = engine_of(), batches(rank, 2, 3, 2)
+    for _ in range(3):
+        engine.train_batch(stream, loss_fn=both)
+    assert reported() == [engine.one_program.reason]
+    return counts(engine)
+
+
+def test_one_process_falls_back_at_a_later_shape() -> None:
+    ((reason, runs, fallbacks),) = run_ranks(a_later_shape, 1, timeout=200)
+    assert "cannot be one program" in reason
+    assert (runs, fallbacks) == (1, 2)
+
+
 def uneven_shapes(rank: int, world: int, entry: bool) -> tuple[list[float], int]:
     engine, stream = engine_of(step_entry=entry), batches(rank, 2, 4 + rank, 7 - rank, 2, 9)
     losses = [engine.train_batch(stream, loss_fn=both).item() for _ in range(5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import itertools
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dscompile.engine import checkpoint_directory
+from dscompile.engine import checkpoint_directory, checkpoint_saver
 from dscompile.engine.checkpoint import save_checkpoint
 from dscompile.engine.checkpoint_files import DirectoryReader
 from dscompile.engine.checkpoint_state import stored_model_keys
@@ -383,7 +384,9 @@ def test_checkpoint_of_the_former_format_is_named_with_the_way_out(tmp_path, cap
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_asynchronous_saves_end_before_the_run_does_and_their_errors_are_its(tmp_path, capsys, monkeypatch):
+def test_asynchronous_saves_end_before_the_run_does_and_their_errors_are_its(tmp_path, capsys, caplog, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda call, *_: at_exit.append(call))
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)  # a save before every step
     assert command(options(tmp_path, "--name", "a", steps=4)) == 0
     assert RunDir(tmp_path / "a").load()["step"] == 4
@@ -392,6 +395,11 @@ def test_asynchronous_saves_end_before_the_run_does_and_their_errors_are_its(tmp
     assert command(options(tmp_path, "--name", "b", steps=4)) == 2
     assert "step_2: cannot write the checkpoint: No space left on device" in capsys.readouterr().err
     assert RunDir(tmp_path / "b").load()["step"] == 1
+    ours = [call for call in at_exit if call.__module__ == checkpoint_saver.__name__]
+    for call in ours:
+        call()
+    assert ours
+    assert "step_2" not in caplog.text  # said once: not by the interpreter's exit too
 
 
 def refuse(commit, tag):

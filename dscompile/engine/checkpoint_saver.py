@@ -36,6 +36,7 @@ class SaveHandle:
         self.blocked_seconds = 0.0
         self._staged, self._done = threading.Event(), threading.Event()
         self._error: CheckpointError | None = None
+        self._raised = False
 
     @property
     def error(self) -> CheckpointError | None:
@@ -79,8 +80,13 @@ class SaveHandle:
         if not self._done.wait(timeout):
             raise CheckpointError(f"{self.path}: not saved yet after {timeout:g} s.")
         if self._error is not None:
+            self._raised = True
             raise self._error
         return self.path
+
+    def untold(self) -> CheckpointError | None:
+        """Why it failed, if :meth:`wait` has not raised it."""
+        return None if self._raised else self._error
 
 
 class Saver:
@@ -119,8 +125,8 @@ class Saver:
         def at_exit() -> None:
             if not handle.wait_ended(_EXIT_SECONDS):
                 _LOG.error("%s: not complete %g s after the end of the program", handle.path, _EXIT_SECONDS)
-            elif handle.error is not None:
-                _LOG.error("%s", handle.error)
+            elif (error := handle.untold()) is not None:
+                _LOG.error("%s", error)
 
         atexit.register(at_exit)
         self._undo = [hook.remove, lambda: atexit.unregister(at_exit)]

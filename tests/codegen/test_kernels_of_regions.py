@@ -1,4 +1,4 @@
-"""Each fused region of a transformer is one C++ kernel on CPU, with no call of PyTorch's kernels beside it, but for sums that run."""
+"""Each fused region of a transformer is one C++ kernel on CPU and no call of PyTorch's, but for sums that run."""
 
 from __future__ import annotations
 

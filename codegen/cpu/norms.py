@@ -48,7 +48,6 @@ def choose_norms(module: fx.GraphModule, config: Config) -> list[str]:
         if choice.kernel:
             name += _replace_rms_norm(norm)
         choices.append(f"RMS norm backward {list(norm.x.meta['val'].shape)}: {name} ({choice.reason})")
-    module.graph.eliminate_dead_code()
     module.recompile()
     return choices
 
@@ -123,6 +122,13 @@ def _replace_rms_norm(norm: RmsNorm) -> str:
             dx.meta["val"] = value
     norm.dx.replace_all_uses_with(dx, propagate_meta=False)
     norm.dweight.replace_all_uses_with(down, propagate_meta=False)
+    unused = [norm.dx, norm.dweight]
+    while unused:  # what is above them up to the operator's operands, which it uses: products and sums, all pure
+        node = unused.pop()
+        if not node.users and node.op == "call_function":
+            operands = node.all_input_nodes
+            graph.erase_node(node)
+            unused += [n for n in operands if n not in unused]
     return " with the residual's gradient" if taken is not None else ""
 
 

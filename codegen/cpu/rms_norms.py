@@ -157,6 +157,8 @@ def _sums(node: fx.Node, *, last: bool) -> bool:
     if node.target is not aten.sum.dim_IntList or node.kwargs:
         return False
     dims, rank = node.args[1], len(_shape(node.args[0]))
+    if not dims or not rank:  # None and [] are all dimensions
+        return False
     over = sorted(d % rank for d in dims)  # type: ignore[union-attr, operator]
     return over == ([rank - 1] if last else list(range(rank - 1))) and (not last or node.args[2:] == (True,))
 

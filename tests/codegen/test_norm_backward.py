@@ -13,7 +13,7 @@ from dscompile import norm_ops
 from dscompile.codegen.cpu.norms import choose_norms
 from dscompile.config import Config
 from dscompile.graph import StepGraph
-from tests.build import trace
+from tests.build import Hand, trace
 
 aten = torch.ops.aten
 OURS = torch.ops.dscompile.layer_norm_backward.default
@@ -238,6 +238,16 @@ def test_what_is_no_rms_norm_is_left() -> None:
     x, weight = torch.randn(2, 4, 8, requires_grad=True), torch.rand(8, requires_grad=True)
     module = trace(Twice(), x, weight).module
     assert choose_norms(module, Config.load({"norm_backward": "kernel"})) == []
+
+
+def test_a_sum_over_everything_is_no_norm() -> None:
+    """The start of the pattern, with a sum that spells its dimensions None."""
+    h = Hand()
+    x, rstd = h.input("x", 4, 8), h.input("rstd", 4, 1)
+    total = h.call(aten.sum.dim_IntList, h.call(aten.mul.Tensor, x, x), None, True)
+    half = h.call(aten.mul.Scalar, total, -0.5)
+    product = h.call(aten.mul.Tensor, half, h.call(aten.pow.Tensor_Scalar, rstd, 3))
+    assert choose_norms(h.done([product]).module, Config.load({"norm_backward": "kernel"})) == []
 
 
 @pytest.mark.parametrize("norm", [nn.RMSNorm(8), LlamaNorm()])

@@ -1,9 +1,10 @@
 """Bucket: markers become collectives over flat buffers, at the boundaries of blocks.
 
 Gathers of one block (and of one dtype and group) share a buffer and one ``all_gather``; gradients of one block of
-backward share a buffer and one reduction. Payload is in the order of first use. Buckets begin and end with the repeated
-blocks that regions are cut at, so no collective splits a compiled region, and hold at most the given number of
-elements (DeepSpeed's ``allgather_bucket_size`` and ``reduce_bucket_size`` count elements too).
+backward share a buffer and one reduction. Payload is in the order of the graph's parameters, so that no schedule
+changes a sum whose order depends on the place in a buffer. Buckets begin and end with the repeated blocks that regions
+are cut at, so no collective splits a compiled region, and hold at most the given number of elements (DeepSpeed's
+``allgather_bucket_size`` and ``reduce_bucket_size`` count elements too).
 
 On gloo, whose reduce-scatter is an all-reduce in disguise, a reduction is one all-to-all and a sum in the order of
 ranks: ``(N - 1) / N`` of the bytes instead of twice that, and the same bits in every run.
@@ -77,8 +78,9 @@ def _gather_phase(graph: StepGraph, ctx: PassContext, sections: Sections, phase:
             _lower_gather(graph, ctx, [marker], marker.node)
             continue
         wanted.setdefault((first, _kind(marker, alone)), []).append(marker)
+    places = {node: place for place, node in enumerate(graph.placeholders())}
     for block, members in _buckets(wanted, cap):
-        _lower_gather(graph, ctx, members, sections.start(block))
+        _lower_gather(graph, ctx, sorted(members, key=lambda m: places[m.operand]), sections.start(block))
 
 
 def _kind(marker: Marker, alone: int) -> tuple[object, ...]:
@@ -186,8 +188,10 @@ def _reduce_backward(graph: StepGraph, ctx: PassContext, sections: Sections, cap
             _lower_reduce(graph, ctx, [marker], marker.node)
             continue
         wanted.setdefault((made, _kind(marker, alone)), []).append(marker)
+    # Gradients are given out in the order of the parameters.
+    places = {output: place for place, output in enumerate(graph.output_values()) if isinstance(output, fx.Node)}
     for block, members in _buckets(wanted, cap):
-        _lower_reduce(graph, ctx, members, sections.after(block, graph))
+        _lower_reduce(graph, ctx, sorted(members, key=lambda m: places[m.node]), sections.after(block, graph))
 
 
 def _marked_late(graph: StepGraph, sections: Sections) -> set[fx.Node]:

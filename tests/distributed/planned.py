@@ -52,6 +52,11 @@ def plan(
 ) -> Plan:
     """Shard ``model`` over the current (fake) world and plan one training step of it, as for the given library."""
     dscompile.distribute(model, config={"zero": zero, "pipeline": pipeline, "precision": precision or {}})
+    return plan_distributed(model, *args, library=library)
+
+
+def plan_distributed(model: nn.Module, *args: Any, library: str = "gloo") -> Plan:
+    """Plan one training step of a sharded model, as for the given library."""
     plans: list[Plan] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:

@@ -1,7 +1,7 @@
 """Run a test function on N gloo ranks, each its own process: results in rank order, failures with their traceback.
 
-Children are forked from a server that has imported torch and dscompile once and run nothing, so a rank starts in well
-under a second. Every child runs one OpenMP thread, has the caller's environment and an initialised gloo process group,
+Children are forked from a server that has imported torch and dscompile and warmed them up (:mod:`tests.rank_warm`), so a
+rank starts, and compiles, in well under a second. Every child runs one OpenMP thread, has the caller's environment and an initialised gloo process group,
 and is killed when the time is up. (What a module reads from the environment at import, it read at the server's start.)
 """
 
@@ -90,7 +90,7 @@ def rank_outcomes(
 ) -> list[Outcome]:
     """As :func:`run_ranks`, but failures are part of the result. ``grace``: seconds the others get after the first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dscompile.backend", __name__])
+    context.set_forkserver_preload(["tests.rank_warm", __name__])
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store == "parent" else None
     port = server.port if server is not None else _free_port()
     with tempfile.TemporaryDirectory() as folder:

@@ -29,6 +29,7 @@ def rank_one_raises(rank: int, world: int) -> None:
 def rank_one_dies(rank: int, world: int) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)  # another thread may be the first to notice
 
 
 def rank_one_sleeps(rank: int, world: int) -> int:

@@ -13,7 +13,7 @@ from torch._inductor.codecache import CacheBase, torch_key
 
 import dscompile.backend
 import dscompile.distribution
-import dscompile.engine.engine  # noqa: F401
+import dscompile.engine.engine
 from dscompile.inductor_compat import probe_vector_isa
 
 

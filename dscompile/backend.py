@@ -68,7 +68,7 @@ def dscompile(
     _check_replaced(gm, inputs)
     files = checked_files()
     frame = Frame(config, inputs, f"graph{next(_COUNTER)}", sharding)
-    if files.empty and config.regions != "aten":
+    if config.regions != "aten":
         frame.probe = probe_vector_isa()
     with (
         our_cache_key(cache.key(config, sharding.key()), regions=config.cache, programs=config.cache),

@@ -37,6 +37,10 @@ Stamp = tuple[int, int]
 """Size in bytes and modification time in nanoseconds."""
 
 
+_FEW = 32
+"""So many records are read before they are written together as one: each compilation adds one."""
+
+
 def checked_files() -> CacheFiles:
     """The cache directory's files, checked once a process."""
     return _checked(Path(cache_directory()))
@@ -56,11 +60,6 @@ class CacheFiles:
         """Look at nothing yet."""
         self.root = root
         self._known: dict[str, Stamp] = {}
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing had been compiled into the directory when it was checked."""
-        return not self._known
 
     def check(self) -> list[str]:
         """Remove damaged files; returns their paths, relative to the cache directory, and warns of them.
@@ -129,19 +128,40 @@ class CacheFiles:
 
     def _read_records(self) -> tuple[dict[str, dict[str, Stamp]], bool]:
         """For each file its digests, with the stamp that each was seen under; and whether all records are whole."""
-        known: dict[str, dict[str, Stamp]] = {}
-        whole = True
-        with contextlib.suppress(OSError):
-            for path in sorted((self.root / RECORDS).glob("*.txt")):
-                content = path.read_bytes()
-                if hashlib.sha256(content).hexdigest() != path.stem:
-                    whole = False
-                    path.unlink()
-                    continue
-                for line in content.decode().splitlines():
-                    if match := _LINE.fullmatch(line):
-                        known.setdefault(match[4], {})[match[1]] = int(match[2]), int(match[3])
-        return known, whole
+        while True:
+            known: dict[str, dict[str, Stamp]] = {}
+            whole, read = True, list[Path]()
+            try:
+                for path in sorted((self.root / RECORDS).glob("*.txt")):
+                    content = path.read_bytes()
+                    if hashlib.sha256(content).hexdigest() != path.stem:
+                        whole = False
+                        path.unlink(missing_ok=True)
+                        continue
+                    read.append(path)
+                    for line in content.decode().splitlines():
+                        if match := _LINE.fullmatch(line):
+                            known.setdefault(match[4], {})[match[1]] = int(match[2]), int(match[3])
+            except FileNotFoundError:
+                continue  # another process has just joined records: what this one held is in a new one
+            except OSError:
+                pass
+            if len(read) > _FEW:
+                self._join(known, read)
+            return known, whole
+
+    def _join(self, known: dict[str, dict[str, Stamp]], read: list[Path]) -> None:
+        """Replace the records in ``read`` by one that says the same of the files that still exist."""
+        lines = [
+            f"{digest} {size} {time} {name}\n"
+            for name, digests in known.items()
+            if (self.root / name).exists()
+            for digest, (size, time) in digests.items()
+        ]
+        written = self._write_record("".join(lines))
+        for path in read if written else ():
+            if path != written:
+                path.unlink(missing_ok=True)
 
     def _write(self, digests: dict[str, str]) -> None:
         """Write one record of ``digests``; a cache that cannot be written is no error, only slow."""
@@ -151,14 +171,19 @@ class CacheFiles:
                 status = os.stat(self.root / name)
                 self._known[name] = status.st_size, status.st_mtime_ns
                 lines.append(f"{digest} {status.st_size} {status.st_mtime_ns} {name}\n")
-        if not lines:
-            return
-        content = "".join(lines)
+        self._write_record("".join(lines))
+
+    def _write_record(self, content: str) -> Path | None:
+        """The new record; None if there is nothing to say or no place to say it."""
+        if not content:
+            return None
         path = self.root / RECORDS / f"{hashlib.sha256(content.encode()).hexdigest()}.txt"
         try:
             write_whole(path, content, hint="Compiled programs may not be kept.")
         except RunError as error:
             log.warning("%s", error)
+            return None
+        return path
 
 
 def _digest(path: Path) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,6 +292,7 @@ def load_artifact(artifact: CompiledFxGraph) -> Callable[[list[Any]], Any]:
     kernels.
     """
     if artifact.current_callable is None:
+        probe_vector_isa().join()
         loaded, _ = FxGraphCache.cache_hit_post_compile(artifact, {}, CompiledFxGraphConstants())
         if loaded is None or loaded.current_callable is None:
             raise RuntimeError("a cached region could not be loaded")
@@ -305,12 +307,13 @@ def cache_directory() -> str:
     return cache_dir()
 
 
+@functools.cache
 def probe_vector_isa() -> threading.Thread:
-    """Find out on a thread of its own which vector instructions the C++ compiler and this CPU have; join it.
+    """Find out on a thread, once a process, which vector instructions the C++ compiler and this CPU have; join it.
 
-    With an empty cache directory Inductor builds and loads a test library for each instruction set, about 7 s, at the
-    first kernel that it writes. The compilers are other processes: a second core does that while the graph is traced.
-    A failure is left for Inductor to meet again, and to report. Stands on ``valid_vec_isa_list``.
+    At its first kernel Inductor loads a test library for each instruction set, in processes of their own, and builds
+    them first in an empty cache directory: about 1 s and 7 s, which a second core spends while the graph is traced. A
+    failure is left for Inductor to meet again, and to report. Stands on ``valid_vec_isa_list``.
     """
 
     def probe() -> None:

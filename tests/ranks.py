@@ -1,8 +1,8 @@
 """Run a test function on N gloo ranks, each its own process: results in rank order, failures with their traceback.
 
 Children are forked from a server that has imported torch and dscompile and warmed them up (:mod:`tests.rank_warm`), so
-a rank starts, and compiles, in well under a second. Every child runs one OpenMP thread, has the caller's environment and
-an initialised gloo process group, and is killed when the time is up. (What a module reads from the environment at
+a rank starts, and compiles, in well under a second. Every child runs one OpenMP thread, has the caller's environment
+and an initialised gloo process group, and is killed when the time is up. (What a module reads from the environment at
 import, it read at the server's start.)
 """
 

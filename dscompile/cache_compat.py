@@ -21,9 +21,22 @@ from torch.fx.experimental.symbolic_shapes import has_guarding_hint
 from dscompile.inductor_compat import NotCacheable
 from dscompile.torch_compat import storage_key
 
-_OF_PYTORCH = frozenset(
-    "aten prim prims inductor higher_order profiler rngprims quantized quantized_decomposed mkldnn mkl onednn c10d "
-    "c10d_functional _c10d_functional _c10d_functional_autograd _dtensor symm_mem fsdp dscompile".split()
+_OF_PYTORCH = (
+    *(
+        "aten",
+        "prim",
+        "prims",
+        "inductor",
+        "higher_order",
+        "profiler",
+        "rngprims",
+        "mkldnn",
+        "mkl",
+        "onednn",
+        "quantized",
+    ),
+    *("quantized_decomposed", "c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"),
+    *("symm_mem", "fsdp", "dscompile"),
 )
 """Namespaces of operators whose gradients and shapes come with PyTorch's version, or with our source."""
 
@@ -99,9 +112,14 @@ def _constants(gm: fx.GraphModule) -> Iterator[str]:
     for prefix, module in gm.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
-                with torch.no_grad():
-                    content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                yield f"{prefix}.{name} {hashlib.sha256(content).hexdigest()}"
+                yield f"{prefix}.{name} {content_of(value)}"
+
+
+def content_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's elements."""
+    with torch.no_grad():
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
 def guards_of(inputs: Sequence[Any]) -> str:

@@ -15,15 +15,19 @@ import logging
 import os
 import pickle
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dscompile.cache_compat import guards_hold, guards_of
+from torch import fx
+
+from dscompile import cache
+from dscompile.backend import Frame
+from dscompile.cache_compat import captured_key, guards_hold, guards_of
 from dscompile.graph import StepGraph
-from dscompile.inductor_compat import NotCacheable, cache_directory
-from dscompile.runtime.code import ProgramCode
+from dscompile.inductor_compat import NotCacheable, cache_directory, our_cache_key
+from dscompile.runtime.code import ProgramCode, loading_into
 from dscompile.text import print_graph, side_table
 from dscompile.text_parse import parse_graph
 from dscompile.torch_compat import no_modes
@@ -83,6 +87,11 @@ class StepCache:
         self.folder = Path(cache_directory()) / FOLDER / key
         self.removed = 0
 
+    @property
+    def note(self) -> str:
+        """What a report says of :attr:`removed`; "" if nothing was."""
+        return f"{self.removed} damaged program(s) removed from the compile cache" if self.removed else ""
+
     def find(self, inputs: Sequence[Any]) -> Kept[Any] | None:
         """The first entry whose guards hold for ``inputs``, with its program loaded and reported; None without one."""
         try:
@@ -125,6 +134,8 @@ class StepCache:
     def store(self, code: ProgramCode, graph: StepGraph, inputs: Sequence[Any], more: Any) -> str:
         """Keep a program for other processes; returns why it could not be, or ""."""
         bare = copy.copy(code)
+        lasting = [reason for reason in code.report.fallbacks if reason != self.note]
+        bare.report = replace(code.report, fallbacks=lasting)
         try:
             bare.prepare_for_serialization()
             with no_modes():
@@ -145,3 +156,57 @@ class StepCache:
             log.warning("%s: cannot write: %s. The program is not kept.", self.folder, error.strerror or error)
             return f"{self.folder}: cannot write: {error.strerror or error}"
         return ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the cache has of a step that is being compiled.
+
+    Attributes:
+        kept: the entry, with its program loaded and reported; None if it must be compiled.
+        entries: where to keep it then; None if it cannot be kept.
+        inputs: the step's real inputs.
+    """
+
+    kept: Kept[Any] | None
+    entries: StepCache | None
+    inputs: Sequence[Any]
+
+    def store(self, code: ProgramCode, graph: StepGraph, more: Any) -> None:
+        """Keep a program that was compiled for want of an entry; its report says why, if it cannot be."""
+        if self.entries is not None:
+            code.report.not_kept = self.entries.store(code, graph, self.inputs, more)
+
+
+@contextlib.contextmanager
+def caching(frame: Frame) -> Iterator[None]:
+    """While a step is looked up and compiled: the configuration of PyTorch's caches, and where loaded programs go."""
+    on = frame.config.cache
+    with (
+        our_cache_key(cache.key(frame.config, frame.sharding.key()), regions=on, programs=on),
+        loading_into(frame.name, frame.writer),
+    ):
+        yield
+
+
+def look_up(frame: Frame, gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str]) -> Found:
+    """The cached program of a captured step; inside :func:`caching`.
+
+    Args:
+        frame: is told what was damaged, and why nothing can be kept.
+        gm: the captured graph.
+        inputs: its real inputs, or what they come from.
+        names: where each of the graph's inputs comes from.
+    """
+    if not frame.config.cache:
+        return Found(None, None, inputs)
+    try:
+        key = captured_key(gm, inputs, [*names, repr(frame.inputs)])
+    except NotCacheable as error:
+        frame.not_kept = str(error)
+        return Found(None, None, inputs)
+    entries = StepCache(key)
+    kept = entries.find(inputs)
+    if entries.note:
+        frame.notes.append(entries.note)
+    return Found(kept, entries, inputs)

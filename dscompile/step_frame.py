@@ -18,19 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dscompile import cache
 from dscompile.backend import Frame, check_frame
-from dscompile.cache_compat import captured_key
 from dscompile.cache_files import checked_files
 from dscompile.config import Config
 from dscompile.entry import watched
 from dscompile.errors import DscompileError, UnsupportedError
 from dscompile.graph import GraphKind, InputKind, StepGraph
-from dscompile.inductor_compat import NotCacheable, our_cache_key
 from dscompile.params import frame_inputs, from_aot
-from dscompile.runtime.code import ProgramCode, loading_into
+from dscompile.runtime.code import ProgramCode
 from dscompile.sharding import Sharding
-from dscompile.step_cache import GraphText, Kept, StepCache
+from dscompile.step_cache import GraphText, caching, look_up
 from dscompile.torch_compat import behind, is_refusal, joint_of, source_names
 
 _COUNTER = itertools.count()
@@ -123,22 +120,16 @@ class StepFrame:
         sharding = Sharding.of(inputs, example_inputs)
         files = checked_files()
         frame = Frame(self._config, inputs, f"step{next(_COUNTER)}", sharding)
-        on = self._config.cache
-        with (
-            our_cache_key(cache.key(self._config, sharding.key()), regions=on, programs=on),
-            loading_into(frame.name, frame.writer),
-        ):
-            kept, entries = _look_up(frame, gm, example_inputs)
-            if kept is not None:
-                code, deliver = kept.code, kept.more
-                self._graph, self._text = None, kept.text
+        with caching(frame):
+            found = look_up(frame, gm, example_inputs, source_names(gm))
+            if found.kept is not None:
+                code, deliver = found.kept.code, found.kept.more
+                self._graph, self._text = None, found.kept.text
             else:
                 frame.start_probe(files)
-                graph, code = self._compile(frame, gm, tuple(example_inputs))
-                deliver = Delivery.of(graph)
-                self._graph, self._text = graph, None
-                if entries is not None:
-                    code.report.not_kept = entries.store(code, graph, example_inputs, deliver)
+                self._graph, code = self._compile(frame, gm, tuple(example_inputs))
+                deliver = Delivery.of(self._graph)
+                found.store(code, self._graph, deliver)
                 files.record()
         self.code = code
         run = watched(self._runner(deliver, code), example_inputs)
@@ -211,24 +202,6 @@ class Delivery:
         tangents = [n.meta["val"] for n in graph.placeholders() if graph.input_of(n).kind is InputKind.TANGENT]  # type: ignore[union-attr]
         plain = len(graph.inputs) - len(tangents)
         return Delivery(places, plain, tangents[0].dtype, tangents[0].device)
-
-
-def _look_up(
-    frame: Frame, gm: fx.GraphModule, example_inputs: Sequence[Any]
-) -> tuple[Kept[Delivery] | None, StepCache | None]:
-    """The cached program of a captured step, if there is one; and where to keep it, if it can be kept."""
-    if not frame.config.cache:
-        return None, None
-    try:
-        key = captured_key(gm, example_inputs, [*source_names(gm), repr(frame.inputs)])
-    except NotCacheable as error:
-        frame.not_kept = str(error)
-        return None, None
-    entries: StepCache = StepCache(key)
-    kept = entries.find(example_inputs)
-    if entries.removed:
-        frame.notes.append(f"{entries.removed} damaged program(s) removed from the cache")
-    return kept, entries
 
 
 def _effects(graph: StepGraph) -> list[tuple[str, Any]]:

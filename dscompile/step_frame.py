@@ -31,6 +31,8 @@ from dscompile.step_cache import GraphText, caching, look_up
 from dscompile.torch_compat import behind, is_refusal, joint_of, source_names
 
 _COUNTER = itertools.count()
+_MOST_PROGRAMS = 64
+"""A step may have (shapes, variants of accumulation, numbers that Dynamo guards); Dynamo's own limit is 8."""
 
 
 class _Compiled(Exception):  # noqa: N818 - no error: it ends a call after compilation
@@ -61,7 +63,9 @@ class StepFrame:
         def step(model: nn.Module, *batch: Any) -> Tensor:
             return loss(model, *batch)
 
-        self._step = torch.compile(step, backend=self._backend, fullgraph=True)
+        # All of these share one code object, and so would share one limit; frames may run past theirs, ranks may not.
+        own: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": _MOST_PROGRAMS}
+        self._step = torch.compile(step, backend=self._backend, fullgraph=True, **own)
 
     @property
     def graph(self) -> StepGraph | None:

@@ -1,4 +1,4 @@
-"""Private parts of PyTorch. Only this file and :mod:`dscompile.inductor_compat` name any; everything else imports them.
+"""Private parts of PyTorch. Only this file, ``inductor_compat`` and ``cache_compat`` name any; others import them.
 
 Each helper says which private name it stands on, so that a new PyTorch release is checked in one sitting.
 """

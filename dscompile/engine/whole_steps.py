@@ -60,7 +60,7 @@ class WholeSteps(Answers):
         self.module.train()
         total = torch.zeros((), device=self.device)
         loss_fn = self._loss_function(loss_fn)
-        for batch in self._micro_batches(data_iter):
+        for batch in self._micro_batches(data_iter, pairs=loss_fn is not None):
             loss = self._as_one_program(batch, loss_fn)
             if loss is None:
                 loss = self._loss_of(batch, loss_fn)
@@ -83,7 +83,7 @@ class WholeSteps(Answers):
         try:
             total = torch.zeros((), device=self.device)
             loss_fn = self._loss_function(loss_fn)
-            for batch in self._micro_batches(data_iter):
+            for batch in self._micro_batches(data_iter, pairs=loss_fn is not None):
                 total += self._loss_of(batch, loss_fn).float() / self.window.size
         finally:
             self.module.train(training)
@@ -99,8 +99,8 @@ class WholeSteps(Answers):
         inputs, labels = batch
         return loss_in(loss_fn(self(inputs), labels))
 
-    def _micro_batches(self, data_iter: Iterator[Any] | None) -> Iterator[Any]:
-        """A window's micro-batches, on the device."""
+    def _micro_batches(self, data_iter: Iterator[Any] | None, *, pairs: bool) -> Iterator[Any]:
+        """A window's micro-batches, on the device; ``pairs``: each must be (inputs, labels)."""
         source = self._batches() if data_iter is None else data_iter
         if not hasattr(source, "__next__"):
             raise RunError(
@@ -108,12 +108,15 @@ class WholeSteps(Answers):
             )
         for index in range(self.window.size):
             try:
-                yield moved(next(source), self.device)
+                batch = next(source)
             except StopIteration:
                 raise RunError(
                     f"the data ended after {index} of {self.window.size} micro-batches; give an iterator that repeats "
                     "(dscompile.RepeatingLoader), or stop one step earlier."
                 ) from None
+            if pairs and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise RunError(f"with a loss_fn a micro-batch is a pair (inputs, labels), got {_kind(batch)}.")
+            yield moved(batch, self.device)
 
     def _batches(self) -> Iterator[Any]:
         if self.training_dataloader is None:
@@ -126,3 +129,10 @@ class WholeSteps(Answers):
         if self.world_size > 1:
             dist.all_reduce(value)
         return value / self.world_size
+
+
+def _kind(batch: Any) -> str:
+    """What a micro-batch is, for a message."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    return f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__

@@ -73,8 +73,8 @@ def captured_key(gm: fx.GraphModule, inputs: Sequence[Any], more: Sequence[str])
     )
     try:
         key, _ = autograd_cache_key(gm, inputs, config)
-    except NotCacheable:
-        raise
+    except NotCacheable as error:
+        raise NotCacheable(" ".join(str(error).split())) from error  # several lines
     except Exception as error:  # as AOTAutograd does: whatever cannot be hashed is not kept
         raise NotCacheable(f"{type(error).__name__}: {error}") from error
     parts = [key, repr(_sharing(inputs)), *_constants(gm), *more]

@@ -49,6 +49,7 @@ class StepFrame:
     Attributes:
         code: the program compiled last, or loaded from the cache; None before.
         started: whether the last call got as far as running a program.
+        programs: how many were compiled or loaded.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], config: Config) -> None:
@@ -59,6 +60,7 @@ class StepFrame:
         self._only_compile = False
         self._scale, self._share = 1.0, 1
         self.started = False
+        self.programs = 0
 
         def step(model: nn.Module, *batch: Any) -> Tensor:
             return loss(model, *batch)
@@ -136,6 +138,7 @@ class StepFrame:
                 found.store(code, self._graph, deliver)
                 files.record()
         self.code = code
+        self.programs += 1
         run = watched(self._runner(deliver, code), example_inputs)
 
         def start(*args: Any) -> Any:

@@ -319,6 +319,24 @@ def test_a_custom_operator_is_not_kept_until_its_version_is_named(cache_dir: Pat
         assert not start(loss=custom)[0].cached
 
 
+class Triple(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 3 * gradients[0]
+
+
+def test_what_pytorch_does_not_hash_is_not_kept(cache_dir: Path) -> None:
+    report, _ = start(loss=lambda model, ids: Triple.apply(model(ids)).mean())
+    assert "autograd_function_apply" in report.not_kept
+    assert "\n" not in report.not_kept
+    assert "not kept in the cache: Unsupported" in report.line()
+    assert entries(cache_dir) == []
+
+
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 SCRIPT = textwrap.dedent(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dscompile.engine.answers import Answers
 from dscompile.engine.data import Loader, RepeatingLoader
+from dscompile.engine.one_program import OneProgram
 from dscompile.engine.outputs import call_with, loss_in, moved
 from dscompile.engine.window import Window
 from dscompile.errors import RunError
@@ -22,10 +23,12 @@ class WholeSteps(Answers):
     module: nn.Module
     window: Window
     training_dataloader: Loader | None
+    one_program: OneProgram
 
     def __init__(self) -> None:
         super().__init__()
         self._repeating: Iterator[Any] | None = None
+        self._too_many: Tensor | None = None
 
     def backward(self, loss: Tensor) -> Tensor:
         """Backward of one micro-batch's loss."""
@@ -57,6 +60,8 @@ class WholeSteps(Answers):
                 f"train_batch() after {self.window.done} of {self.window.size} micro-batches of a window; finish it "
                 "with engine.step()."
             )
+        if self._too_many is not None and self._too_many:  # of the last window, so that no device is waited for
+            self.one_program.give_up()
         self.module.train()
         total = torch.zeros((), device=self.device)
         loss_fn = self._loss_function(loss_fn)
@@ -67,7 +72,8 @@ class WholeSteps(Answers):
                 self.backward(loss)
             self.step()
             total += loss.detach().float() / self.window.size
-        return self._mean(total)
+        mean, self._too_many = self._mean(total, torch.full_like(total, self.one_program.too_many))
+        return mean
 
     def _as_one_program(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor | None:
         """Forward and backward of a micro-batch at once; None, and nothing ran, where that cannot be."""
@@ -87,7 +93,8 @@ class WholeSteps(Answers):
                 total += self._loss_of(batch, loss_fn).float() / self.window.size
         finally:
             self.module.train(training)
-        return self._mean(total)
+        (mean,) = self._mean(total)
+        return mean
 
     def _loss_function(self, given: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
         return given if given is not None else getattr(self.module, "loss_fn", None)
@@ -125,10 +132,12 @@ class WholeSteps(Answers):
             self._repeating = iter(RepeatingLoader(self.training_dataloader))
         return self._repeating
 
-    def _mean(self, value: Tensor) -> Tensor:
+    def _mean(self, *values: Tensor) -> Tensor:
+        """The mean of scalars over the ranks, by one collective."""
+        together = torch.stack(values)
         if self.world_size > 1:
-            dist.all_reduce(value)
-        return value / self.world_size
+            dist.all_reduce(together)
+        return together / self.world_size
 
 
 def _kind(batch: Any) -> str:

@@ -72,8 +72,9 @@ class WholeSteps(Answers):
                 self.backward(loss)
             self.step()
             total += loss.detach().float() / self.window.size
-        mean, self._too_many = self._mean(total, torch.full_like(total, self.one_program.too_many))
-        return mean
+        found = self._mean(total, torch.full_like(total, self.one_program.too_many))
+        self._too_many = found[1]
+        return found[0]
 
     def _as_one_program(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor | None:
         """Forward and backward of a micro-batch at once; None, and nothing ran, where that cannot be."""
@@ -93,8 +94,7 @@ class WholeSteps(Answers):
                 total += self._loss_of(batch, loss_fn).float() / self.window.size
         finally:
             self.module.train(training)
-        (mean,) = self._mean(total)
-        return mean
+        return self._mean(total)[0]
 
     def _loss_function(self, given: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
         return given if given is not None else getattr(self.module, "loss_fn", None)

@@ -19,24 +19,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import has_guarding_hint
 
 from dscompile.inductor_compat import NotCacheable
-from dscompile.torch_compat import storage_key
+from dscompile.torch_compat import TracingContext, storage_key
 
 _OF_PYTORCH = (
-    *(
-        "aten",
-        "prim",
-        "prims",
-        "inductor",
-        "higher_order",
-        "profiler",
-        "rngprims",
-        "mkldnn",
-        "mkl",
-        "onednn",
-        "quantized",
-    ),
-    *("quantized_decomposed", "c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"),
-    *("symm_mem", "fsdp", "dscompile"),
+    *("aten", "prim", "prims", "inductor", "higher_order", "profiler", "rngprims", "quantized"),
+    *("quantized_decomposed", "mkldnn", "mkl", "onednn", "c10d", "c10d_functional", "_c10d_functional"),
+    *("_c10d_functional_autograd", "_dtensor", "symm_mem", "fsdp", "dscompile"),
 )
 """Namespaces of operators whose gradients and shapes come with PyTorch's version, or with our source."""
 
@@ -116,17 +104,27 @@ def _constants(gm: fx.GraphModule) -> Iterator[str]:
 
 
 def content_of(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's elements."""
-    with torch.no_grad():
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    """SHA-256 of a tensor's elements. Raises :class:`NotCacheable` for one whose elements cannot be read (sparse)."""
+    try:
+        with torch.no_grad():
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise NotCacheable(f"a constant of layout {tensor.layout} on {tensor.device} cannot be hashed") from error
 
 
 def guards_of(inputs: Sequence[Any]) -> str:
     """What tracing found out that sizes must obey, as an expression for :func:`guards_hold`; "" for fixed sizes.
 
-    Stands on ``AOTAutogradCache.generate_guards_expression``'s two calls of ``ShapeEnv``.
+    Raises:
+        NotCacheable: tracing found out more, about inputs that overlap in memory.
+
+    Stands on ``AOTAutogradCache.generate_guards_expression``'s two calls of ``ShapeEnv``, and on
+    ``GuardsContext.aotautograd_guards``.
     """
+    context = TracingContext.try_get()
+    if context is not None and context.guards_context.aotautograd_guards:
+        raise NotCacheable("its inputs overlap in memory in a way that each call must look at")
     symbols = AOTAutogradCache._filter_backed_symints(inputs)
     env = AOTAutogradCache._get_shape_env()
     if env is None or not symbols:

@@ -8,6 +8,7 @@ program runs it all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,16 +166,17 @@ class CompiledStep:
         files = checked_files()
         with tracing(context), caching(frame):
             inputs = captured_inputs(captured, tuple(batch))
-            found = look_up(frame, bare_copy(captured), inputs, _names(model, batch, captured, inputs))
+            names = functools.partial(_names, model, batch, captured, inputs)
+            found = look_up(frame, bare_copy(captured), inputs, names)
             if found.kept is not None:
                 self.code, self._layout, self._text = found.kept.code, found.kept.more, found.kept.text
             else:
                 frame.start_probe(files)
                 with contextlib.ExitStack() as stack:
-                    self._graph, names = _trace(stack, model, captured, batch)
+                    self._graph, state = _trace(stack, model, captured, batch)
                     frame.run_passes(self._graph)
                     self.code = frame.compile(self._graph, frozenset())
-                self._layout = Layout(names, self._graph.outputs)
+                self._layout = Layout(state, self._graph.outputs)
                 found.store(self.code, self._graph, self._layout)
                 files.record()
         self._shapes = [_shape(b) for b in batch]

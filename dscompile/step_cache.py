@@ -15,7 +15,7 @@ import logging
 import os
 import pickle
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -189,19 +189,19 @@ def caching(frame: Frame) -> Iterator[None]:
         yield
 
 
-def look_up(frame: Frame, gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str]) -> Found:
+def look_up(frame: Frame, gm: fx.GraphModule, inputs: Sequence[Any], names: Callable[[], Sequence[str]]) -> Found:
     """The cached program of a captured step; inside :func:`caching`.
 
     Args:
         frame: is told what was damaged, and why nothing can be kept.
         gm: the captured graph.
         inputs: its real inputs, or what they come from.
-        names: where each of the graph's inputs comes from.
+        names: says where each of the graph's inputs comes from; may raise :class:`NotCacheable`.
     """
     if not frame.config.cache:
         return Found(None, None, inputs)
     try:
-        key = captured_key(gm, inputs, [*names, repr(frame.inputs)])
+        key = captured_key(gm, inputs, [*names(), repr(frame.inputs)])
     except NotCacheable as error:
         frame.not_kept = str(error)
         return Found(None, None, inputs)

@@ -127,7 +127,7 @@ class StepFrame:
         files = checked_files()
         frame = Frame(self._config, inputs, f"step{next(_COUNTER)}", sharding)
         with caching(frame):
-            found = look_up(frame, gm, example_inputs, source_names(gm))
+            found = look_up(frame, gm, example_inputs, lambda: source_names(gm))
             if found.kept is not None:
                 code, deliver = found.kept.code, found.kept.more
                 self._graph, self._text = None, found.kept.text

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 import dscompile
+from dscompile.cache_compat import content_of
 from dscompile.errors import UnsupportedError
+from dscompile.inductor_compat import NotCacheable
 from dscompile.report import REPORTS, GraphReport
 from dscompile.step_cache import FOLDER
 from dscompile.text import print_graph
@@ -335,6 +337,16 @@ def test_what_pytorch_does_not_hash_is_not_kept(cache_dir: Path) -> None:
     assert "\n" not in report.not_kept
     assert "not kept in the cache: Unsupported" in report.line()
     assert entries(cache_dir) == []
+
+
+def test_constants_are_told_apart_by_content_in_every_type() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int64):
+        ones, zeros = torch.ones(2, 3, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
+        assert content_of(ones) == content_of(ones.t().contiguous().t()) != content_of(zeros)
+    assert content_of(torch.tensor(1.0)) != content_of(torch.tensor(2.0))
+    assert content_of(torch.empty(0)) == content_of(torch.empty(0))
+    with pytest.raises(NotCacheable, match="sparse_coo"):
+        content_of(torch.ones(7).to_sparse())
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from dscompile import cache
-from dscompile.cache_files import checked_files
+from dscompile.cache_files import CacheFiles, checked_files
 from dscompile.codegen.emit import emit_program
 from dscompile.codegen.lower import lower_regions
 from dscompile.codegen.regions import cut
@@ -64,12 +64,10 @@ def dscompile(
     config = Config.load(options) if sharding.config is None else sharding.config.updated(options)
     if mode not in (None, "default"):
         raise UnsupportedError(f"backend 'dscompile' has no mode {mode!r}; use options={{...}} instead.")
-    _check_devices(inputs, example_inputs)
-    _check_replaced(gm, inputs)
+    check_frame(gm, inputs, example_inputs)
     files = checked_files()
     frame = Frame(config, inputs, f"graph{next(_COUNTER)}", sharding)
-    if config.regions != "aten":
-        frame.probe = probe_vector_isa()
+    frame.start_probe()
     with (
         our_cache_key(cache.key(config, sharding.key()), regions=config.cache, programs=config.cache),
         loading_into(frame.name, frame.writer),
@@ -83,6 +81,12 @@ def dscompile(
     if frame.seconds:  # not loaded from the cache
         files.record()
     return watched(compiled, example_inputs)
+
+
+def check_frame(gm: fx.GraphModule, inputs: FrameInputs, example_inputs: Sequence[Any]) -> None:
+    """Raise :class:`UnsupportedError` for devices that this version does not handle and for replaced parameters."""
+    _check_devices(inputs, example_inputs)
+    _check_replaced(gm, inputs)
 
 
 def _check_devices(inputs: FrameInputs, example_inputs: Sequence[Any]) -> None:
@@ -120,9 +124,15 @@ class Frame:
         self.verdict = ""
         self.reference: Snapshot | None = None
         self.notes: list[str] = []
+        self.not_kept = ""
         self.seconds: dict[str, float] = {}
         self.writer = _writer(config, name)
         self.probe: threading.Thread | None = None
+
+    def start_probe(self) -> None:
+        """Find out beside the tracing what vector instructions there are."""
+        if self.config.regions != "aten":
+            self.probe = probe_vector_isa()
 
     # -- AOTAutograd calls these -------------------------------------------------------------------------------------
 
@@ -240,6 +250,7 @@ class Frame:
             verdict=self.verdict,
             fallbacks=[reason for code in codes.values() for reason in (code.reason, *code.fallbacks) if reason]
             + self.notes,
+            not_kept=self.not_kept or (_not_cacheable(graph) if self.config.cache else ""),
             summary=self.config.summary,
         )
         last = graph.kind is not GraphKind.FORWARD

@@ -1,8 +1,8 @@
 """The key under which compiled programs are cached: the whole configuration, every version, and our own source.
 
-The programs themselves are stored by AOTAutograd's cache (one file an entry, written to a temporary name and renamed,
-so that two processes may write at once). It hashes the traced graph and PyTorch's state; this module adds what is
-ours.
+The programs of frames are stored by AOTAutograd's cache (one file an entry, written to a temporary name and renamed, so
+that two processes may write at once), those of whole steps by :mod:`dscompile.step_cache`. PyTorch hashes the captured
+graph and its own state; this module adds what is ours.
 """
 
 from __future__ import annotations

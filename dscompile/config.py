@@ -167,9 +167,8 @@ class Config(BaseModel):
         description="Seconds within which ranks end after another died, raised or diverged; 0: unwatched.",
     )
     step_entry: bool = Field(
-        False,
-        description="train_batch of an engine runs forward and backward as one program where the model allows it; such "
-        "programs are compiled again at each start.",
+        True,
+        description="train_batch of an engine runs forward and backward as one program where the model allows it.",
     )
     cache: bool = Field(True, description="Keep compiled programs on disk, shared by later processes.")
     summary: bool = Field(True, description="Log one line for each compiled graph.")

@@ -1,7 +1,8 @@
 """The private parts of PyTorch that compile and cache: TorchInductor and AOTAutograd's cache.
 
-With :mod:`dscompile.torch_compat` the only files that name private parts of PyTorch. Apart, because loading Inductor
-takes seconds and memory that a process pays only when it compiles. Each helper says which private name it stands on.
+With :mod:`dscompile.torch_compat` and :mod:`dscompile.cache_compat` the only files that name private parts of PyTorch.
+Apart, because loading Inductor takes seconds and memory that a process pays only when it compiles. Each helper says
+which private name it stands on.
 """
 
 from __future__ import annotations

@@ -16,7 +16,10 @@ log = logging.getLogger("dscompile")
 
 @dataclass
 class GraphReport:
-    """Figures of one compiled graph. Times are seconds; ``facts`` come from the program (regions, bytes)."""
+    """Figures of one compiled graph. Times are seconds; ``facts`` come from the program (regions, bytes).
+
+    ``not_kept`` says why the next start must compile the program again, although the cache is on; "" if it need not.
+    """
 
     graph: str
     kind: str
@@ -27,6 +30,7 @@ class GraphReport:
     verdict: str = ""
     fallbacks: list[str] = field(default_factory=list)
     cached: bool = False
+    not_kept: str = ""
     summary: bool = True
 
     def line(self) -> str:
@@ -42,6 +46,8 @@ class GraphReport:
         if self.verdict:
             parts.append(self.verdict)
         parts.append("from the cache" if self.cached else f"{sum(self.seconds.values()):.1f} s")
+        if self.not_kept:
+            parts.append(f"not kept in the cache: {self.not_kept}")
         if self.fallbacks:
             parts.append(f"{len(self.fallbacks)} FALLBACK(S): {self.fallbacks[0]}")
         return ", ".join(parts)

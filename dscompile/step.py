@@ -8,8 +8,10 @@ program runs it all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from dscompile.backend import Frame
+from dscompile.cache_compat import content_of
+from dscompile.cache_files import checked_files
 from dscompile.config import Config
 from dscompile.errors import UnsupportedError
-from dscompile.graph import GraphInput, GraphKind, InputKind, StepGraph
+from dscompile.graph import GraphInput, GraphKind, GraphOutput, InputKind, StepGraph
 from dscompile.params import FrameInputs, from_aot
 from dscompile.sharded import slots_in
+from dscompile.step_cache import GraphText, caching, look_up
 from dscompile.step_frame import StepFrame
-from dscompile.torch_compat import export_joint
+from dscompile.torch_compat import TracingContext, bare_copy, captured_inputs, captured_step, joint_of_captured, tracing
 
 Loss = Callable[..., Tensor]
 """``loss(model, *batch) -> scalar tensor``."""
@@ -56,30 +61,43 @@ def trace_step(model: nn.Module, loss: Loss, *batch: Any) -> StepGraph:
         UnsupportedError: the step cannot be captured as one graph, the loss is not a scalar, or the model is
             distributed.
     """
-    with contextlib.ExitStack() as stack:
-        graph, _ = _trace(stack, model, loss, batch)
+    captured, context = _capture(model, loss, batch)
+    with contextlib.ExitStack() as stack, tracing(context):
+        graph, _ = _trace(stack, model, captured, batch)
     return graph
 
 
-def _trace(
-    stack: contextlib.ExitStack, model: nn.Module, loss: Loss, batch: Sequence[Any]
-) -> tuple[StepGraph, tuple[str, ...]]:
-    """The joint graph and the exporter's names of its state inputs, in order; ``stack`` keeps its fakes alive."""
+def _capture(model: nn.Module, loss: Loss, batch: Sequence[Any]) -> tuple[fx.GraphModule, TracingContext]:
+    """The step's forward pass as one graph, and the context to go on in."""
     placed = slots_in(model)
     if placed:  # the exporter would take the shards for constants, and the gradients would be none
         raise UnsupportedError(
             f"trace_step does not take distributed models ({placed[0].spec.fqn} is placed at stage "
             f"{placed[0].spec.stage}): compile_step does, and its result has the graph."
         )
-    module = _Step(model, loss)
+    with _refusing():
+        return captured_step(_Step(model, loss), tuple(batch))
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What PyTorch raises while it traces, as an :class:`UnsupportedError` that says what to do."""
     try:
-        joint, names = export_joint(stack, module, tuple(batch))
+        yield
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedError(
             f"the step cannot be captured as one graph: {reason}. "
             'Use torch.compile(model, backend="dscompile"), which allows graph breaks.'
         ) from error
+
+
+def _trace(
+    stack: contextlib.ExitStack, model: nn.Module, captured: fx.GraphModule, batch: Sequence[Any]
+) -> tuple[StepGraph, tuple[str, ...]]:
+    """The joint graph and the exporter's names of its state inputs, in order; ``stack`` keeps its fakes alive."""
+    with _refusing():
+        joint, names = joint_of_captured(stack, captured, tuple(batch))
     outputs = joint.graph.output_node()
     forward = sum(not hasattr(d, "grad_of") and d is not None for d in outputs.meta["desc"])
     value = list(outputs.args[0])[forward - 1]  # type: ignore[arg-type]
@@ -119,22 +137,57 @@ def _ordered(known: Sequence[GraphInput], names: Sequence[str]) -> list[GraphInp
     return [by_name[name.removeprefix(_PREFIX)] for name in names]
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a program's inputs and outputs are.
+
+    Attributes:
+        names: the exporter's names of the state inputs, in order.
+        outputs: what each output is.
+    """
+
+    names: tuple[str, ...]
+    outputs: tuple[GraphOutput, ...]
+
+
 class CompiledStep:
     """A compiled training step: call it with a batch; it returns the loss and accumulates into ``.grad``.
 
     Attributes:
-        graph: the joint StepGraph after its passes.
         code: the program that runs.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Sequence[Any], config: Config) -> None:
         frame = Frame(config, FrameInputs(()), f"step{next(_COUNTER)}")
         self._model = model
-        with contextlib.ExitStack() as stack:
-            self.graph, self._names = _trace(stack, model, loss, batch)
-            frame.run_passes(self.graph)
-            self.code = frame.compile(self.graph, frozenset())
+        self._graph: StepGraph | None = None
+        self._text: GraphText | None = None
+        captured, context = _capture(model, loss, batch)
+        files = checked_files()
+        with tracing(context), caching(frame):
+            inputs = captured_inputs(captured, tuple(batch))
+            names = functools.partial(_names, model, batch, captured, inputs)
+            found = look_up(frame, bare_copy(captured), inputs, names)
+            if found.kept is not None:
+                self.code, self._layout, self._text = found.kept.code, found.kept.more, found.kept.text
+            else:
+                frame.start_probe()
+                with contextlib.ExitStack() as stack:
+                    self._graph, state = _trace(stack, model, captured, batch)
+                    frame.run_passes(self._graph)
+                    self.code = frame.compile(self._graph, frozenset())
+                self._layout = Layout(state, self._graph.outputs)
+                found.store(self.code, self._graph, self._layout)
+                files.record()
         self._shapes = [_shape(b) for b in batch]
+
+    @property
+    def graph(self) -> StepGraph:
+        """The joint StepGraph after its passes; that of a program from the cache is read from its text."""
+        if self._graph is None:
+            assert self._text is not None
+            self._graph = self._text.graph()
+        return self._graph
 
     def __call__(self, *batch: Any) -> Tensor:
         """Run forward and backward on a batch of the traced shapes; returns the detached loss.
@@ -146,12 +199,12 @@ class CompiledStep:
             raise UnsupportedError(f"this step was compiled for {self._shapes}, got {[_shape(b) for b in batch]}.")
         tensors: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         tensors.update(self._model.named_buffers(remove_duplicate=False))
-        state = [tensors[name.removeprefix(_PREFIX)] for name in self._names]
+        state = [tensors[name.removeprefix(_PREFIX)] for name in self._layout.names]
         tensors.update({f"batch[{i}]": value for i, value in enumerate(batch) if isinstance(value, Tensor)})
         with torch.no_grad():
             results = self.code([*(t.detach() for t in state), *map(_detached, batch), torch.ones(())])
             loss: Tensor | None = None
-            for output, value in zip(self.graph.outputs, results, strict=True):
+            for output, value in zip(self._layout.outputs, results, strict=True):
                 name = output.of
                 if output.kind == "mutation":
                     tensors[name].copy_(value)
@@ -162,6 +215,16 @@ class CompiledStep:
                     loss = value
         assert loss is not None
         return loss
+
+
+def _names(model: nn.Module, batch: Sequence[Any], captured: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
+    """Where the inputs of a captured graph come from, what those hold that the program keeps, and what its own are."""
+    arguments = {id(value) for value in (*model.parameters(), *model.buffers(), *batch)}
+    found = [repr(_inputs(model))]
+    for node, value in zip(captured.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        constant = isinstance(value, Tensor) and id(value) not in arguments
+        found.append(f"{node.target} {content_of(value) if constant else ''}")
+    return found
 
 
 def _detached(value: Any) -> Any:

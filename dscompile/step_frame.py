@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dscompile.backend import Frame
+from dscompile.backend import Frame, check_frame
+from dscompile.cache_files import checked_files
 from dscompile.config import Config
 from dscompile.entry import watched
 from dscompile.errors import DscompileError, UnsupportedError
@@ -25,9 +27,12 @@ from dscompile.graph import GraphKind, InputKind, StepGraph
 from dscompile.params import frame_inputs, from_aot
 from dscompile.runtime.code import ProgramCode
 from dscompile.sharding import Sharding
-from dscompile.torch_compat import behind, is_refusal, joint_of
+from dscompile.step_cache import GraphText, caching, look_up
+from dscompile.torch_compat import behind, is_refusal, joint_of, source_names
 
 _COUNTER = itertools.count()
+_MOST_PROGRAMS = 64
+"""A step may have (shapes, variants of accumulation, numbers that Dynamo guards); Dynamo's own limit is 8."""
 
 
 class _Compiled(Exception):  # noqa: N818 - no error: it ends a call after compilation
@@ -42,23 +47,34 @@ class StepFrame:
     """``loss(model, *batch)`` with its backward pass, compiled at the first call and for new shapes.
 
     Attributes:
-        graph: the joint graph compiled last, after its passes; None before.
-        code: its program.
+        code: the program compiled last, or loaded from the cache; None before.
         started: whether the last call got as far as running a program.
+        programs: how many were compiled or loaded.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], config: Config) -> None:
         self._model, self._config = model, config
-        self.graph: StepGraph | None = None
         self.code: ProgramCode | None = None
+        self._graph: StepGraph | None = None
+        self._text: GraphText | None = None
         self._only_compile = False
         self._scale, self._share = 1.0, 1
         self.started = False
+        self.programs = 0
 
         def step(model: nn.Module, *batch: Any) -> Tensor:
             return loss(model, *batch)
 
-        self._step = torch.compile(step, backend=self._backend, fullgraph=True)
+        # All of these share one code object, and so would share one limit; frames may run past theirs, ranks may not.
+        own: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": _MOST_PROGRAMS}
+        self._step = torch.compile(step, backend=self._backend, fullgraph=True, **own)
+
+    @property
+    def graph(self) -> StepGraph | None:
+        """The joint graph compiled last, after its passes; None before. A program from the cache has its text read."""
+        if self._graph is None and self._text is not None:
+            self._graph = self._text.graph()
+        return self._graph
 
     def compile(self, *batch: Any) -> ProgramCode:
         """The program for such a batch, which is compiled if it was not before. Nothing runs.
@@ -106,16 +122,24 @@ class StepFrame:
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile the frame: called by Dynamo, with the real inputs."""
         inputs = frame_inputs(gm, example_inputs)
-        frame = Frame(self._config, inputs, f"step{next(_COUNTER)}", Sharding.of(inputs, example_inputs))
-        with contextlib.ExitStack() as stack:
-            joint = _joint(stack, gm, tuple(example_inputs))
-            forward = sum(not hasattr(d, "grad_of") and d is not None for d in joint.graph.output_node().meta["desc"])
-            graph = from_aot(joint, GraphKind.JOINT, inputs, forward_outputs=forward)
-            _check(graph)
-            frame.run_passes(graph)
-            code = frame.compile(graph, frozenset())
-        self.graph, self.code = graph, code
-        run = watched(self._runner(graph, code), example_inputs)
+        check_frame(gm, inputs, example_inputs)
+        sharding = Sharding.of(inputs, example_inputs)
+        files = checked_files()
+        frame = Frame(self._config, inputs, f"step{next(_COUNTER)}", sharding)
+        with caching(frame):
+            found = look_up(frame, gm, example_inputs, lambda: source_names(gm))
+            if found.kept is not None:
+                code, deliver = found.kept.code, found.kept.more
+                self._graph, self._text = None, found.kept.text
+            else:
+                frame.start_probe()
+                self._graph, code = self._compile(frame, gm, tuple(example_inputs))
+                deliver = Delivery.of(self._graph)
+                found.store(code, self._graph, deliver)
+                files.record()
+        self.code = code
+        self.programs += 1
+        run = watched(self._runner(deliver, code), example_inputs)
 
         def start(*args: Any) -> Any:
             if self._only_compile:  # before anything takes an accumulator
@@ -125,24 +149,29 @@ class StepFrame:
 
         return start
 
-    def _runner(self, graph: StepGraph, code: ProgramCode) -> Callable[..., Any]:
+    def _compile(self, frame: Frame, gm: fx.GraphModule, args: tuple[Any, ...]) -> tuple[StepGraph, ProgramCode]:
+        """Trace forward and backward together, and make a program of them."""
+        with contextlib.ExitStack() as stack:
+            joint = _joint(stack, gm, args)
+            forward = sum(not hasattr(d, "grad_of") and d is not None for d in joint.graph.output_node().meta["desc"])
+            graph = from_aot(joint, GraphKind.JOINT, frame.inputs, forward_outputs=forward)
+            _check(graph)
+            frame.run_passes(graph)
+            return graph, frame.compile(graph, frozenset())
+
+    def _runner(self, deliver: Delivery, code: ProgramCode) -> Callable[..., Any]:
         """What Dynamo calls in the frame's place: the program, then its effects on inputs and parameters."""
-        places = [(name, _index(desc)) for name, desc in _effects(graph)]
-        kinds = [i.kind for i in graph.inputs]
-        tangents = [n.meta["val"] for n in graph.placeholders() if graph.input_of(n).kind is InputKind.TANGENT]  # type: ignore[union-attr]
-        plain = len(kinds) - len(tangents)
-        (dtype, device) = (tangents[0].dtype, tangents[0].device)
 
         def run(*args: Any) -> tuple[Any, ...]:
-            assert len(args) == plain
+            assert len(args) == deliver.inputs
             # As autograd would for ``(loss / share).float() * scale``: the scale is rounded first.
-            tangent = torch.full((), self._scale, device=device).to(dtype) / self._share
+            tangent = torch.full((), self._scale, device=deliver.device).to(deliver.dtype) / self._share
             with torch.no_grad():
                 results = code([*args, tangent])
                 outputs: list[Any] = []
                 receivers: list[Tensor] = []
                 gradients: list[Tensor] = []
-                for (kind, index), value in zip(places, results, strict=True):
+                for (kind, index), value in zip(deliver.places, results, strict=True):
                     if kind == "mutation":
                         args[index].copy_(value)
                     elif kind == "gradient":
@@ -155,6 +184,31 @@ class StepFrame:
             return tuple(outputs)
 
         return run
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where the results of a step's program go.
+
+    Attributes:
+        places: for each output what it is for, and the input that it goes to (-1: none).
+        inputs: how many inputs there are beside the loss's tangent.
+        dtype: of that tangent.
+        device: of that tangent.
+    """
+
+    places: tuple[tuple[str, int], ...]
+    inputs: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(graph: StepGraph) -> Delivery:
+        """Read it off the descriptors of a joint graph."""
+        places = tuple((kind, _index(descriptor)) for kind, descriptor in _effects(graph))
+        tangents = [n.meta["val"] for n in graph.placeholders() if graph.input_of(n).kind is InputKind.TANGENT]  # type: ignore[union-attr]
+        plain = len(graph.inputs) - len(tangents)
+        return Delivery(places, plain, tangents[0].dtype, tangents[0].device)
 
 
 def _effects(graph: StepGraph) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Private parts of PyTorch. Only this file and :mod:`dscompile.inductor_compat` name any; everything else imports them.
+"""Private parts of PyTorch. Only this file, ``inductor_compat`` and ``cache_compat`` name any; others import them.
 
 Each helper says which private name it stands on, so that a new PyTorch release is checked in one sitting.
 """
@@ -456,19 +456,41 @@ def no_modes() -> contextlib.AbstractContextManager[Any]:
 # -- the step entry --------------------------------------------------------------------------------------------------
 
 
-def export_joint(
-    stack: contextlib.ExitStack, module: torch.nn.Module, args: tuple[Any, ...]
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Capture a module as one joint graph; also the names of its parameter and buffer inputs, in order.
+def captured_step(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[fx.GraphModule, TracingContext]:
+    """A module's forward pass as one graph whose inputs keep their names, and the context to go on tracing in.
 
-    Stands on ``dynamo_graph_capture_for_export`` and ``aot_export_joint_with_descriptors``; ``stack`` must stay open
-    while the graph's fake values are used.
+    Stands on ``dynamo_graph_capture_for_export`` and the two entries of its result's ``meta``.
     """
     captured = dynamo_graph_capture_for_export(module)(*args)
-    context = captured.meta.get("tracing_context") or TracingContext(captured.meta["fake_mode"])
-    with tracing(context):
-        joint = aot_export_joint_with_descriptors(stack, captured, args)
+    return captured, captured.meta.get("tracing_context") or TracingContext(captured.meta["fake_mode"])
+
+
+def joint_of_captured(
+    stack: contextlib.ExitStack, captured: fx.GraphModule, args: tuple[Any, ...]
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The joint graph of a captured step; also the names of its parameter and buffer inputs, in order.
+
+    Call it in the step's context. Stands on ``aot_export_joint_with_descriptors``; ``stack`` must stay open while the
+    graph's fake values are used.
+    """
+    joint = aot_export_joint_with_descriptors(stack, captured, args)
     return joint.graph_module, (*joint.params_spec, *joint.buffers_spec)
+
+
+def captured_inputs(captured: fx.GraphModule, args: tuple[Any, ...]) -> list[Any]:
+    """The real value of every input of a captured graph, found as the graph itself finds them.
+
+    Stands on ``_dynamo_bytecode_flatten``, which the captured module's ``forward`` begins with.
+    """
+    flatten: Any = captured._dynamo_bytecode_flatten
+    return list(flatten(*args))
+
+
+def bare_copy(captured: fx.GraphModule) -> fx.GraphModule:
+    """A captured graph without what capturing hung on it, and with what it reads: the same in every process."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(captured.graph, {}))
+    return fx.GraphModule(captured, graph)
 
 
 def joint_of(stack: contextlib.ExitStack, gm: fx.GraphModule, args: tuple[Any, ...]) -> fx.GraphModule:

@@ -118,7 +118,7 @@ OTHER: dict[str, Any] = {
     "sanitize": True, "kernels": "inductor", "gemm": "default", "attention": "aten",
     "norm_backward": "inductor", "buffers": "off", "fused_loss": "off", "cache": False, "summary": False,
     "zero": {"stage": 2}, "precision": {"param_dtype": "bf16"}, "sparse_attention": {"mode": "bigbird"},
-    "rank_timeout": 5.0, "step_entry": True, "recompute": {"gelu_checkpoint": True},
+    "rank_timeout": 5.0, "step_entry": False, "recompute": {"gelu_checkpoint": True},
 }  # fmt: skip
 """For every option that matters to a compiled program, a value that is not its default."""
 

@@ -30,6 +30,9 @@ LossFunction = Callable[[Any, Any], Tensor]
 SWITCHED_OFF = "step_entry is off"
 HOOKS = "the engine has module hooks, which see its forward pass"
 
+MOST_PROGRAMS = 16
+"""So many for one engine, and each step seems to need its own: a model that counts in Python, for instance."""
+
 _BROKEN, _REFUSED, _HOOKED, _ABLE = range(4)
 """What a rank says when all agree; the least of them decides."""
 
@@ -96,6 +99,17 @@ class OneProgram:
                 return loss
         self._count(reason)
         return None
+
+    @property
+    def too_many(self) -> bool:
+        """Whether this rank has compiled so many programs that frames are better, which need fewer and may stop."""
+        return not self.refused and self._frame.programs >= MOST_PROGRAMS
+
+    def give_up(self) -> None:
+        """Run frames from the next window on; on every rank, as all of them know that one had too many programs."""
+        self.refused = self.refused or (
+            f"a rank has compiled {MOST_PROGRAMS} programs, one for each new shape or number that the model depends on"
+        )
 
     def _why_frames(self, loss_fn: LossFunction | None, batch: Any, hooked: bool, local: bool) -> str:
         """Why a micro-batch must run as frames; a collective where the answer is not known yet."""

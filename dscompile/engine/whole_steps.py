@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dscompile.engine.answers import Answers
 from dscompile.engine.data import Loader, RepeatingLoader
+from dscompile.engine.one_program import OneProgram
 from dscompile.engine.outputs import call_with, loss_in, moved
 from dscompile.engine.window import Window
 from dscompile.errors import RunError
@@ -22,10 +23,12 @@ class WholeSteps(Answers):
     module: nn.Module
     window: Window
     training_dataloader: Loader | None
+    one_program: OneProgram
 
     def __init__(self) -> None:
         super().__init__()
         self._repeating: Iterator[Any] | None = None
+        self._too_many: Tensor | None = None
 
     def backward(self, loss: Tensor) -> Tensor:
         """Backward of one micro-batch's loss."""
@@ -57,17 +60,21 @@ class WholeSteps(Answers):
                 f"train_batch() after {self.window.done} of {self.window.size} micro-batches of a window; finish it "
                 "with engine.step()."
             )
+        if self._too_many is not None and self._too_many:  # of the last window, so that no device is waited for
+            self.one_program.give_up()
         self.module.train()
         total = torch.zeros((), device=self.device)
         loss_fn = self._loss_function(loss_fn)
-        for batch in self._micro_batches(data_iter):
+        for batch in self._micro_batches(data_iter, pairs=loss_fn is not None):
             loss = self._as_one_program(batch, loss_fn)
             if loss is None:
                 loss = self._loss_of(batch, loss_fn)
                 self.backward(loss)
             self.step()
             total += loss.detach().float() / self.window.size
-        return self._mean(total)
+        found = self._mean(total, torch.full_like(total, self.one_program.too_many))
+        self._too_many = found[1]
+        return found[0]
 
     def _as_one_program(self, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Tensor | None:
         """Forward and backward of a micro-batch at once; None, and nothing ran, where that cannot be."""
@@ -83,11 +90,11 @@ class WholeSteps(Answers):
         try:
             total = torch.zeros((), device=self.device)
             loss_fn = self._loss_function(loss_fn)
-            for batch in self._micro_batches(data_iter):
+            for batch in self._micro_batches(data_iter, pairs=loss_fn is not None):
                 total += self._loss_of(batch, loss_fn).float() / self.window.size
         finally:
             self.module.train(training)
-        return self._mean(total)
+        return self._mean(total)[0]
 
     def _loss_function(self, given: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
         return given if given is not None else getattr(self.module, "loss_fn", None)
@@ -99,8 +106,8 @@ class WholeSteps(Answers):
         inputs, labels = batch
         return loss_in(loss_fn(self(inputs), labels))
 
-    def _micro_batches(self, data_iter: Iterator[Any] | None) -> Iterator[Any]:
-        """A window's micro-batches, on the device."""
+    def _micro_batches(self, data_iter: Iterator[Any] | None, *, pairs: bool) -> Iterator[Any]:
+        """A window's micro-batches, on the device; ``pairs``: each must be (inputs, labels)."""
         source = self._batches() if data_iter is None else data_iter
         if not hasattr(source, "__next__"):
             raise RunError(
@@ -108,12 +115,15 @@ class WholeSteps(Answers):
             )
         for index in range(self.window.size):
             try:
-                yield moved(next(source), self.device)
+                batch = next(source)
             except StopIteration:
                 raise RunError(
                     f"the data ended after {index} of {self.window.size} micro-batches; give an iterator that repeats "
                     "(dscompile.RepeatingLoader), or stop one step earlier."
                 ) from None
+            if pairs and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise RunError(f"with a loss_fn a micro-batch is a pair (inputs, labels), got {_kind(batch)}.")
+            yield moved(batch, self.device)
 
     def _batches(self) -> Iterator[Any]:
         if self.training_dataloader is None:
@@ -122,7 +132,16 @@ class WholeSteps(Answers):
             self._repeating = iter(RepeatingLoader(self.training_dataloader))
         return self._repeating
 
-    def _mean(self, value: Tensor) -> Tensor:
+    def _mean(self, *values: Tensor) -> Tensor:
+        """The mean of scalars over the ranks, by one collective."""
+        together = torch.stack(values)
         if self.world_size > 1:
-            dist.all_reduce(value)
-        return value / self.world_size
+            dist.all_reduce(together)
+        return together / self.world_size
+
+
+def _kind(batch: Any) -> str:
+    """What a micro-batch is, for a message."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    return f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__

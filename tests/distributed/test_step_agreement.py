@@ -237,3 +237,31 @@ def test_shapes_may_change_on_each_rank() -> None:
     found, frames = (run_ranks(uneven_shapes, 2, entry, timeout=200) for entry in (True, False))
     assert [runs for _, runs in found] == [5, 5]
     assert found[0][0] == pytest.approx(frames[0][0], rel=1e-5)
+
+
+class Counting(nn.Module):
+    """Dynamo makes a program for each value of the counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.count = nn.Linear(6, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.inner(x).square().mean() * self.count
+
+
+def counting(rank: int, world: int, entry: bool) -> tuple[list[float], tuple[str, int, int]]:
+    engine = engine_of(Counting, step_entry=entry)
+    stream = iter([data((2, 6), rank) for _ in range(20)])
+    losses = [engine.train_batch(stream).item() for _ in range(20)]
+    assert engine.module.count == 20
+    return losses, counts(engine)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_give_up_together_where_every_step_needs_a_program(world: int) -> None:
+    for losses, (reason, runs, fallbacks) in run_ranks(counting, world, True, timeout=200):
+        assert "16 programs" in reason
+        assert (runs, fallbacks) == (16, 4)
+        assert losses == pytest.approx(run_ranks(counting, world, False, timeout=200)[0][0], rel=1e-5)

@@ -166,3 +166,20 @@ def test_all_ranks_fall_back_if_one_must() -> None:
     assert "another rank" in theirs
     assert "cannot be one program" in mine
     assert loss == same
+
+
+def shapes_and_steps(rank: int, world: int) -> None:
+    def scaled(model: nn.Module, x: Tensor, kind: str) -> Tensor:
+        return (model(x) * len(kind)).square().mean()
+
+    model = dscompile.distribute(seeded(lambda: nn.Linear(4, 3)), config={**OPTIONS, "zero": {"stage": 0}})
+    steps = [StepFrame(model, loss, Config.load(OPTIONS)) for _ in range(10)]
+    for step in steps:  # each has programs of its own
+        step(data((2, 4), 0))
+    step = StepFrame(model, scaled, Config.load(OPTIONS))
+    for count in range(1, 11):  # Dynamo keeps a program for each string
+        step(data((2, 4), 0), "x" * count)
+
+
+def test_many_steps_and_many_variants_of_one_are_compiled() -> None:
+    run_ranks(shapes_and_steps, 1, timeout=200)

@@ -445,6 +445,16 @@ def test_train_batch_needs_data_and_a_loss() -> None:
         engine.train_batch(iter([batches(1)[0][0]]))
 
 
+def test_a_micro_batch_that_is_no_pair_is_named() -> None:
+    """A tensor of two rows and a mapping of two keys unpack as pairs do."""
+    engine, *_ = make()
+    x, y = batches(1)[0]
+    for batch, what in ((x[:2], r"a tensor of shape \(2, 6\)"), ({"x": x, "y": y}, "dict"), ((x, y, y), "tuple of 3")):
+        for method in (engine.train_batch, engine.eval_batch):
+            with pytest.raises(RunError, match=rf"\(inputs, labels\), got {what}"):
+                method(iter([batch]), loss_fn=nn.functional.cross_entropy)
+
+
 def test_an_engine_without_optimizer_evaluates_and_does_not_step() -> None:
     engine, optimizer, *_ = dscompile.initialize(model=make_model(), config={"train_batch_size": 2})
     assert optimizer is None

@@ -153,6 +153,42 @@ def test_attention_is_right_for_every_block_size_and_mask() -> None:
     assert not wrong
 
 
+EVOFORMER = [
+    "f32/3/40/2/16/-", "f32/3/40/2/16/m", "f32/5/128/1/8/b", "f32/3/20/2/16/mbh", "bf16/3/70/2/24/mbt",
+    "bf16/3/65/2/128/mb", "f16/2/64/1/8/mbsw", "f16/3/33/2/64/mbn", "f16/2/128/2/32/mbh", "f32/1/1/1/8/mb",
+]  # fmt: skip
+EVOFORMER_FULL = [f"{dtype}/{sequences}/{residues}/2/{dim}/{biases}{more}" for dtype in ("f32", "bf16", "f16")
+                  for sequences, residues in ((3, 64), (2, 77)) for dim in (8, 16, 32, 64, 72, 128)
+                  for biases in ("-", "m", "b", "mb") for more in ("", "h" if "m" in biases else "t")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evoformer() -> dict[str, Any]:
+    return work("interpret_evoformer", EVOFORMER)
+
+
+def evoformer_count(case: str) -> int:
+    """Results of a case: out, three gradients, and one for each bias that has one."""
+    flags = case.split("/")[-1]
+    return 4 + (0 if "n" in flags else ("m" in flags) + ("b" in flags))
+
+
+@pytest.mark.parametrize("case", EVOFORMER)
+def test_evoformer_attention_is_right(evoformer: dict[str, Any], case: str) -> None:
+    errors = evoformer[case]
+    assert not isinstance(errors, str), errors
+    assert len(errors) == evoformer_count(case)
+    assert max(errors) <= TOLERANCE[case.split("/")[0]]
+
+
+@pytest.mark.slow
+def test_evoformer_attention_is_right_for_every_head_size_and_bias() -> None:
+    found = work("interpret_evoformer", EVOFORMER_FULL, timeout=1800)
+    assert {c: e for c, e in found.items() if isinstance(e, str)} == {}
+    assert all(len(errors) == evoformer_count(c) for c, errors in found.items())
+    assert {c: e for c, e in found.items() if max(e) > TOLERANCE[c.split("/")[0]]} == {}
+
+
 # -- whole graphs ------------------------------------------------------------------------------------------------------
 
 

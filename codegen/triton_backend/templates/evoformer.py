@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 import sympy
@@ -67,9 +68,13 @@ class Evoformer:
         return 16 if ordinary else 32
 
     def step(self, what: str) -> int:
-        """The other side of its products: half of it where the pair bias or wide heads would spill on sm_80."""
-        narrow = {"backward_kv": self.pair is not None, "backward_pair": self.dim > 64}.get(what, False)
-        return min(self.tile(what), TILE // 2) if narrow else self.tile(what)
+        """The other side of its products: less where 64 would spill on sm_80, whose operands all lie in registers."""
+        most, wide = TILE, power(self.dim)
+        if what == "backward_kv" and self.pair is not None:
+            most = TILE // 4 if wide == 64 else TILE // 2  # above 64 there are eight warps
+        elif what == "backward_pair" and wide > 64:
+            most = TILE // 2
+        return min(self.tile(what), most)
 
 
 def shares(use: Evoformer, batch: int, heads: int, sequences: int, seq: int) -> int:
@@ -181,17 +186,21 @@ def _tiles(side: int) -> sympy.Expr:
     return Div(SEQ + side - 1, sympy.Integer(side))
 
 
-def _moved(use: Evoformer, what: str, values: dict[str, Buffer], ideal: sympy.Expr) -> sympy.Expr:
-    """Bytes with what each program streams counted each time: the other side's rows, and its part of the biases."""
+def _again(use: Evoformer, what: str, values: dict[str, Buffer]) -> sympy.Expr:
+    """Bytes that programs read after another one did: the other side's rows, and the biases."""
     tiles, steps = _tiles(use.tile(what)), _tiles(use.step(what))
     if what == "backward_pair":
         queries, keys = (sum(values[n].bytes for n in names) for names in (("q", "grad"), ("k", "v")))
-        return ideal + (steps - 1) * queries + (tiles - 1) * keys
+        return (steps - 1) * queries + (tiles - 1) * keys
     streamed = ("q", "grad") if what == "backward_kv" else ("k", "v")
     again = (tiles - 1) * sum(values[n].bytes for n in streamed)
-    if use.pair is not None:
-        again += (SEQUENCES - 1) * values["pair"].bytes
-    return ideal + again
+    return again if use.pair is None else again + (SEQUENCES - 1) * values["pair"].bytes
+
+
+def _traffic(once: sympy.Expr, again: sympy.Expr) -> str:
+    """Both in words, over as many lines as they take."""
+    text = f"every input and output once, {once} bytes; and, read by several programs, again {again}"
+    return textwrap.fill(text, 112, subsequent_indent="    ", break_long_words=False)
 
 
 def _kernel(use: Evoformer, what: str, sizes: Sizes | None) -> Kernel:
@@ -201,7 +210,7 @@ def _kernel(use: Evoformer, what: str, sizes: Sizes | None) -> Kernel:
     operands = [n for n in ("q", "k", "v", "grad") if n in reads]
     tile = use.tile(what)
     ideal = sympy.Add(*(values[n].bytes for n in (*reads, *writes)))
-    moved = _moved(use, what, values, ideal)
+    again = _again(use, what, values)
     dtypes = {"dtype": _short(use.dtype), "pair": _short(values["dpair"].dtype)}
     head = text.HEAD.format(
         title=f"{name}: {_TITLES[what]}",
@@ -212,8 +221,7 @@ def _kernel(use: Evoformer, what: str, sizes: Sizes | None) -> Kernel:
         statistics=_STATISTICS[what],
         results=_RESULTS[what].format(**dtypes),
         nodes=_COMPUTES[what],
-        moves=moved,
-        ideal=ideal,
+        moves=_traffic(ideal, again),
     )
     strides = [f"{n}_{of}" for n in operands for of in ("batch", "sequence")]
     biases = ["mask_batch", "mask_sequence", "pair_batch", "pair_head", "pair_row"]
@@ -241,7 +249,7 @@ def _kernel(use: Evoformer, what: str, sizes: Sizes | None) -> Kernel:
         (at(BATCH * HEADS * programs),),
         warps=_warps(use, tile),
         stages=_stages(use, what),
-        bytes=0 if sizes is None else int(at(moved)),
+        bytes=0 if sizes is None else int(at(ideal + again)),
         ideal=0 if sizes is None else int(at(ideal)),
         nodes=(name,),
         kind="matrix",

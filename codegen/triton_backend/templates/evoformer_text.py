@@ -15,8 +15,7 @@ reads: {operands} [batch, sequences, seq, heads, dim] {dtype}, rows {rows} and
     mask [batch, sequences, seq] and pair [batch, heads, seq, seq], added to the scores (not read unless MASKED, PAIRED)
 writes: {results}
 computes: {nodes}
-moves: {moves} bytes;
-    every input and output once: {ideal}
+moves: {moves}
 """
 '''
 
@@ -63,7 +62,8 @@ def load_lse(ptr, rows, seq, RAGGED: tl.constexpr):
 
 _CONSTANTS = """\
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    MASKED: tl.constexpr, PAIRED: tl.constexpr, MASK_GRAD: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr,
+    MASKED: tl.constexpr, PAIRED: tl.constexpr, MASK_GRAD: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, SCALE: tl.constexpr,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, GRAD_ROW: tl.constexpr,
     Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr, V_HEAD: tl.constexpr, GRAD_HEAD: tl.constexpr,
 ):

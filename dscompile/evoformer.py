@@ -1,7 +1,7 @@
 """Evoformer attention (OpenFold, AlphaFold): attention over 5-D tensors with two biases, both with gradients.
 
-``softmax(scale * Q K^T + mask + pair bias) V`` for every row of a multiple sequence alignment, forward and backward; the
-scores of the whole never exist. On GPUs Triton kernels run it; on CPUs, and where no kernel does, plain PyTorch does, in
+``softmax(scale * Q K^T + mask + pair bias) V`` for every row of a multiple sequence alignment, forward and backward;
+the scores of the whole never exist. On GPUs Triton kernels run it; on CPUs, and where no kernel does, plain PyTorch, in
 pieces whose scores fit a budget. Arguments and shapes are DeepSpeed4Science's ``DS4Sci_EvoformerAttention``.
 """
 

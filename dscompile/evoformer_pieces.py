@@ -1,6 +1,6 @@
 """Evoformer attention in plain PyTorch: in pieces whose scores fit a budget, forward and backward.
 
-Any device and dtype; computed in fp32 (fp64 for fp64). It is what runs on CPUs, and on GPUs where no Triton kernel does.
+Any device and dtype; computed in fp32 (fp64 for fp64). It is what runs on CPUs, and on GPUs where no Triton kernel can.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _no_kernel(node: fx.Node) -> str:
 
 
 def _no_evoformer(node: fx.Node) -> str:
-    """Why an Evoformer attention on a GPU has no kernel; "" if it has one, or runs on a CPU, where pieces are the way."""
+    """Why an Evoformer attention on a GPU has no kernel; "" if it has one, and on CPUs, where pieces are the way."""
     values: list[Any] = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
     q, mask, pair = (values[_first(node) + i] for i in (0, 3, 4))
     return "" if q.device.type == "cpu" else no_evoformer_kernel(q, mask, pair)

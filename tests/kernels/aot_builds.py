@@ -2,8 +2,8 @@
 
 ``python -m tests.kernels.aot_builds FOLDER CASE...``. A case is ``name/dtype/rows/cols@target`` for a kernel of the
 library, ``attention/dtype/block/dim/c@target`` for the attention kernels (``c`` causal, ``p`` padded keys, ``t``
-tf32, ``-`` none), ``evoformer/dtype/dim/mb@target`` for those of Evoformer attention (``m`` mask, ``b`` pair bias, ``t``
-tf32); a ``!`` before it leaves the promise of alignment out. FOLDER holds the cache, so that builds are
+tf32, ``-`` none), ``evoformer/dtype/dim/mb@target`` for those of Evoformer attention (``m`` mask, ``b`` pair bias,
+``t`` tf32); a ``!`` before it leaves the promise of alignment out. FOLDER holds the cache, so that builds are
 kept between runs.
 """
 

@@ -1,8 +1,8 @@
 """A process of its own, like ``interpret_attention``: ``dscompile.evoformer_attention`` on the Triton kernels, against
 the formula in fp64.
 
-``python -m tests.kernels.interpret_evoformer CASE...``, a case is ``dtype/sequences/residues/heads/dim/flags``: flags of
-``m``ask, pair ``b``ias, ``h``idden keys (-inf) with a sequence that sees nothing, ``w``ide biases (fp32), ``t``:
+``python -m tests.kernels.interpret_evoformer CASE...``, a case is ``dtype/sequences/residues/heads/dim/flags``: flags
+of ``m``ask, pair ``b``ias, ``h``idden keys (-inf) with a sequence that sees nothing, ``w``ide biases (fp32), ``t``:
 operands that are slices of one tensor and a bias with heads innermost, ``s``cale, ``n``o gradients of the biases, or
 ``-``. Errors are of out, dq, dk, dv and of the gradients of the biases, over the largest value of each.
 """

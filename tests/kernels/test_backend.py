@@ -26,7 +26,7 @@ from dscompile.codegen.triton_backend.library import example, generate
 from dscompile.codegen.triton_backend.targets import TARGETS, launch_options
 from dscompile.codegen.triton_backend.templates.attention import Attention, Sizes, attention_kernels
 from dscompile.codegen.triton_backend.templates.evoformer import Evoformer, evoformer_kernels, shares
-from dscompile.codegen.triton_backend.templates.evoformer import Sizes as evoformer_sizes
+from dscompile.codegen.triton_backend.templates.evoformer import Sizes as Alignment
 from dscompile.config import Config
 from dscompile.errors import UnsupportedError
 from dscompile.sparsity import BigBirdSparsityConfig
@@ -206,7 +206,7 @@ def test_an_evoformer_attention_without_a_kernel_is_refused(changes: dict[str, o
 def test_one_source_and_one_build_serve_every_alignment() -> None:
     use = Evoformer(32, torch.bfloat16, 0.125, (128,) * 4, (32,) * 4, pair=torch.bfloat16)
     symbolic = evoformer_kernels(use)
-    for sizes in (evoformer_sizes(1, 8, 64, 4), evoformer_sizes(2, 128, 384, 8)):
+    for sizes in (Alignment(1, 8, 64, 4), Alignment(2, 128, 384, 8)):
         for what, kernel in evoformer_kernels(use, sizes).items():
             assert kernel.source == symbolic[what].source
             assert kernel.constants == symbolic[what].constants

@@ -1,4 +1,4 @@
-"""Evoformer attention as four kernels: forward, gradient of q, gradients of k, v and mask, gradient of the pair bias."""
+"""Evoformer attention as four kernels: forward, gradient of q, gradients of k, v and mask, and of the pair bias."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Evoformer:
 
     Attributes:
         dim: head size. dtype: of q, k, v. scale: of the products. rows, heads: elements between two rows, and between
-        two heads, of q, k, v and (in backward) the gradient. mask, pair: dtypes of the biases, None for none. mask_grad: whether the gradient of the
-        mask is wanted. shared_sum: the pair bias's gradient comes out in parts, in fp32. ragged: the sequence is not
-        whole tiles of every kernel. precision: of fp32 products, ``ieee`` or ``tf32``. shared: bytes of shared memory
-        for tiles in flight.
+        two heads, of q, k, v and (in backward) the gradient. mask, pair: dtypes of the biases, None for none.
+        mask_grad: whether the gradient of the mask is wanted. shared_sum: the pair bias's gradient comes out in parts,
+        in fp32. ragged: the sequence is not whole tiles of every kernel. precision: of fp32 products, ``ieee`` or
+        ``tf32``. shared: bytes of shared memory for tiles in flight.
     """
 
     dim: int
@@ -241,8 +241,8 @@ def _kernel(use: Evoformer, what: str, sizes: Sizes | None) -> Kernel:
         tuple((n, at(_symbol(n))) for n in names),
         {
             "DIM": use.dim, "DIM_BLOCK": max(power(use.dim), 16), "TILE": tile, "STEP": use.step(what),
-            "MASKED": use.mask is not None, "PAIRED": use.pair is not None, "MASK_GRAD": use.mask_grad, "RAGGED": use.ragged,
-            "PRECISION": use.precision, "SCALE": use.scale,
+            "MASKED": use.mask is not None, "PAIRED": use.pair is not None, "MASK_GRAD": use.mask_grad,
+            "RAGGED": use.ragged, "PRECISION": use.precision, "SCALE": use.scale,
             **dict(zip(("Q_ROW", "K_ROW", "V_ROW", "GRAD_ROW"), use.rows, strict=True)),
             **dict(zip(("Q_HEAD", "K_HEAD", "V_HEAD", "GRAD_HEAD"), use.heads, strict=True)),
         },

@@ -88,8 +88,8 @@ _STRIDES = """    heads, sequences, seq, q_batch, q_sequence, k_batch, k_sequenc
     mask_batch, mask_sequence, pair_batch, pair_head, pair_row,
 """
 
-_GRAD_STRIDES = """    heads, sequences, seq, q_batch, q_sequence, k_batch, k_sequence, v_batch, v_sequence, grad_batch, grad_sequence,
-    mask_batch, mask_sequence, pair_batch, pair_head, pair_row,
+_GRAD_STRIDES = """    heads, sequences, seq, q_batch, q_sequence, k_batch, k_sequence, v_batch, v_sequence,
+    grad_batch, grad_sequence, mask_batch, mask_sequence, pair_batch, pair_head, pair_row,
 """
 
 FORWARD = (

@@ -53,9 +53,7 @@ class AttentionKernels:
     def lacks(self, dtype: torch.dtype) -> str:
         """Why this library has no kernel for a dtype of ``NAMES``; "" if it has one."""
         if dtype is torch.float16 and not self.library.attention_has_fp16():
-            return (
-                "the C++ compiler that built the kernel has no fp16 type (GCC has one from version 12, Clang from 15)"
-            )
+            return "the C++ compiler that built the kernel has no fp16 type (GCC has one from version 12, Clang 15)"
         return ""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ def no_triton_kernel(q: Tensor, mask: Tensor | None, pair: Tensor | None) -> str
     """Why attention of these operands does not run in the Triton kernels; "" if it does. No data is read."""
     if importlib.util.find_spec("triton") is None:
         return "the extra 'triton' is not installed"
-    biases = (None if b is None else b.dtype for b in (mask, pair))
-    return Evoformer(q.shape[4], q.dtype, 1.0, (0,) * 4, (0,) * 4, *biases).refusal()
+    of_mask, of_pair = (None if b is None else b.dtype for b in (mask, pair))
+    return Evoformer(q.shape[4], q.dtype, 1.0, (0,) * 4, (0,) * 4, of_mask, of_pair).refusal()
 
 
 @functools.cache

@@ -3,14 +3,17 @@ the formula in fp64.
 
 ``python -m tests.kernels.interpret_evoformer CASE...``, a case is ``dtype/sequences/residues/heads/dim/flags``: flags
 of ``m``ask, pair ``b``ias, ``h``idden keys (-inf) with a sequence that sees nothing, ``w``ide biases (fp32), ``t``:
-operands that are slices of one tensor and a bias with heads innermost, ``s``cale, ``n``o gradients of the biases, or
-``-``. Errors are of out, dq, dk, dv and of the gradients of the biases, over the largest value of each.
+operands that are slices of one tensor and a bias with heads innermost, ``s``cale, ``n``o gradients of the biases,
+``g``: inside a graph that dscompile compiles, ``u``: a sum over sequences that is shared unevenly, ``r``: twice, for
+the same bits, or ``-``. Errors are of out, dq, dk, dv and of the gradients of the biases, over the largest value of each.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -20,6 +23,8 @@ from torch import Tensor
 import dscompile
 from dscompile import evoformer
 from dscompile.codegen.triton_backend import evoformer as launching
+from dscompile.codegen.triton_backend.templates import evoformer as evoformer_templates
+from dscompile.codegen.triton_backend.templates.evoformer import PROGRAMS
 from tests.kernels.interpret import DTYPES, main
 
 BATCH = 2
@@ -34,6 +39,15 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, biases: list[Tensor], scale: float)
     hidden = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(hidden, 0.0).softmax(-1).masked_fill(hidden, 0.0)
     return torch.einsum("bnhqk,bnkhd->bnqhd", weights, v)
+
+
+def call(q: Tensor, k: Tensor, v: Tensor, biases: list[Tensor | None], scale: float | None) -> Tensor:
+    return dscompile.evoformer_attention(q, k, v, biases, scale=scale)
+
+
+def in_a_graph() -> Callable[..., Tensor]:
+    options = {"regions": "aten", "cache": False, "summary": False}
+    return torch.compile(call, backend="dscompile", fullgraph=True, options=options)
 
 
 def run(case: str) -> list[float]:
@@ -63,14 +77,17 @@ def run(case: str) -> list[float]:
         if double:
             out = by_hand(*leaves, [b for b in given if b is not None], scale)
         else:
-            out = dscompile.evoformer_attention(*leaves, given, scale=0.3 if "s" in flags else None)
+            out = attend(*leaves, given, 0.3 if "s" in flags else None)
         return [out.detach(), *torch.autograd.grad(out, [*leaves, *wanted], grad.to(out.dtype))]
 
+    attend = in_a_graph() if "g" in flags else call
     before = launching._launchers.cache_info()
-    found = results(double=False)
+    few = 16 if "u" in flags else PROGRAMS  # enough programs for a launch: with 16, tests stay small
+    with mock.patch.object(evoformer_templates, "PROGRAMS", few):
+        found = results(double=False)
     after = launching._launchers.cache_info()
     assert after.hits + after.misses > before.hits + before.misses, "the kernels ran"
-    again = results(double=False)
+    again = results(double=False) if "r" in flags else found
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits on every run"
     errors = [
         (f.double() - w).abs().max() / w.abs().max().clamp_min(SMALL)

@@ -154,8 +154,9 @@ def test_attention_is_right_for_every_block_size_and_mask() -> None:
 
 
 EVOFORMER = [
-    "f32/3/40/2/16/-", "f32/3/40/2/16/m", "f32/5/128/1/8/b", "f32/3/20/2/16/mbh", "bf16/3/70/2/24/mbt",
-    "bf16/3/65/2/128/mb", "f16/2/64/1/8/mbsw", "f16/3/33/2/64/mbn", "f16/2/128/2/32/mbh", "f32/1/1/1/8/mb",
+    "f32/2/36/1/16/-", "f32/2/36/1/16/m", "f32/3/20/1/8/bu", "f32/2/20/2/16/mbhr", "bf16/2/70/1/24/mbt",
+    "bf16/1/65/1/128/mb", "f16/2/64/1/8/mbsw", "f16/2/33/2/64/mbn", "f16/1/128/1/32/mbhr", "f32/1/1/1/8/mb",
+    "f32/1/17/1/8/mbg",
 ]  # fmt: skip
 EVOFORMER_FULL = [f"2/{residues}/2/{dim}/{flags}" for residues in (64, 77) for dim in (8, 24, 32, 64, 128)
                   for flags in ("-", "m", "b", "mbh", "mbtw")]  # fmt: skip

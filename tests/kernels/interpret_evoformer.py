@@ -5,7 +5,7 @@ the formula in fp64.
 of ``m``ask, pair ``b``ias, ``h``idden keys (-inf) with a sequence that sees nothing, ``w``ide biases (fp32), ``t``:
 operands that are slices of one tensor and a bias with heads innermost, ``s``cale, ``n``o gradients of the biases,
 ``g``: inside a graph that dscompile compiles, ``u``: a sum over sequences that is shared unevenly, ``r``: twice, for
-the same bits, or ``-``. Errors are of out, dq, dk, dv and of the gradients of the biases, over the largest value of each.
+the same bits, or ``-``. Errors are of out, dq, dk, dv and of the biases' gradients, over the largest value of each.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from benchmarks.measure import Sample, interleave, summary, timed
 from benchmarks.memory import resident_peak
 from benchmarks.results import MB, save, table
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OURS = "ours"
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -90,7 +90,7 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
     return Choice(assembled if moved < theirs else None, comparison)
 
 
-_LIBRARY = ("mm", "convolution", "scaled_dot_product", "sparse_attention")
+_LIBRARY = ("mm", "convolution", "scaled_dot_product", "sparse_attention", "evoformer_attention")
 
 
 def _with_any_compiler(node: fx.Node) -> bool:

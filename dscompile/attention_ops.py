@@ -38,7 +38,7 @@ HEAD_STEP = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes that the operators take."""
 
-COMPILED = (torch.float32, torch.bfloat16)
+COMPILED = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the C++ kernels take; others run gathered."""
 
 _LAYOUT = (
@@ -194,7 +194,7 @@ def no_gpu_kernel(q: Tensor, k: Tensor, blocks: Blocks) -> str:
 
 def _compiled(dtype: torch.dtype) -> AttentionKernels | None:
     """The C++ kernels, if they take ``dtype`` and can be built; :func:`no_kernel` says why not."""
-    if dtype not in COMPILED:
+    if no_kernel(dtype):
         return None
     from dscompile.codegen.cpu.builder import attention_kernels
 
@@ -204,10 +204,11 @@ def _compiled(dtype: torch.dtype) -> AttentionKernels | None:
 def no_kernel(dtype: torch.dtype) -> str:
     """Why attention of ``dtype`` runs gathered, not compiled, on CPU; "" if it is compiled."""
     if dtype not in COMPILED:
-        return f"the C++ kernel takes {' and '.join(str(d) for d in COMPILED)}, not {dtype}"
+        return f"the C++ kernel takes {', '.join(str(d) for d in COMPILED)}, not {dtype}"
     from dscompile.codegen.cpu.builder import attention_kernels
 
-    return attention_kernels().reason
+    build = attention_kernels()
+    return build.reason if build.kernels is None else build.kernels.lacks(dtype)
 
 
 _LIBRARY.impl("block_sparse_attention", _forward_kernel, "CompositeExplicitAutograd")

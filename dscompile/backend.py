@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from dscompile import cache
-from dscompile.cache_files import CacheFiles, checked_files
+from dscompile.cache_files import checked_files
 from dscompile.codegen.emit import emit_program
 from dscompile.codegen.lower import lower_regions
 from dscompile.codegen.regions import cut

@@ -87,6 +87,11 @@ def checked_layout(layout: Tensor, block: int) -> Tensor:
     Raises:
         ConfigError: a shape, dtype or block that cannot be used.
     """
+    if not isinstance(layout, Tensor):
+        raise ConfigError(
+            f"sparse attention: the layout is a {type(layout).__name__}; expected a tensor of zeros and ones: of "
+            "a sparsity configuration, what its make_layout(seq_len) returns."
+        )
     if layout.dim() == 2:
         layout = layout.unsqueeze(0)
     if layout.dim() != 3 or layout.shape[1] != layout.shape[2] or 0 in layout.shape:
@@ -97,7 +102,7 @@ def checked_layout(layout: Tensor, block: int) -> Tensor:
     if layout.dtype.is_floating_point or layout.dtype.is_complex:
         raise ConfigError(f"sparse attention: the layout is {layout.dtype}; expected bool, or integers 0 and 1.")
     if block not in BLOCKS:
-        raise ConfigError(f"sparse attention: block {block} is not one of {', '.join(map(str, BLOCKS))}.")
+        raise ConfigError(f"sparse attention: block {block!r} is not one of {', '.join(map(str, BLOCKS))}.")
     return layout
 
 

@@ -66,6 +66,8 @@ def _ranges(starts: Any, ends: Any) -> tuple[tuple[int, int], ...]:
 class SparsityConfig:
     """What every layout has in common; user classes derive from it and define :meth:`head_layout`.
 
+    Classes written for DeepSpeed, which define ``make_layout`` with the two helpers below, work as they are.
+
     Args:
         num_heads: attention heads.
         block: tokens of a block's side.
@@ -92,15 +94,33 @@ class SparsityConfig:
         Raises:
             ConfigError: ``seq_len`` is not a multiple of the block, or too short for the pattern.
         """
+        blocks = self._blocks(seq_len)
+        layout = torch.stack([self.head_layout(head, blocks) for head in range(self.num_layout_heads)])
+        return layout.expand(self.num_heads, blocks, blocks).to(torch.int64)
+
+    def setup_layout(self, seq_len: int) -> Tensor:
+        """Zeros ``[num_heads, seq_len / block, seq_len / block]``, int64: what DeepSpeed's user classes fill.
+
+        Raises:
+            ConfigError: ``seq_len`` is not a multiple of the block.
+        """
+        blocks = self._blocks(seq_len)
+        return torch.zeros(self.num_heads, blocks, blocks, dtype=torch.int64)
+
+    def check_and_propagate_first_head_layout(self, layout: Tensor) -> Tensor:
+        """``layout`` with the first head's pattern in every head, unless each head has its own (in place)."""
+        if not self.different_layout_per_head:
+            layout[1:] = layout[:1]
+        return layout
+
+    def _blocks(self, seq_len: int) -> int:
         if _whole("seq_len", seq_len, 1) % self.block:
             up = -(-seq_len // self.block) * self.block
             raise ConfigError(
                 f"the sequence length {seq_len} is no multiple of the block {self.block}; make the layout for {up} "
                 "(attention accepts a shorter last block), or pad with SparseAttentionUtils.pad_to_block_size."
             )
-        blocks = seq_len // self.block
-        layout = torch.stack([self.head_layout(head, blocks) for head in range(self.num_layout_heads)])
-        return layout.expand(self.num_heads, blocks, blocks).to(torch.int64)
+        return seq_len // self.block
 
     def _fits(self, name: str, count: int, blocks: int) -> None:
         if blocks < count:
@@ -260,6 +280,8 @@ class VariableSparsityConfig(SparsityConfig):
         if not self.local_window_blocks:
             raise ConfigError("local_window_blocks is empty; it needs at least one window size.")
         self.global_ranges = _ranges(global_block_indices, global_block_end_indices)
+        self.global_block_indices = list(global_block_indices)
+        self.global_block_end_indices = None if global_block_end_indices is None else list(global_block_end_indices)
         self.attention = _direction(attention, horizontal=horizontal_global_attention)
         self.horizontal_global_attention = bool(horizontal_global_attention)
 
@@ -350,6 +372,8 @@ class BSLongformerSparsityConfig(SparsityConfig):
         super().__init__(num_heads, block, different_layout_per_head)
         self.num_sliding_window_blocks = _whole("num_sliding_window_blocks", num_sliding_window_blocks, 1)
         self.global_ranges = _ranges(global_block_indices, global_block_end_indices)
+        self.global_block_indices = list(global_block_indices)
+        self.global_block_end_indices = None if global_block_end_indices is None else list(global_block_end_indices)
         self.attention = _direction(attention)
 
     def head_layout(self, head: int, blocks: int) -> Tensor:

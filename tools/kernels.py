@@ -19,11 +19,13 @@ from dscompile.codegen.triton_backend.cache import triton_version
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import entries, example, generate
 from dscompile.codegen.triton_backend.targets import find_target
+from dscompile.codegen.triton_backend.templates import evoformer
 from dscompile.codegen.triton_backend.templates.attention import Attention, Sizes, attention_kernels
 from dscompile.errors import UnsupportedError, nearest
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 ATTENTION = "attention"
+EVOFORMER = "evoformer"
 
 
 def kernels(
@@ -60,7 +62,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _chosen(names: list[str], dtype: torch.dtype, rows: int, cols: int) -> list[tuple[str, Kernel]]:
-    known = [*entries(), ATTENTION]
+    known = [*entries(), ATTENTION, EVOFORMER]
     for name in names:
         if name not in known:
             raise UnsupportedError(f"no kernel {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
@@ -70,6 +72,10 @@ def _chosen(names: list[str], dtype: torch.dtype, rows: int, cols: int) -> list[
             use = Attention(dim=64, block=64, dtype=dtype, scale=0.125, rows=(8 * 64,) * 4)
             sizes = Sizes(batch=2, heads=8, seq=4096, listed=8 * 64 * 8, layout_heads=8)
             found += [(name, k) for k in attention_kernels(use, sizes).values()]
+        elif name == EVOFORMER:
+            width = evoformer.Evoformer(32, dtype, 32**-0.5, (4 * 32,) * 4, (32,) * 4, dtype, dtype, mask_grad=True)
+            alignment = evoformer.Sizes(batch=1, sequences=128, seq=256, heads=4)
+            found += [(name, k) for k in evoformer.evoformer_kernels(width, alignment).values()]
         else:
             found += [(name, k) for k in generate(name, example(name, dtype, rows, cols)).kernels]
     return found

@@ -1,9 +1,10 @@
-// Products on AMX tiles of bf16, at bf16 or at fp32 accuracy.
+// Products on AMX tiles of bf16, at bf16, fp16 or fp32 accuracy.
 //
-// A number is kept as PLANES bf16 numbers that add up to it: one for bf16 operands, three for fp32 (8 bits of the
-// significand each, so the sum is exact). Of the nine products of two such sums the six largest are computed; what is
-// left out is below 2^-24 of the result, as fp32 rounding is (Henry, Tang and Heinecke, "Leveraging the bfloat16
-// artificial intelligence datatype for higher-precision computations", 2019).
+// A number is kept as PLANES bf16 numbers that add up to it: one for bf16 operands, two for fp16, three for fp32 (8 bits
+// of the significand each, so the sum is exact). Of the nine products of two sums of three the six largest are computed;
+// what is left out is below 2^-24 of the result, as fp32 rounding is (Henry, Tang and Heinecke, "Leveraging the bfloat16
+// artificial intelligence datatype for higher-precision computations", 2019). Of the four of two sums of two the three
+// largest are: what is left out is below 2^-16, and rounding to fp16 is 2^-11.
 //
 // Operands are stored as tiles of 16 rows of 16 pairs of bf16, 1 KiB each. A pair holds the elements i and i + 16 of 32
 // along the dimension that is summed over: then a pair is one shift and one mask away from two vectors of floats.
@@ -54,6 +55,9 @@ inline void planes_of(Vec x, Ints (&plane)[PLANES]) {
   if constexpr (PLANES == 1) {
     const Ints bits = (Ints)x;
     plane[0] = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  } else if constexpr (PLANES == 2) {
+    plane[0] = ((Ints)x + 0x8000) & upper;
+    plane[1] = (Ints)(x - (Vec)plane[0]) + 0x8000;  // an fp16 number leaves at most 3 bits; others are rounded
   } else {
     static_assert(PLANES == 3);
     plane[0] = ((Ints)x + 0x8000) & upper;
@@ -104,6 +108,13 @@ inline Vec load_some(const bf16* p, int64_t n) {
   const Halves bits = (Halves)_mm256_maskz_loadu_epi16(lanes, p);
   return (Vec)(__builtin_convertvector(bits, Ints) << 16);
 }
+
+#ifdef HAVE_FP16
+inline Vec load_some(const fp16* p, int64_t n) {
+  const __mmask16 lanes = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
+  return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
+}
+#endif
 
 // One tile of pairs (low row i, high row i), i < 16. `low` and `high` point at rows `stride` apart, of which the first
 // so many exist, each with so many lanes; the rest is 0. TRANSPOSED stores lanes down and rows across.
@@ -190,6 +201,10 @@ inline void amx_block(int64_t depth, const uint32_t* a, int64_t a_outer, int64_t
       left(0), multiply();
       right(2), multiply();
       right(0), multiply();
+    } else if constexpr (PLANES == 2) {
+      left(1), right(0), multiply();
+      left(0), multiply();
+      right(1), multiply();
     } else {
       left(0), right(0), multiply();
     }

@@ -1,4 +1,4 @@
-// Attention on AMX tiles (amx.h): bf16 operands as they are, fp32 operands as sums of three bf16.
+// Attention on AMX tiles (amx.h): bf16 operands as they are, fp16 and fp32 ones as sums of two and three bf16.
 //
 // Queries lie across the lanes in both directions. Forward: the keys and values of some heads are packed once, then one
 // task a query block, as in attention_vector.h. Backward: queries and output gradients of some heads are packed once,
@@ -14,7 +14,7 @@ constexpr int64_t PACKED = 16 << 20;       // bytes of packed operands that stay
 constexpr int64_t PACKED_MOST = 96 << 20;  // what they may take to give each thread a head, unless one head needs more
 
 template <typename T>
-constexpr int PLANES_OF = std::is_same_v<T, float> ? 3 : 1;
+constexpr int PLANES_OF = std::is_same_v<T, float> ? 3 : std::is_same_v<T, bf16> ? 1 : 2;
 
 inline int64_t chunk_of(const Problem& p) { return p.block % 32 ? 16 : 32; }  // divides every block: tiles start at one
 

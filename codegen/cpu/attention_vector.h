@@ -1,4 +1,4 @@
-// Attention with fused multiply-adds on vectors: any CPU, any head size; bf16 is widened to fp32 tile by tile.
+// Attention with fused multiply-adds on vectors: any CPU, any head size; bf16 and fp16 are widened to fp32 tile by tile.
 //
 // Forward (Milakov & Gimelshein's online softmax; Dao's flash attention): one task a query block. Scores are computed
 // transposed, keys down and queries across the lanes, so that maximum and sum over keys need no shuffles and keys and

@@ -38,6 +38,15 @@ extern "C" int attention_has_tiles() {
 #endif
 }
 
+// Whether there are entries for fp16: the compiler has the type.
+extern "C" int attention_has_fp16() {
+#ifdef HAVE_FP16
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Each returns 0; 1 if there was no memory for scratch; 2 for an invalid layout. `tiles`: on AMX tiles; needs attention_has_tiles().
 #define ENTRIES(name, type)                                                                                            \
   extern "C" int attention_forward_##name(const Problem* p, const View* q, const View* k, const View* v,               \
@@ -52,3 +61,6 @@ extern "C" int attention_has_tiles() {
 
 ENTRIES(f32, float)
 ENTRIES(bf16, bf16)
+#ifdef HAVE_FP16
+ENTRIES(f16, fp16)
+#endif

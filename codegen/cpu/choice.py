@@ -1,5 +1,5 @@
 """Dense and causal attention on CPU: our kernel or PyTorch's, whichever a measurement on this machine favours.
-And which block-sparse attention has no kernel, on any device.
+And which block-sparse or Evoformer attention has no kernel on its device.
 
 PyTorch's operator and ours take and return the same values in the same layouts, so each direction is chosen by itself.
 Only the order of sums differs; the kernel's error against fp64 is that of PyTorch's (``tests/codegen``).
@@ -21,6 +21,7 @@ from dscompile.attention_ops import COMPILED, HEAD_STEP, no_gpu_kernel, no_kerne
 from dscompile.codegen.cpu.builder import attention_kernels
 from dscompile.config import Config
 from dscompile.effects import argument
+from dscompile.evoformer import no_evoformer_kernel
 from dscompile.torch_compat import OpOverload, free_symbol_names, no_autocast, no_modes
 
 aten = torch.ops.aten
@@ -29,6 +30,7 @@ ours = torch.ops.dscompile
 FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 SPARSE = (ours.block_sparse_attention.default, ours.block_sparse_attention_backward.default)
+EVOFORMER = (ours.evoformer_attention.default, ours.evoformer_attention_backward.default)
 
 BLOCK = 64
 """Queries and keys that dense attention computes at once; measured best of 32, 64 and 128."""
@@ -67,13 +69,15 @@ def choose_attention(module: fx.GraphModule, config: Config) -> tuple[list[str],
                 _replace(node)
         elif node.target in SPARSE and (reason := _no_kernel(node)):
             missing.append(f"{_describe(node)}: gathered attention ({reason})")
+        elif node.target in EVOFORMER and (reason := _no_evoformer(node)):
+            missing.append(f"Evoformer {_describe(node)}: in pieces of PyTorch's operators ({reason})")
     module.recompile()
     return choices, missing
 
 
 def _first(node: fx.Node) -> int:
     """Position of ``q`` among the arguments: a backward has the output's gradient in front."""
-    return int(node.target in (BACKWARD, ours.block_sparse_attention_backward.default))
+    return int(node.target in (BACKWARD, SPARSE[1], EVOFORMER[1]))
 
 
 def _query(node: fx.Node) -> Tensor:
@@ -88,6 +92,13 @@ def _no_kernel(node: fx.Node) -> str:
     if q.device.type == "cpu":
         return no_kernel(q.dtype)
     return no_gpu_kernel(q, k, Blocks(*values[-8:]))
+
+
+def _no_evoformer(node: fx.Node) -> str:
+    """Why an Evoformer attention on a GPU has no kernel; "" if it has one, and on CPUs, where pieces are the way."""
+    values: list[Any] = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+    q, mask, pair = (values[_first(node) + i] for i in (0, 3, 4))
+    return "" if q.device.type == "cpu" else no_evoformer_kernel(q, mask, pair)
 
 
 def _scale(node: fx.Node) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dscompile.attention_gathered import Blocks, lse_like, result_like
 from dscompile.errors import UnsupportedError
 
-NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """Dtypes that the kernels take, with the suffix of their entries."""
 
 
@@ -49,6 +49,12 @@ class AttentionKernels:
         """Load a built library; ``tiles``: on AMX tiles, where library and system have them."""
         library = ctypes.CDLL(path)
         return AttentionKernels(library, tiles and bool(library.attention_has_tiles()))
+
+    def lacks(self, dtype: torch.dtype) -> str:
+        """Why this library has no kernel for a dtype of ``NAMES``; "" if it has one."""
+        if dtype is torch.float16 and not self.library.attention_has_fp16():
+            return "the C++ compiler that built the kernel has no fp16 type (GCC has one from version 12, Clang 15)"
+        return ""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """``(out, lse)``."""

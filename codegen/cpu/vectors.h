@@ -27,6 +27,12 @@ struct bf16 {
   uint16_t bits;
 };
 
+#if defined(__FLT16_MAX__)
+#define HAVE_FP16 1  // GCC 12 and Clang 15: older compilers have no such type on x86
+typedef _Float16 fp16;
+typedef fp16 Fp16s __attribute__((vector_size(L * 2)));
+#endif
+
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr float INF = __builtin_inff();
@@ -81,6 +87,20 @@ inline bf16 narrow(float x, bf16) {
   store(all, splat(x));
   return all[0];
 }
+
+#ifdef HAVE_FP16
+inline Vec load(const fp16* p) {
+  Fp16s h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Vec);
+}
+inline void store(fp16* p, Vec v) {  // to nearest, ties to even; past 65504 infinite
+  const Fp16s h = __builtin_convertvector(v, Fp16s);
+  std::memcpy(p, &h, sizeof h);
+}
+inline float widen(fp16 x) { return x; }
+inline fp16 narrow(float x, fp16) { return fp16(x); }
+#endif
 
 // 2^x within 2 ulp down to 2^-126; at and below 2^-127, as for masked scores of -inf, exactly 0; NaN stays NaN.
 // Coefficients: Cephes' exp2f.

@@ -47,7 +47,7 @@ def warn_gathered(reason: str) -> None:
 
 def triton_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` as :mod:`dscompile.attention_ops` defines them."""
-    q, k, v = map(_rows, (q, k, v))
+    q, k, v = map(adjacent_rows, (q, k, v))
     out, lse = result_like(q), _statistic(q)
     run = _launchers(_use(q, blocks, (q, k, v)))["forward"]
     run(q, k, v, *_listing(blocks, transposed=False), out, lse, **_numbers(blocks, q=q, k=k, v=v))
@@ -58,7 +58,7 @@ def triton_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``."""
-    grad_out, q, k, v = map(_rows, (grad_out, q, k, v))
+    grad_out, q, k, v = map(adjacent_rows, (grad_out, q, k, v))
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as the forward made it: then nothing is copied
     lse, delta = lse.contiguous(), _statistic(q)
     dq, dk, dv = result_like(q), result_like(k), result_like(v)
@@ -88,11 +88,11 @@ def _use(q: Tensor, blocks: Blocks, operands: Sequence[Tensor]) -> Attention:
         padded=blocks.key_padding_mask is not None,
         ragged=bool(operands) and q.shape[2] % blocks.block != 0,
         precision="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        shared=_shared(q) if operands else SHARED,
+        shared=shared_memory(q) if operands else SHARED,
     )
 
 
-def _shared(q: Tensor) -> int:
+def shared_memory(q: Tensor) -> int:
     """Bytes of shared memory for tiles in flight: as many as the GPU at hand gives a program."""
     if not q.is_cuda:
         return SHARED
@@ -101,7 +101,7 @@ def _shared(q: Tensor) -> int:
     return min(SHARED, most - RESERVED)
 
 
-def _rows(x: Tensor) -> Tensor:
+def adjacent_rows(x: Tensor) -> Tensor:
     """``x`` with the elements of each row adjacent, as the kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

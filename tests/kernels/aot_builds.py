@@ -2,7 +2,8 @@
 
 ``python -m tests.kernels.aot_builds FOLDER CASE...``. A case is ``name/dtype/rows/cols@target`` for a kernel of the
 library, ``attention/dtype/block/dim/c@target`` for the attention kernels (``c`` causal, ``p`` padded keys, ``t``
-tf32, ``-`` none); a ``!`` before it leaves the promise of alignment out. FOLDER holds the cache, so that builds are
+tf32, ``-`` none), ``evoformer/dtype/dim/mb@target`` for those of Evoformer attention (``m`` mask, ``b`` pair bias,
+``t`` tf32); a ``!`` before it leaves the promise of alignment out. FOLDER holds the cache, so that builds are
 kept between runs.
 """
 
@@ -22,6 +23,7 @@ from dscompile.codegen.triton_backend.bars import faults
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import example, generate
 from dscompile.codegen.triton_backend.targets import find_target
+from dscompile.codegen.triton_backend.templates import evoformer
 from dscompile.codegen.triton_backend.templates.attention import Attention, Sizes, attention_kernels
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -29,6 +31,8 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 def kernels(case: str) -> list[Kernel]:
     name, *rest = case.split("/")
+    if name == "evoformer":
+        return evoformer_kernels(*rest)
     if name != "attention":
         dtype, rows, cols = rest
         return list(generate(name, example(name, DTYPES[dtype], int(rows), int(cols))).kernels)
@@ -46,6 +50,22 @@ def kernels(case: str) -> list[Kernel]:
         precision=precision,
     )
     return list(attention_kernels(use, Sizes(2, 8, 4096, listed, 8)).values())
+
+
+def evoformer_kernels(kind: str, dim_: str, flags: str) -> list[Kernel]:
+    dtype, dim = DTYPES[kind], int(dim_)
+    use = evoformer.Evoformer(
+        dim,
+        dtype,
+        dim**-0.5,
+        (4 * dim,) * 4,
+        (dim,) * 4,
+        dtype if "m" in flags else None,
+        dtype if "b" in flags else None,
+        mask_grad="m" in flags,
+        precision="tf32" if "t" in flags else "ieee",
+    )
+    return list(evoformer.evoformer_kernels(use, evoformer.Sizes(1, 128, 256, 4)).values())
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:

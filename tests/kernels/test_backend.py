@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,17 @@ import pytest
 import torch
 
 import dscompile
-from dscompile import attention_ops
+from dscompile import attention_ops, evoformer
 from dscompile.codegen.cpu.choice import choose_attention
 from dscompile.codegen.regions import cut, region_module
 from dscompile.codegen.triton_backend import attention, cache
+from dscompile.codegen.triton_backend import evoformer as launching
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import example, generate
 from dscompile.codegen.triton_backend.targets import TARGETS, launch_options
 from dscompile.codegen.triton_backend.templates.attention import Attention, Sizes, attention_kernels
+from dscompile.codegen.triton_backend.templates.evoformer import Evoformer, evoformer_kernels, shares
+from dscompile.codegen.triton_backend.templates.evoformer import Sizes as Alignment
 from dscompile.config import Config
 from dscompile.errors import UnsupportedError
 from dscompile.sparsity import BigBirdSparsityConfig
@@ -176,6 +180,103 @@ def test_a_fallback_on_a_gpu_is_warned_of_once_for_each_reason(caplog: pytest.Lo
     torch.testing.assert_close(out, dense)
     (record,) = [r for r in caplog.records if "many times slower" in r.getMessage()]
     assert "blocks of 16, 32, 64, 128, not 48" in record.getMessage()
+
+
+# -- Evoformer attention -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dim": 20}, "a head size of 8, 16, ... 128, not 20"),
+        ({"dim": 136}, "not 136"),
+        ({"dtype": torch.float64}, "q, k, v: torch.float64"),
+        ({"mask": torch.float64}, "the mask: torch.float64"),
+        ({"pair": torch.float64}, "the pair bias: torch.float64"),
+        ({"precision": "bf16x3"}, "not 'bf16x3'"),
+    ],
+)
+def test_an_evoformer_attention_without_a_kernel_is_refused(changes: dict[str, object], says: str) -> None:
+    use = dataclasses.replace(Evoformer(16, torch.float32, 0.25, (64,) * 4, (16,) * 4), **changes)  # type: ignore[arg-type]
+    assert says in use.refusal()
+    with pytest.raises(UnsupportedError, match=re.escape(says)):
+        evoformer_kernels(use)
+
+
+def test_one_source_and_one_build_serve_every_alignment() -> None:
+    use = Evoformer(32, torch.bfloat16, 0.125, (128,) * 4, (32,) * 4, pair=torch.bfloat16)
+    symbolic = evoformer_kernels(use)
+    for sizes in (Alignment(1, 8, 64, 4), Alignment(2, 128, 384, 8)):
+        for what, kernel in evoformer_kernels(use, sizes).items():
+            assert kernel.source == symbolic[what].source
+            assert kernel.constants == symbolic[what].constants
+
+
+@pytest.mark.parametrize(
+    ("alignment", "parts"),
+    [((1, 4, 128, 64), 64), ((1, 8, 100, 256), 2), ((1, 8, 1, 256), 1), ((2, 8, 512, 512), 1), ((1, 4, 6, 128), 6)],
+)
+def test_a_sum_over_sequences_is_shared_where_few_programs_run(alignment: tuple[int, ...], parts: int) -> None:
+    """[batch, heads, sequences, residues]; programs are tiles of 64 x 64 pairs of a head: 256 of them are enough."""
+    use = Evoformer(32, torch.bfloat16, 0.125, (128,) * 4, (32,) * 4, pair=torch.bfloat16)
+    assert shares(use, *alignment) == parts
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("size", "dtype", "says"),
+    [(16, torch.bfloat16, ""), (12, torch.bfloat16, "not 12"), (16, torch.float64, "float64")],
+)
+def test_evoformer_attention_in_pieces_on_a_gpu_is_counted_with_its_reason(
+    size: int, dtype: torch.dtype, says: str
+) -> None:
+    h = Hand()
+    with torch.device("cuda"):
+        q, k, v = (h.input(name, 1, 4, 32, 2, size, dtype=dtype) for name in "qkv")
+        pair = h.input("pair", 1, 1, 2, 32, 32, dtype=dtype)
+    made = h.call(torch.ops.dscompile.evoformer_attention.default, q, k, v, None, pair, 0.25, 1)
+    out, lse = (h.graph.call_function(operator.getitem, (made, i)) for i in range(2))
+    out.meta["val"], lse.meta["val"] = made.meta["val"]
+    backward = torch.ops.dscompile.evoformer_attention_backward.default
+    grads = h.call(backward, out, q, k, v, None, pair, out, lse, 0.25, 1, False, True)
+    dq = h.graph.call_function(operator.getitem, (grads, 0))
+    dq.meta["val"] = grads.meta["val"][0]
+    (region,) = cut(h.done([out, dq]), Config(regions="whole"))
+    choices, missing = choose_attention(region_module(region), Config())
+    assert choices == []
+    assert len(missing) == (2 if says else 0)
+    assert all(says in text and text.startswith("Evoformer attention") for text in missing)
+
+
+def test_evoformer_attention_without_a_kernel_is_warned_of_once_and_right(caplog: pytest.LogCaptureFixture) -> None:
+    launching.warn_pieces.cache_clear()
+    q, k, v, grad = (torch.randn(1, 2, 8, 2, 12) for _ in range(4))
+    pair = torch.randn(1, 1, 2, 8, 8)
+    out, lse = evoformer._forward_gpu(q, k, v, None, pair, 0.25, 1 << 20)
+    found = evoformer._backward_gpu(grad, q, k, v, None, pair, out, lse, 0.25, 1 << 20, False, True)
+    leaves = [x.requires_grad_() for x in (q, k, v, pair)]
+    scores = torch.einsum("bnqhd,bnkhd->bnhqk", q, k) * 0.25 + pair
+    expected = torch.einsum("bnhqk,bnkhd->bnqhd", scores.softmax(-1), v)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close([found[i] for i in (0, 1, 2, 4)], list(torch.autograd.grad(expected, leaves, grad)))
+    (record,) = [r for r in caplog.records if "many times slower" in r.getMessage()]
+    assert "not 12" in record.getMessage()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("residues", [128, 77])
+def test_evoformer_attention_on_a_gpu_is_that_of_the_cpu(dtype: torch.dtype, residues: int) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        q, k, v, grad = (torch.randn(1, 6, residues, 4, 32).to(device, dtype).requires_grad_() for _ in range(4))
+        mask = torch.randn(1, 6, 1, 1, residues).to(device, dtype).requires_grad_()
+        pair = torch.randn(1, 1, 4, residues, residues).to(device, dtype).requires_grad_()
+        out = dscompile.evoformer_attention(q, k, v, [mask, pair])
+        results.append([t.cpu() for t in (out, *torch.autograd.grad(out, (q, k, v, mask, pair), grad))])
+    for cpu, gpu in zip(*results, strict=True):
+        torch.testing.assert_close(gpu, cpu, atol=1e-4 if dtype is torch.float32 else 3e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu

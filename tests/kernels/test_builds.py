@@ -26,9 +26,10 @@ needs_triton = pytest.mark.skipif(
 QUICK = [
     "layer_norm/bf16/8192/1024@sm_90", "layer_norm_backward/bf16/8192/1024@gfx942", "adamw/bf16/8192/1024@sm_100",
     "rms_norm_backward/bf16/8192/1024@sm_80", "attention/bf16/64/64/-@sm_90",
+    "evoformer/bf16/32/mb@sm_90",
     *(f"{name}/bf16/8192/1024@{target}" for name in ("embedding_norm", "cumulative_softmax") for target in TARGETS),
 ]  # fmt: skip
-CONTROL = ["!bias_gelu/bf16/8192/1024@sm_90", "!attention/bf16/64/64/-@sm_90"]
+CONTROL = ["!bias_gelu/bf16/8192/1024@sm_90", "!attention/bf16/64/64/-@sm_90", "!evoformer/bf16/32/mb@sm_90"]
 SIZES = {
     "rotary": "1024/64",
     "cross_entropy": "1024/50304",
@@ -41,6 +42,10 @@ ATTENTION = [f"attention/{case}@{target}" for case in (
     "bf16/16/64/c", "bf16/32/64/-", "bf16/64/64/c", "bf16/128/64/-", "bf16/64/128/c", "bf16/128/128/-", "f16/64/64/-",
     "f32/64/64/-", "f32/64/64/t",
 ) for target in TARGETS]  # fmt: skip
+EVOFORMER = [f"evoformer/{case}" for case in (
+    "bf16/8/mb", "bf16/16/mb", "bf16/32/mb", "bf16/32/-", "bf16/32/m", "bf16/32/b", "bf16/64/mb", "bf16/128/mb",
+    "bf16/128/m", "f16/24/mb", "f16/64/mb", "f32/32/mb", "f32/64/mb", "f32/64/mbt", "f32/128/mb",
+)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,16 @@ def test_every_kernel_reaches_every_bar_on_every_target(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_attention_reaches_every_bar_on_every_target(tmp_path: Path) -> None:
     found = work("aot_builds", [str(tmp_path), *ATTENTION], timeout=1800)
+    assert {case: k for case, k in found.items() if isinstance(k, str)} == {}
+    assert {f"{c} {n}": k["faults"] for c, ks in found.items() for n, k in ks.items() if k["faults"]} == {}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", TARGETS)
+def test_evoformer_attention_reaches_every_bar(target: str, tmp_path: Path) -> None:
+    found = work("aot_builds", [str(tmp_path), *(f"{case}@{target}" for case in EVOFORMER)], timeout=1800)
     assert {case: k for case, k in found.items() if isinstance(k, str)} == {}
     assert {f"{c} {n}": k["faults"] for c, ks in found.items() for n, k in ks.items() if k["faults"]} == {}
 

@@ -153,6 +153,44 @@ def test_attention_is_right_for_every_block_size_and_mask() -> None:
     assert not wrong
 
 
+EVOFORMER = [
+    "f32/2/36/1/16/-", "f32/2/36/1/16/m", "f32/3/20/1/8/bu", "f32/2/20/2/16/mbhr", "bf16/2/70/1/24/mbt",
+    "bf16/1/65/1/128/mb", "f16/2/64/1/8/mbsw", "f16/2/33/2/64/mbn", "f16/1/128/1/32/mbhr", "f32/1/1/1/8/mb",
+    "f32/1/17/1/8/mbg",
+]  # fmt: skip
+EVOFORMER_FULL = [f"2/{residues}/2/{dim}/{flags}" for residues in (64, 77) for dim in (8, 24, 32, 64, 128)
+                  for flags in ("-", "m", "b", "mbh", "mbtw")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evoformer() -> dict[str, Any]:
+    return work("interpret_evoformer", EVOFORMER)
+
+
+def evoformer_count(case: str) -> int:
+    """Results of a case: out, three gradients, and one for each bias that has one."""
+    flags = case.split("/")[-1]
+    return 4 + (0 if "n" in flags else ("m" in flags) + ("b" in flags))
+
+
+@pytest.mark.parametrize("case", EVOFORMER)
+def test_evoformer_attention_is_right(evoformer: dict[str, Any], case: str) -> None:
+    errors = evoformer[case]
+    assert not isinstance(errors, str), errors
+    assert len(errors) == evoformer_count(case)
+    assert max(errors) <= TOLERANCE[case.split("/")[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_evoformer_attention_is_right_for_every_head_size_and_bias(dtype: str) -> None:
+    found = work("interpret_evoformer", [f"{dtype}/{case}" for case in EVOFORMER_FULL], timeout=1800)
+    assert {c: e for c, e in found.items() if isinstance(e, str)} == {}
+    assert all(len(errors) == evoformer_count(c) for c, errors in found.items())
+    assert {c: e for c, e in found.items() if max(e) > TOLERANCE[dtype]} == {}
+
+
 # -- whole graphs ------------------------------------------------------------------------------------------------------
 
 

@@ -28,21 +28,27 @@ def part(h: Hand, node: fx.Node, index: int) -> fx.Node:
     return made
 
 
-def attention(kind: str, *, causal: bool = False, mask: str = "", bias_gradient: bool = False) -> StepGraph:
-    """Forward and backward of one attention of 64 tokens in bf16, as PyTorch's operators for CUDA spell it."""
+def attention(
+    kind: str,
+    *,
+    causal: bool = False,
+    mask: str = "",
+    bias_gradient: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> StepGraph:
+    """Forward and backward of one attention of 64 tokens in 16 bits, as PyTorch's operators for CUDA spell it."""
     h = Hand()
     with torch.device("cuda"):
-        q, k, v = (h.input(name, 1, 2, 64, 8, dtype=torch.bfloat16) for name in "qkv")
+        q, k, v = (h.input(name, 1, 2, 64, 8, dtype=dtype) for name in "qkv")
         seen = h.input("m", 1, 1, 1, 64, dtype=torch.bool) if mask == "padding" else None
-        tangent = h.input("tangent", 1, 2, 64, 8, dtype=torch.bfloat16, kind=InputKind.TANGENT)
+        tangent = h.input("tangent", 1, 2, 64, 8, dtype=dtype, kind=InputKind.TANGENT)
     if mask == "causal":
         index = h.call(aten.arange.default, 64, device=torch.device("cuda"))
         seen = h.call(aten.le.Tensor, index, h.call(aten.unsqueeze.default, index, 1))
     bias = None
     if seen is not None:
         zero, hidden = (
-            h.call(aten.scalar_tensor.default, x, dtype=torch.bfloat16, device=torch.device("cuda"))
-            for x in (0.0, -torch.inf)
+            h.call(aten.scalar_tensor.default, x, dtype=dtype, device=torch.device("cuda")) for x in (0.0, -torch.inf)
         )
         bias = h.call(aten.expand.default, h.call(aten.where.self, seen, zero, hidden), [1, 2, 64, 64])
     forward = getattr(aten, f"_scaled_dot_product_{kind}_attention").default
@@ -74,8 +80,9 @@ def targets(graph: StepGraph) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_both_halves_become_the_block_sparse_operator(kind: str, causal: bool) -> None:
-    graph = attention(kind, causal=causal)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_both_halves_become_the_block_sparse_operator(kind: str, causal: bool, dtype: torch.dtype) -> None:
+    graph = attention(kind, causal=causal, dtype=dtype)
     records, decisions = plan(graph)
     assert [(d.choice, d.facts["causal"], d.facts["padding"]) for d in decisions] == [("sparse", causal, 0)]
     assert not any("scaled_dot_product" in target for target in targets(graph))
@@ -91,7 +98,7 @@ def test_both_halves_become_the_block_sparse_operator(kind: str, causal: bool) -
     assert {n.meta["val"].device.type for n in graph.nodes if n.op == "get_attr"} == {"cuda"}
     assert records[2].verdict == "proved", "later passes are proved against the sparse meaning"
     outputs = [n.meta["val"] for n in graph.output_node.args[0]]
-    assert [(v.shape, v.dtype, v.device.type) for v in outputs] == [((1, 2, 64, 8), torch.bfloat16, "cuda")] * 4
+    assert [(v.shape, v.dtype, v.device.type) for v in outputs] == [((1, 2, 64, 8), dtype, "cuda")] * 4
 
 
 @pytest.mark.parametrize("kind", ["efficient", "cudnn"])

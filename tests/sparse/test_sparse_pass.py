@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import dscompile
+from dscompile.attention_ops import no_kernel
 from dscompile.config import Config
 from dscompile.errors import ConfigError, PipelineError, VerifyError
 from dscompile.graph import GraphKind, StepGraph
@@ -212,6 +213,22 @@ def test_loss_and_gradients_are_those_of_the_model_masked_by_hand(name: str) -> 
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(expected, dense, strict=True)), "the layout hides nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_16_bit_model_is_rewritten(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Attention(lambda q, k, v, m: sdpa(q, k, v, m)).to(dtype)
+    args = (torch.randn(2, 90, 16).to(dtype), ~tail(2, 90, 9)[:, None, None])
+    found = step(compiled(model, LOCAL), model, args)
+    reports = REPORTS.all()
+    assert [(r.verdict, r.fallbacks) for r in reports] == [("approximate", [])] * 2
+    assert no_kernel(dtype) == ""
+    with masked_by_hand(LOCAL):
+        expected = step(model.double(), model, (args[0].double(), args[1]))
+    for got, want in zip(found, expected, strict=True):
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < 16 * torch.finfo(dtype).eps, "a few roundings of activations, weights and gradients"
 
 
 def test_inference_too() -> None:

@@ -178,6 +178,32 @@ def test_a_layout_of_ones_own() -> None:
     assert rows(layout, 1) == ["010", "101", "010"]
 
 
+def test_a_layout_of_ones_own_in_deepspeeds_way() -> None:
+    """Classes written for DeepSpeed fill what ``setup_layout`` returns, and hand the first head's pattern on."""
+
+    class FirstColumn(SparsityConfig):
+        def make_layout(self, seq_len: int) -> torch.Tensor:
+            layout = self.setup_layout(seq_len)
+            for head in range(self.num_layout_heads):
+                layout[head, :, head] = 1
+            return self.check_and_propagate_first_head_layout(layout)
+
+    alike = FirstColumn(3).make_layout(48)
+    assert alike.dtype is torch.int64
+    assert [rows(alike, head) for head in range(3)] == [["100"] * 3] * 3
+    apart = FirstColumn(2, different_layout_per_head=True).make_layout(48)
+    assert [rows(apart, head) for head in range(2)] == [["100"] * 3, ["010"] * 3]
+    with pytest.raises(ConfigError, match="100 is no multiple of the block 16"):
+        FirstColumn(2).make_layout(100)
+
+
+@pytest.mark.parametrize("make", [VariableSparsityConfig, BSLongformerSparsityConfig])
+def test_global_blocks_can_be_read_as_they_were_given(make: Callable[..., Any]) -> None:
+    assert (make(1).global_block_indices, make(1).global_block_end_indices) == ([0], None)
+    given = make(1, global_block_indices=[0, 4], global_block_end_indices=[2, 5])
+    assert (given.global_block_indices, given.global_block_end_indices) == ([0, 4], [2, 5])
+
+
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "length": (lambda: DenseSparsityConfig(1).make_layout(100), "100 is no multiple of the block 16; .* 112"),
     "one way, global rows": (

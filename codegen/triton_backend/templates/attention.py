@@ -187,7 +187,7 @@ def _kernel(use: Attention, what: str, sizes: Sizes | None) -> Kernel:
 
     return Kernel(
         name,
-        head + _BODIES[what].format(name=name),
+        head + text.LOAD + _BODIES[what].format(name=name),
         tuple(Buffer(n, values[n].dtype, at(values[n].numel)) for n in reads),
         tuple(Buffer(n, values[n].dtype, at(values[n].numel)) for n in writes),
         tuple((n, at(sympy.Symbol(n, integer=True, positive=True))) for n in names),

@@ -18,7 +18,9 @@ computes: {nodes}
 moves: {moves} bytes, listed being the layout's blocks over all heads;
     every input and output once: {ideal}
 """
+'''
 
+LOAD = '''
 import triton
 import triton.language as tl
 

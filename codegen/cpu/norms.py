@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from dscompile.codegen.cpu.choice import Choice, gain
 from dscompile.codegen.cpu.rms_norms import RmsNorm, rms_norms
 from dscompile.config import Config
-from dscompile.norm_ops import norm_kernel
+from dscompile.norm_ops import norm_kernel, takes
 from dscompile.torch_compat import free_symbol_names, no_autocast, no_modes
 
 aten = torch.ops.aten
@@ -64,8 +64,9 @@ def _choice(given: list[Any], option: str) -> Choice:
     if option == "inductor":
         return Choice(False, "norm_backward='inductor'")
     values: list[Tensor] = [node.meta["val"] for node in given]
-    if any(v.dtype is not torch.float32 or v.device.type != "cpu" for v in values):
-        return Choice(False, "its values are not all fp32 on the CPU")
+    grad, x, *others = (v.dtype for v in values)
+    if not takes(grad, x, others) or any(v.device.type != "cpu" for v in values):
+        return Choice(False, "its values are not all of 32 or 16 bits on the CPU")
     if free_symbol_names(values):
         return Choice(False, "its shape is symbolic")
     if not values[1].numel():
@@ -78,7 +79,7 @@ def _choice(given: list[Any], option: str) -> Choice:
     if values[1].numel() < SMALLEST:
         return Choice(False, f"fewer than {SMALLEST} elements")
     columns = values[-1].numel()
-    measured = _gain(min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
+    measured = _gain(x, min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
     return Choice(measured >= GAIN, f"the kernel runs at {measured:.2f} x the speed of PyTorch's LayerNorm")
 
 
@@ -108,14 +109,18 @@ def _replace_rms_norm(norm: RmsNorm) -> str:
     graph, place = norm.dx.graph, min(norm.dx, norm.dweight)
     _move_before(place, [norm.grad, norm.x, norm.rstd, norm.weight, norm.normal])
     taken = norm.residual if norm.residual is not None and norm.residual < place else None
-    value, weight = norm.x.meta["val"], norm.weight.meta["val"]
+    value, wanted = norm.dx.meta["val"], norm.dweight.meta["val"]
     with graph.inserting_before(place):
         target = torch.ops.dscompile.rms_norm_backward.default
         both = graph.call_function(target, (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken))
         dx, dweight = (graph.call_function(operator.getitem, (both, part)) for part in range(2))
-        down = graph.call_function(aten.view.default, (dweight, list(norm.dweight.meta["val"].shape)))
-    both.meta["val"], dx.meta["val"], dweight.meta["val"] = (value, weight), value, weight
-    down.meta["val"] = norm.dweight.meta["val"]
+        down = graph.call_function(aten.view.default, (dweight, list(wanted.shape)))
+        dweight.meta["val"] = norm.weight.meta["val"].float()
+        down.meta["val"] = wanted.float()
+        if wanted.dtype is not torch.float32:
+            down = graph.call_function(aten._to_copy.default, (down,), {"dtype": wanted.dtype})
+            down.meta["val"] = wanted
+    both.meta["val"], dx.meta["val"] = (value, dweight.meta["val"]), value
     if norm.residual is not None and taken is None:
         with graph.inserting_before(norm.dx):
             dx = graph.call_function(aten.add.Tensor, (norm.residual, dx))
@@ -154,14 +159,14 @@ def _addition(node: fx.Node, dx: fx.Node | None) -> fx.Node | None:
 
 
 @functools.cache
-def _gain(rows: int, columns: int, threads: int) -> float:
+def _gain(dtype: torch.dtype, rows: int, columns: int, threads: int) -> float:
     """The kernel's speed over PyTorch's, with a residual added; ``threads`` is part of what was measured."""
     kernel = norm_kernel()[0]
     assert kernel is not None, "norm_kernel() gave no reason against it"
     generator = torch.Generator().manual_seed(0)
     with no_modes(), torch.no_grad(), no_autocast():
-        grad, x, residual = (torch.randn(rows, columns, generator=generator) for _ in range(3))
-        mean, rstd, weight = torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(columns)
+        grad, x, residual = (torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3))
+        mean, rstd, weight = (t.to(dtype) for t in (torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(columns)))
 
         def theirs() -> Tensor:
             arguments = (grad, x, [columns], mean, rstd, weight, weight, [True, True, True])

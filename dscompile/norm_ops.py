@@ -201,8 +201,8 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor rstd, Tensor weight, Tensor? normal, Tensor? residual) "
-    "-> (Tensor, Tensor)"
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor rstd, Tensor weight, Tensor? normal, Tensor? residual, "
+    "*, ScalarType? dtype=None) -> (Tensor, Tensor)"
 )
 
 
@@ -218,7 +218,7 @@ class _Arrays(ctypes.Structure):
 
 
 class NormKernel:
-    """The compiled sweep. All tensors are on the CPU, of 32 or 16 bits; ``residual`` has the input's dtype."""
+    """The compiled sweep. All tensors are on the CPU, of 32 or 16 bits; ``residual`` has that of the result."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._call = library.norm_backward
@@ -230,25 +230,38 @@ class NormKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of input (plus ``residual``), weight and bias."""
         sums = weight.new_empty((2, *weight.shape), dtype=torch.float32)
-        dx = self._sweep([grad, x, residual, None], mean, rstd, weight, sums)
+        dx = self._sweep([grad, x, residual, None], mean, rstd, weight, sums, x.dtype)
         return dx, sums[0].to(weight.dtype), sums[1].to(weight.dtype, copy=True)
 
     def rms_norm(
-        self, grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, normal: Tensor | None, residual: Tensor | None
+        self,
+        grad: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        normal: Tensor | None,
+        residual: Tensor | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of input (plus ``residual``) and, in fp32, weight."""
+        """Gradients of input (plus ``residual``), in ``dtype``, and, in fp32, weight."""
         sums = weight.new_empty(weight.shape, dtype=torch.float32)
-        return self._sweep([grad, x, residual, normal], None, rstd, weight, sums), sums
+        return self._sweep([grad, x, residual, normal], None, rstd, weight, sums, dtype), sums
 
     def _sweep(
-        self, matrices: list[Tensor | None], mean: Tensor | None, rstd: Tensor, weight: Tensor, sums: Tensor
+        self,
+        matrices: list[Tensor | None],
+        mean: Tensor | None,
+        rstd: Tensor,
+        weight: Tensor,
+        sums: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
         # kept alive while the kernel runs
         given = [None if t is None else t.contiguous() for t in matrices]
         small = [None if t is None else t.float().contiguous() for t in (mean, rstd, weight)]
         x = given[1]
         assert x is not None
-        dx = torch.empty_like(x)
+        dx = torch.empty_like(x, dtype=dtype)
         given.append(dx)
         arrays = _Arrays(
             (ctypes.c_int64 * 5)(*(0 if t is None else t.data_ptr() for t in given)),
@@ -276,20 +289,15 @@ def norm_kernel() -> tuple[NormKernel | None, str]:
         return None, reason
 
 
-def takes(
-    grad: torch.dtype, x: torch.dtype, others: Iterable[torch.dtype], residual: torch.dtype | None = None
-) -> bool:
-    """Whether the kernel takes these dtypes; ``others``: of statistics, weight and normalised input."""
-    return all(dtype in CODES for dtype in (grad, x, *others)) and residual in (None, x)
+def takes(dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether the kernel takes tensors of these dtypes."""
+    return all(dtype in CODES for dtype in dtypes)
 
 
-def _kernel_for(grad: Tensor, x: Tensor, others: Iterable[Tensor | None], residual: Tensor | None) -> NormKernel | None:
-    dtypes = [t.dtype for t in others if t is not None]
-    return (
-        norm_kernel()[0]
-        if takes(grad.dtype, x.dtype, dtypes, residual.dtype if residual is not None else None)
-        else None
-    )
+def _kernel_for(dtype: torch.dtype, residual: Tensor | None, *others: Tensor | None) -> NormKernel | None:
+    """The kernel, if it takes the tensors and returns a gradient of ``dtype``."""
+    alike = residual is None or residual.dtype is dtype
+    return norm_kernel()[0] if alike and takes([dtype, *(t.dtype for t in others if t is not None)]) else None
 
 
 def _wide(*given: Tensor | None) -> list[Any]:
@@ -312,7 +320,7 @@ def _layer_norm(
 def _layer_norm_cpu(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel_for(grad, x, (mean, rstd, weight), residual)
+    kernel = _kernel_for(x.dtype, residual, grad, mean, rstd, weight)
     return (kernel.layer_norm if kernel else _layer_norm)(grad, x, mean, rstd, weight, residual)
 
 
@@ -324,31 +332,50 @@ def _layer_norm_fake(
 
 
 def _rms_norm(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, normal: Tensor | None, residual: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    normal: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``weight * x * rstd`` over the last dimension, ``rstd = rsqrt(mean(x**2) + eps)`` of ``[..., 1]``.
 
-    ``normal`` is ``x * rstd`` where that was kept; ``residual`` is added to the input's gradient. The weight's is of 32
-    bits or more.
+    ``normal`` is ``x * rstd`` where that was kept; ``residual`` is added to the input's gradient, which is returned in
+    ``dtype`` (None: that of ``x``). The weight's is of 32 bits or more.
     """
-    out = x.dtype
+    dtype = dtype or x.dtype
     grad, x, rstd, weight, normal, residual = _wide(grad, x, rstd, weight, normal, residual)
     scaled, kept = grad * weight, x * rstd if normal is None else normal
     dx = rstd * (scaled - x * rstd * (scaled * x).mean(-1, keepdim=True) * rstd)
-    return (dx if residual is None else dx + residual).to(out), (grad * kept).flatten(0, -2).sum(0)
+    return (dx if residual is None else dx + residual).to(dtype), (grad * kept).flatten(0, -2).sum(0)
 
 
 def _rms_norm_cpu(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, normal: Tensor | None, residual: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    normal: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    kernel = _kernel_for(grad, x, (rstd, weight, normal), residual)
-    return (kernel.rms_norm if kernel else _rms_norm)(grad, x, rstd, weight, normal, residual)
+    dtype = dtype or x.dtype
+    kernel = _kernel_for(dtype, residual, grad, x, rstd, weight, normal)
+    return (kernel.rms_norm if kernel else _rms_norm)(grad, x, rstd, weight, normal, residual, dtype)
 
 
 def _rms_norm_fake(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, normal: Tensor | None, residual: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    normal: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format, dtype=dtype)
     return dx, weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 

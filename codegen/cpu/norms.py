@@ -64,8 +64,7 @@ def _choice(given: list[Any], option: str) -> Choice:
     if option == "inductor":
         return Choice(False, "norm_backward='inductor'")
     values: list[Tensor] = [node.meta["val"] for node in given]
-    grad, x, *others = (v.dtype for v in values)
-    if not takes(grad, x, others) or any(v.device.type != "cpu" for v in values):
+    if not takes(v.dtype for v in values) or any(v.device.type != "cpu" for v in values):
         return Choice(False, "its values are not all of 32 or 16 bits on the CPU")
     if free_symbol_names(values):
         return Choice(False, "its shape is symbolic")
@@ -79,7 +78,7 @@ def _choice(given: list[Any], option: str) -> Choice:
     if values[1].numel() < SMALLEST:
         return Choice(False, f"fewer than {SMALLEST} elements")
     columns = values[-1].numel()
-    measured = _gain(x, min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
+    measured = _gain(values[1].dtype, min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
     return Choice(measured >= GAIN, f"the kernel runs at {measured:.2f} x the speed of PyTorch's LayerNorm")
 
 
@@ -112,7 +111,8 @@ def _replace_rms_norm(norm: RmsNorm) -> str:
     value, wanted = norm.dx.meta["val"], norm.dweight.meta["val"]
     with graph.inserting_before(place):
         target = torch.ops.dscompile.rms_norm_backward.default
-        both = graph.call_function(target, (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken))
+        operands = (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken)
+        both = graph.call_function(target, operands, {"dtype": value.dtype})
         dx, dweight = (graph.call_function(operator.getitem, (both, part)) for part in range(2))
         down = graph.call_function(aten.view.default, (dweight, list(wanted.shape)))
         dweight.meta["val"] = norm.weight.meta["val"].float()

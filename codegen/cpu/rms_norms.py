@@ -34,7 +34,7 @@ class RmsNorm:
             bits where they were widened from these.
         normal: what the weight's gradient multiplies ``grad`` by; None if it is ``x * rstd``, computed here.
         residual: another gradient that the input's is added to, known before; or None.
-        dx: the node of the input's gradient, ``residual`` included; it has the dtype of ``x``, as ``residual`` has.
+        dx: the node of the input's gradient, ``residual`` included, which has its dtype.
         dweight: the sum over all but the last dimension, which keeps these as ones or not.
     """
 
@@ -114,13 +114,13 @@ def _match(cube: fx.Node) -> RmsNorm | None:
 
 
 def _narrowed(dx: fx.Node, residual: fx.Node | None, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """``(dx, x, residual)``, of 16 bits where the input was, with the addition that follows then."""
-    source = _narrow(x)
-    if source is x or residual is not None or len(dx.users) != 1:
+    """``(dx, x, residual)``, of 16 bits where they are, with the addition that follows the rounding."""
+    if residual is not None or len(dx.users) != 1:
         return dx, x, residual
     (cast,) = dx.users
-    if _cast_of(cast) is not dx or _dtype(cast) is not _dtype(source):
+    if _cast_of(cast) is not dx or _dtype(cast).itemsize >= _dtype(dx).itemsize:
         return dx, x, None
+    source = _narrow(x)
     added = None if len(cast.users) != 1 else _other(next(iter(cast.users)), cast, aten.add.Tensor)
     if added is None or _shape(added) != _shape(cast) or _dtype(added) is not _dtype(cast):
         return cast, source, None

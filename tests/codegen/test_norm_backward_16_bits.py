@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dscompile.codegen.cpu.norms import choose_norms
 from dscompile.config import Config
-from tests.build import trace
+from tests.build import Hand, trace
 from tests.codegen.test_norm_backward import OURS, RMS, LlamaNorm, Residual, RmsBlock
 
 aten = torch.ops.aten
@@ -75,6 +75,34 @@ def test_rms_norm_under_autocast(norm: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8), RmsBlock(made, True))
     (node,) = norm_nodes(Autocast(model), torch.randn(2, 4, 8), RMS)
     assert dtypes(node)[:2] == ["bfloat16", "bfloat16"]
+
+
+def test_a_gradient_that_is_rounded_is_written_in_16_bits_though_the_input_is_wide() -> None:
+    """Backward alone, as a region holds it: the widened input was saved, not the one of 16 bits."""
+    half = torch.bfloat16
+    h = Hand()
+    grad, wide, rstd = h.input("grad", 2, 4, 8, dtype=half), h.input("wide", 2, 4, 8), h.input("rstd", 2, 4, 1)
+    weight, residual = h.input("weight", 8), h.input("residual", 2, 4, 8, dtype=half)
+    up = h.call(aten._to_copy.default, grad, dtype=torch.float32)
+    scaled = h.call(aten.mul.Tensor, up, weight)
+    along = h.call(aten.sum.dim_IntList, h.call(aten.mul.Tensor, scaled, wide), [2], True)
+    product = h.call(aten.mul.Tensor, h.call(aten.mul.Scalar, along, -0.5), h.call(aten.pow.Tensor_Scalar, rstd, 3))
+    divided = h.call(aten.div.Scalar, h.call(aten.expand.default, product, [2, 4, 8]), 8)
+    term = h.call(aten.mul.Tensor, divided, h.call(aten.mul.Scalar, wide, 2.0))
+    dx = h.call(aten.add.Tensor, h.call(aten.mul.Tensor, scaled, rstd), term)
+    total = h.call(aten.add.Tensor, residual, h.call(aten._to_copy.default, dx, dtype=half))
+    normal = h.call(aten.mul.Tensor, wide, rstd)
+    dweight = h.call(aten.sum.dim_IntList, h.call(aten.mul.Tensor, up, normal), [0, 1], True)
+    module = h.done([total, dweight]).module
+    given = [torch.randn(2, 4, 8, dtype=half), torch.randn(2, 4, 8), torch.rand(2, 4, 1), torch.rand(8)]
+    given.append(torch.randn(2, 4, 8, dtype=half))
+    wanted = module(*given)
+    choose_norms(module, Config.load({"norm_backward": "kernel"}))
+    (node,) = module.graph.find_nodes(op="call_function", target=RMS)
+    assert dtypes(node) == ["bfloat16", "float32", "float32", "float32", None, "bfloat16"]
+    assert node.kwargs == {"dtype": half}
+    for value, right in zip(module(*given), wanted, strict=True):
+        torch.testing.assert_close(value, right, rtol=2e-2, atol=2e-2)
 
 
 def test_an_fp32_stream_under_autocast_reads_the_gradient_in_16_bits() -> None:

@@ -5,8 +5,8 @@ The gradient of the input needs two sums along each row, those of weight and bia
 two kernels of them, the second of which reads input and gradient again, column by column: several times the time that
 moving the bytes takes. Here a thread takes rows in groups of four: the rows' sums, then, from the cache, the input's
 gradient and the group's part of both column sums, which stay in a buffer of the thread. What arrives at the same place
-over the residual connection is added on the way out. Rows of 16 bits are widened into a buffer of the thread, and the
-input's gradient is rounded once, after that addition.
+over the residual connection is added on the way out. Values of 16 bits are widened into a buffer of the thread, tile by
+tile, and the input's gradient is rounded once, after that addition.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ SOURCE = (
 
 constexpr int GROUP = 4;      // rows whose columns are added up before the sums in memory are touched
 constexpr int64_t LONG = 256; // rows after which a thread's sums go to its total: sums of sums round less
+constexpr int64_t TILE = 256; // columns of a group's rows that are widened at once: they fit the first-level cache
 
 enum { GRAD, X, RESIDUAL, NORMAL, DX, ARRAYS };
 
@@ -94,25 +95,22 @@ void narrow(const float* __restrict__ from, const Fp16* __restrict__ added, Fp16
 }
 #endif
 
-// One row of a matrix as fp32: where it lies, or in `buffer`.
-const float* row_of(const Arrays& a, int array, int64_t row, float* buffer) {
-  const int64_t n = a.columns, start = row * n;
+// `n` elements of a matrix as fp32: where they lie, or in `buffer`.
+inline const float* load(const Arrays& a, int array, int64_t start, int64_t n, float* buffer) {
   if (a.type[array] == 0) return (const float*)a.at[array] + start;
   if (a.type[array] == 1) widen((const Bf16*)a.at[array] + start, buffer, n);
   else widen((const Fp16*)a.at[array] + start, buffer, n);
   return buffer;
 }
 
-// Put a row of the input's gradient, plus the residual's, where it belongs.
-void put(const Arrays& a, int64_t row, const float* from) {
-  const int64_t n = a.columns, start = row * n;
-  if (a.type[DX] == 1)
-    narrow(from, a.at[RESIDUAL] ? (const Bf16*)a.at[RESIDUAL] + start : nullptr, (Bf16*)a.at[DX] + start, n);
-  else if (a.type[DX] == 2)
-    narrow(from, a.at[RESIDUAL] ? (const Fp16*)a.at[RESIDUAL] + start : nullptr, (Fp16*)a.at[DX] + start, n);
-  else if (a.at[RESIDUAL]) {
+// Put `n` elements of the input's gradient, plus the residual's, where they belong.
+inline void store(const Arrays& a, int64_t start, int64_t n, const float* from) {
+  const int64_t added = a.at[RESIDUAL];
+  if (a.type[DX] == 1) narrow(from, added ? (const Bf16*)added + start : nullptr, (Bf16*)a.at[DX] + start, n);
+  else if (a.type[DX] == 2) narrow(from, added ? (const Fp16*)added + start : nullptr, (Fp16*)a.at[DX] + start, n);
+  else if (added) {
     float* __restrict__ out = (float*)a.at[DX] + start;
-    const float* __restrict__ in = (const float*)a.at[RESIDUAL] + start;
+    const float* __restrict__ in = (const float*)added + start;
     #pragma omp simd
     for (int64_t j = 0; j < n; j++) out[j] += in[j];
   }
@@ -120,63 +118,80 @@ void put(const Arrays& a, int64_t row, const float* from) {
 
 // CENTRED: LayerNorm, which subtracts the mean and has a bias. KEPT: weight's gradient multiplies by NORMAL.
 template <bool CENTRED, bool KEPT, int N>
-void group(const Arrays& a, int64_t row, float* __restrict__ dgamma, float* __restrict__ dbeta, float* buffers) {
+void group(const Arrays& a, int64_t row, int64_t tile, float* __restrict__ dgamma, float* __restrict__ dbeta,
+           float (*buffers)[ARRAYS][TILE]) {
   const int64_t n = a.columns;
   const float* __restrict__ w = a.weight;
-  const float *g[N], *x[N], *kept[N];
-  float *dx[N], scale[N], shift[N], along[N], level[N];
+  float scale[N], shift[N], along[N], level[N];
   for (int k = 0; k < N; k++) {
-    float* buffer = buffers + ARRAYS * n * k;
-    g[k] = row_of(a, GRAD, row + k, buffer + GRAD * n);
-    x[k] = row_of(a, X, row + k, buffer + X * n);
-    kept[k] = KEPT ? row_of(a, NORMAL, row + k, buffer + NORMAL * n) : nullptr;
-    dx[k] = a.type[DX] ? buffer + DX * n : (float*)a.at[DX] + (row + k) * n;
     scale[k] = a.rstd[row + k];
     shift[k] = CENTRED ? -a.mean[row + k] * scale[k] : 0;
-    float product = 0, sum = 0;
-    const float *gk = g[k], *xk = x[k];
     const float by = scale[k], plus = shift[k];
-    #pragma omp simd reduction(+ : product, sum)
-    for (int64_t j = 0; j < n; j++) {
-      const float scaled = gk[j] * w[j];
-      product += scaled * (xk[j] * by + plus);
-      sum += scaled;
+    float product = 0, sum = 0;
+    for (int64_t from = 0; from < n; from += tile) {
+      const int64_t start = (row + k) * n + from, length = std::min(tile, n - from);
+      const float* g = load(a, GRAD, start, length, buffers[k][GRAD]);
+      const float* x = load(a, X, start, length, buffers[k][X]);
+      const float* weight = w + from;
+      float one = 0, two = 0;
+      #pragma omp simd reduction(+ : one, two)
+      for (int64_t j = 0; j < length; j++) {
+        const float scaled = g[j] * weight[j];
+        one += scaled * (x[j] * by + plus);
+        two += scaled;
+      }
+      product += one;
+      sum += two;
     }
     along[k] = product * by / n;
     level[k] = CENTRED ? sum * by / n : 0;
   }
-  #pragma omp simd
-  for (int64_t j = 0; j < n; j++) {
-    float gamma = 0, beta = 0;
-    #pragma GCC unroll 4
+  for (int64_t from = 0; from < n; from += tile) {
+    const int64_t length = std::min(tile, n - from);
+    const float *g[N], *x[N], *kept[N];
+    float* dx[N];
     for (int k = 0; k < N; k++) {
-      const float grad = g[k][j], normal = x[k][j] * scale[k] + shift[k];
-      gamma += grad * (KEPT ? kept[k][j] : normal);
-      if (CENTRED) beta += grad;
-      dx[k][j] = grad * w[j] * scale[k] - normal * along[k] - level[k];
+      const int64_t start = (row + k) * n + from;
+      g[k] = load(a, GRAD, start, length, buffers[k][GRAD]);
+      x[k] = load(a, X, start, length, buffers[k][X]);
+      kept[k] = KEPT ? load(a, NORMAL, start, length, buffers[k][NORMAL]) : nullptr;
+      dx[k] = a.type[DX] ? buffers[k][DX] : (float*)a.at[DX] + start;
     }
-    dgamma[j] += gamma;
-    if (CENTRED) dbeta[j] += beta;
+    #pragma omp simd
+    for (int64_t j = 0; j < length; j++) {
+      float gamma = 0, beta = 0;
+      #pragma GCC unroll 4
+      for (int k = 0; k < N; k++) {
+        const float grad = g[k][j], normal = x[k][j] * scale[k] + shift[k];
+        gamma += grad * (KEPT ? kept[k][j] : normal);
+        if (CENTRED) beta += grad;
+        dx[k][j] = grad * w[from + j] * scale[k] - normal * along[k] - level[k];
+      }
+      dgamma[from + j] += gamma;
+      if (CENTRED) dbeta[from + j] += beta;
+    }
+    for (int k = 0; k < N; k++) store(a, (row + k) * n + from, length, dx[k]);
   }
-  for (int k = 0; k < N; k++) put(a, row + k, dx[k]);
 }
 
 template <bool CENTRED, bool KEPT>
 void sweep(const Arrays& a, int64_t rows, int threads) {
   const int64_t columns = a.columns, width = (CENTRED ? 2 : 1) * columns;
   const bool wide = !(a.type[GRAD] || a.type[X] || a.type[NORMAL] || a.type[DX]);
+  const int64_t tile = wide ? columns : TILE;
   std::vector<float> totals(width * threads);
   #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; thread++) {
     float* total = totals.data() + width * thread;
-    std::vector<float> part(width), buffers(wide ? 0 : ARRAYS * columns * GROUP);
+    std::vector<float> part(width);
+    float buffers[GROUP][ARRAYS][TILE];
     const int64_t end = rows * (thread + 1) / threads;
     for (int64_t row = rows * thread / threads; row < end;) {
       const int64_t stop = std::min(end, row + LONG);
       std::fill(part.begin(), part.end(), 0.f);
       float *gamma = part.data(), *beta = CENTRED ? gamma + columns : nullptr;
-      for (; row + GROUP <= stop; row += GROUP) group<CENTRED, KEPT, GROUP>(a, row, gamma, beta, buffers.data());
-      for (; row < stop; row++) group<CENTRED, KEPT, 1>(a, row, gamma, beta, buffers.data());
+      for (; row + GROUP <= stop; row += GROUP) group<CENTRED, KEPT, GROUP>(a, row, tile, gamma, beta, buffers);
+      for (; row < stop; row++) group<CENTRED, KEPT, 1>(a, row, tile, gamma, beta, buffers);
       for (int64_t j = 0; j < width; j++) total[j] += part[j];
     }
   }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import platform
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,8 +31,13 @@ aten = torch.ops.aten
 ALONE = 1 << 15
 """Inputs below this many elements are not worth a second thread."""
 
-FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")
-"""Without either of them the compiler leaves the loops scalar."""
+FLAGS = (
+    *("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
+"""The first two vectorise the loops; the third rounds a product and its sum once. With 16 bits the sweep is bound by
+arithmetic: wide vectors are a fifth of its time.
+"""
 
 SOURCE = (
     NUMBERS
@@ -122,11 +128,11 @@ void group(const Arrays& a, int64_t row, int64_t tile, float* __restrict__ dgamm
            float (*buffers)[ARRAYS][TILE]) {
   const int64_t n = a.columns;
   const float* __restrict__ w = a.weight;
-  float scale[N], shift[N], along[N], level[N];
+  float scale[N], mean[N], along[N], level[N];
   for (int k = 0; k < N; k++) {
     scale[k] = a.rstd[row + k];
-    shift[k] = CENTRED ? -a.mean[row + k] * scale[k] : 0;
-    const float by = scale[k], plus = shift[k];
+    mean[k] = CENTRED ? a.mean[row + k] : 0;
+    const float by = scale[k], middle = mean[k];
     float product = 0, sum = 0;
     for (int64_t from = 0; from < n; from += tile) {
       const int64_t start = (row + k) * n + from, length = std::min(tile, n - from);
@@ -137,13 +143,13 @@ void group(const Arrays& a, int64_t row, int64_t tile, float* __restrict__ dgamm
       #pragma omp simd reduction(+ : one, two)
       for (int64_t j = 0; j < length; j++) {
         const float scaled = g[j] * weight[j];
-        one += scaled * (x[j] * by + plus);
+        one += scaled * (x[j] - middle);
         two += scaled;
       }
       product += one;
       sum += two;
     }
-    along[k] = product * by / n;
+    along[k] = product * by * by / n;
     level[k] = CENTRED ? sum * by / n : 0;
   }
   for (int64_t from = 0; from < n; from += tile) {
@@ -162,7 +168,7 @@ void group(const Arrays& a, int64_t row, int64_t tile, float* __restrict__ dgamm
       float gamma = 0, beta = 0;
       #pragma GCC unroll 4
       for (int k = 0; k < N; k++) {
-        const float grad = g[k][j], normal = x[k][j] * scale[k] + shift[k];
+        const float grad = g[k][j], normal = (x[k][j] - mean[k]) * scale[k];
         gamma += grad * (KEPT ? kept[k][j] : normal);
         if (CENTRED) beta += grad;
         dx[k][j] = grad * w[from + j] * scale[k] - normal * along[k] - level[k];

@@ -77,10 +77,9 @@ def test_rms_norm_under_autocast(norm: Any) -> None:
     assert dtypes(node)[:2] == ["bfloat16", "bfloat16"]
 
 
-def test_a_gradient_that_is_rounded_is_written_in_16_bits_though_the_input_is_wide() -> None:
-    """Backward alone, as a region holds it: the widened input was saved, not the one of 16 bits."""
-    half = torch.bfloat16
-    h = Hand()
+def backward(kept: bool) -> torch.fx.GraphModule:
+    """Backward alone, as a region holds it: the widened input was saved, not the one of 16 bits, or ``kept``: both."""
+    half, h = torch.bfloat16, Hand()
     grad, wide, rstd = h.input("grad", 2, 4, 8, dtype=half), h.input("wide", 2, 4, 8), h.input("rstd", 2, 4, 1)
     weight, residual = h.input("weight", 8), h.input("residual", 2, 4, 8, dtype=half)
     up = h.call(aten._to_copy.default, grad, dtype=torch.float32)
@@ -91,9 +90,13 @@ def test_a_gradient_that_is_rounded_is_written_in_16_bits_though_the_input_is_wi
     term = h.call(aten.mul.Tensor, divided, h.call(aten.mul.Scalar, wide, 2.0))
     dx = h.call(aten.add.Tensor, h.call(aten.mul.Tensor, scaled, rstd), term)
     total = h.call(aten.add.Tensor, residual, h.call(aten._to_copy.default, dx, dtype=half))
-    normal = h.call(aten.mul.Tensor, wide, rstd)
+    normal = h.input("normal", 2, 4, 8) if kept else h.call(aten.mul.Tensor, wide, rstd)
     dweight = h.call(aten.sum.dim_IntList, h.call(aten.mul.Tensor, up, normal), [0, 1], True)
-    module = h.done([total, dweight]).module
+    return h.done([total, dweight]).module
+
+
+def test_a_gradient_that_is_rounded_is_written_in_16_bits_though_the_input_is_wide() -> None:
+    half, module = torch.bfloat16, backward(kept=False)
     given = [torch.randn(2, 4, 8, dtype=half), torch.randn(2, 4, 8), torch.rand(2, 4, 1), torch.rand(8)]
     given.append(torch.randn(2, 4, 8, dtype=half))
     wanted = module(*given)
@@ -103,6 +106,13 @@ def test_a_gradient_that_is_rounded_is_written_in_16_bits_though_the_input_is_wi
     assert node.kwargs == {"dtype": half}
     for value, right in zip(module(*given), wanted, strict=True):
         torch.testing.assert_close(value, right, rtol=2e-2, atol=2e-2)
+
+
+def test_inductor_keeps_rms_norm_unless_asked() -> None:
+    (text,) = choose_norms(backward(kept=True), Config.load({}))
+    assert "Inductor (Inductor's kernels for RMSNorm" in text
+    (text,) = choose_norms(backward(kept=True), Config.load({"norm_backward": "kernel"}))
+    assert "our kernel" in text
 
 
 def test_an_fp32_stream_under_autocast_reads_the_gradient_in_16_bits() -> None:

@@ -44,13 +44,13 @@ class _Module(torch.nn.Module):
         return self.region(*inputs)
 
 
-def measure(name: str, rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(name: str, rows: int, columns: int, rounds: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Least CPU seconds, achieved GB/s and relative gradient error of each variant of one region."""
     region, kinds = REGIONS[name]
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (rows, columns), "c": (columns,)}
-    inputs = [torch.randn(shapes[kind], generator=generator).requires_grad_() for kind in kinds]
-    grad = torch.randn(rows, columns, generator=generator)
+    inputs = [torch.randn(shapes[kind], generator=generator).to(dtype).requires_grad_() for kind in kinds]
+    grad = torch.randn(rows, columns, generator=generator).to(dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     wanted = torch.autograd.grad(region(*exact), exact, grad.double())
     options: dict[str, Any] = {"summary": False}
@@ -82,12 +82,14 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--regions", default=",".join(REGIONS), help="comma-separated")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     given = parser.parse_args(arguments)
+    dtype: torch.dtype = getattr(torch, given.dtype)
     if unknown := set(given.regions.split(",")) - set(REGIONS):
         parser.error(f"unknown regions {sorted(unknown)}; choose from {', '.join(REGIONS)}")
     described = machine.describe()
     print("\n".join(machine.lines(described)))
-    result = {name: measure(name, given.rows, given.columns, given.rounds) for name in given.regions.split(",")}
+    result = {name: measure(name, given.rows, given.columns, given.rounds, dtype) for name in given.regions.split(",")}
     rows = [
         [
             name,
@@ -101,8 +103,10 @@ def main(arguments: list[str] | None = None) -> Path:
         for variant, figures in found.items()
     ]
     header = ["region", "variant", "CPU ms", "GB/s of ideal", "ours / it", "error"]
-    print(table(f"Forward + backward, [{given.rows}, {given.columns}] fp32", header, rows))
-    path = save("fused", {"machine": described, "shape": [given.rows, given.columns], "regions": result})
+    print(table(f"Forward + backward, [{given.rows}, {given.columns}] {given.dtype}", header, rows))
+    path = save(
+        "fused", {"machine": described, "shape": [given.rows, given.columns], "dtype": given.dtype, "regions": result}
+    )
     print(f"\nwritten: {path}")
     return path
 

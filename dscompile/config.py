@@ -90,6 +90,10 @@ class RecomputeConfig(BaseModel):
     normalize_invertible: bool = Field(
         False, description="The outputs of LayerNorm and RMSNorm, from their saved inputs; any weight will do."
     )
+    attn_dropout_checkpoint: bool = Field(
+        False,
+        description="What dropout leaves of attention's probabilities, from these and the mask, both saved; on CPUs.",
+    )
 
 
 class Config(BaseModel):

@@ -119,6 +119,16 @@ def is_random(node: fx.Node) -> bool:
     return True
 
 
+def dropout_scale(rate: object, train: object, dtype: torch.dtype) -> float | None:
+    """What ``native_dropout`` multiplies the values of ``dtype`` that it keeps by, on CPUs, where that scales the mask
+    in that dtype; None where it keeps none or all, or that is unknown.
+    """
+    if train is not True or not isinstance(rate, float) or not 0 < rate < 1:
+        return None
+    scale = 1 / (1 - rate)
+    return scale if dtype.itemsize > 2 else float(torch.tensor(scale, dtype=dtype))
+
+
 _ABSENT = object()
 
 

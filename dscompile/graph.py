@@ -186,9 +186,9 @@ class StepGraph:
             self.touched.add(user)
         node.replace_all_uses_with(new, propagate_meta=False)
         self.erase(node)
-        self._refresh_views(new)
+        self.refresh_views(new)
 
-    def _refresh_views(self, base: fx.Node) -> None:
+    def refresh_views(self, base: fx.Node) -> None:
         """Views that now read another base get fake values in its storage: text and plans read sharing from there."""
         from dscompile.effects import shared_operand
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from dscompile.comm_terms import COMM_RULES, Several, cast_term
-from dscompile.effects import is_plain
+from dscompile.effects import dropout_scale, is_plain
 from dscompile.torch_compat import OpOverload, is_backed, symbolic_expression
 
 aten = torch.ops.aten
@@ -178,7 +178,25 @@ def _getitem(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key],
     values, index = args
     if isinstance(values, Several) and index[0] is int and 0 <= index[1] < len(values):
         return values[index[1]]
-    return None
+    return _dropped(table, values, node) if index == (int, 0) else None
+
+
+def _dropped(table: TermTable, drawn: Key, node: fx.Node) -> Key | None:
+    """What ``native_dropout`` leaves of ``x`` is ``x * mask * scale``, on CPUs, where it computes just that."""
+    if not isinstance(drawn, Term) or len(drawn.op) != 5 or not isinstance(drawn.value, tuple):
+        return None
+    head, x, rate, train, _ = drawn.op
+    made = node.meta.get("val")
+    if not isinstance(head, Op) or head.target is not aten.native_dropout.default or rate[0] is not float:
+        return None
+    if not isinstance(made, torch.Tensor) or made.device.type != "cpu":
+        return None
+    scale = dropout_scale(float(rate[1]), train[1], made.dtype)
+    if scale is None:
+        return None
+    mask = table.intern((table.op(operator.getitem), drawn, (int, 1)), node, drawn.value[1])
+    kept = table.intern((table.op(aten.mul.Tensor), x, mask), node)
+    return table.intern((table.op(aten.mul.Scalar), kept, (float, repr(scale))), node)
 
 
 def _identity(table: TermTable, args: tuple[Key, ...], kwargs: Mapping[str, Key], node: fx.Node) -> Key | None:

@@ -1,8 +1,10 @@
-"""Recompute cheap activations in backward instead of saving them: the outputs of GELU and of norms. Bitwise.
+"""Recompute cheap activations in backward instead of saving them: outputs of GELU, norms, attention's dropout. Bitwise.
 
-DeepSpeed's transformer kernels drop the output of GELU (``gelu_checkpoint``) and one side of a LayerNorm
-(``normalize_invertible``), for BERT's memory. Here that is a rewrite of the joint graph: a backward node that reads
-such an output reads a second computation of it, from operands that are saved anyway, so the output itself need not be.
+DeepSpeed's transformer kernels drop the output of GELU (``gelu_checkpoint``), one side of a LayerNorm
+(``normalize_invertible``) and what dropout left of attention's probabilities (``attn_dropout_checkpoint``), for BERT's
+memory. Here that is a rewrite of the joint graph: a backward node that reads such an output reads a second computation
+of it, from operands that are saved anyway, so the output itself need not be. Dropout is not drawn again: its mask is
+saved, a byte for each probability, because its own backward reads it.
 
 DeepSpeed's invertible norm keeps the output and divides by the weight to get the input back, which loses accuracy and
 fails where a weight is 0. One side is as large as the other: here the *input* is kept and the output computed again,
@@ -13,11 +15,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
-from dscompile.effects import shared_operand
+from dscompile.effects import dropout_scale, shared_operand
 from dscompile.graph import Phase, Role, StepGraph, annotate, info
 from dscompile.manager import PassContext, graph_pass
 from dscompile.split import saved_for_backward
@@ -27,6 +30,7 @@ aten = torch.ops.aten
 
 GELU = "gelu_checkpoint"
 NORM = "normalize_invertible"
+DROPOUT = "attn_dropout_checkpoint"
 
 _POLICIES: dict[OpOverload, str] = {
     aten.gelu.default: GELU,
@@ -34,14 +38,16 @@ _POLICIES: dict[OpOverload, str] = {
     aten.native_layer_norm.default: NORM,
     aten._fused_rms_norm.default: NORM,
 }
-"""The operators that a policy computes again."""
+"""The operators that a policy computes again, beside :data:`DROPOUT`'s."""
+
+_SOFTMAXES = (aten._softmax.default, aten._safe_softmax.default)
 
 
 @graph_pass("recompute", after={"canonicalise", "fuse_loss", "sparse_attention"}, optional=True)
 def recompute(graph: StepGraph, ctx: PassContext) -> None:
     """Let backward compute the outputs that the ``recompute`` section names, if that saves bytes."""
     section = ctx.config.recompute
-    policies = {name for name in (GELU, NORM) if section is not None and getattr(section, name)}
+    policies = {name for name in (GELU, NORM, DROPOUT) if section is not None and getattr(section, name)}
     if not policies or not any(info(n).phase is Phase.BACKWARD for n in graph.nodes if n.op == "call_function"):
         return
     kept = _Kept(graph)
@@ -110,7 +116,7 @@ def _plan(value: fx.Node, kept: _Kept, policies: set[str]) -> _Plan | None:
             plan.missing.append(node)
             return
         plan.policy = plan.policy or (policy or "")
-        for operand in node.all_input_nodes:
+        for operand in _dropped(node) or node.all_input_nodes:
             visit(operand)
         plan.chain.append(node)
 
@@ -121,12 +127,33 @@ def _plan(value: fx.Node, kept: _Kept, policies: set[str]) -> _Plan | None:
 def _policy(node: fx.Node) -> str | None:
     """The policy that computes ``node`` again; a part of an operator's results counts with the operator."""
     if node.target is operator.getitem:
+        if _dropped(node):
+            return DROPOUT
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         # a norm's statistics are what its backward starts from, and small
         return _named(source.target) if node.args[1] == 0 else None
     if _scales_norm(node):
         return NORM
     return _named(node.target)
+
+
+def _dropped(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Probabilities and mask, if ``node`` is what dropout left of an attention's probabilities; else None.
+
+    On CPUs alone: other kernels round the scale in their own way.
+    """
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return None
+    draw = node.args[0]
+    if not isinstance(draw, fx.Node) or draw.target is not aten.native_dropout.default:
+        return None
+    if len(draw.args) != 3 or dropout_scale(draw.args[1], draw.args[2], node.meta["val"].dtype) is None:
+        return None
+    given = draw.args[0]
+    mask = next((user for user in draw.users if user.target is operator.getitem and user.args[1] == 1), None)
+    if not isinstance(given, fx.Node) or mask is None or given.meta["val"].device.type != "cpu":
+        return None
+    return (given, mask) if _through(given).target in _SOFTMAXES else None
 
 
 def _named(target: object) -> str | None:
@@ -173,14 +200,29 @@ def _rewrite(graph: StepGraph, value: fx.Node, plan: _Plan) -> None:
             if operand in copies and operand in forms:
                 reader.replace_input_with(operand, copies[operand])
                 graph.touched.add(reader)
+    for form in forms & copies.keys():
+        graph.refresh_views(copies[form])
 
 
 def _again(graph: StepGraph, before: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     """``node`` a second time, in backward, before ``before``."""
+    operands = _dropped(node)
+    if operands is not None:
+        given, mask = (copies.get(n, n) for n in operands)
+        kept = _insert(graph, before, aten.mul.Tensor, (given, mask), {}, node)
+        _, rate, train = node.args[0].args  # type: ignore[union-attr]
+        scale = dropout_scale(rate, train, node.meta["val"].dtype)
+        return _insert(graph, before, aten.mul.Scalar, (kept, scale), {}, node)
     args = fx.map_arg(node.args, lambda n: copies.get(n, n))
     kwargs = fx.map_arg(node.kwargs, lambda n: copies.get(n, n))
-    copy = graph.insert_call(before, node.target, args, dict(kwargs), like=node)
-    annotate(copy, phase=Phase.BACKWARD, role=info(node).role)
+    return _insert(graph, before, node.target, args, dict(kwargs), node)
+
+
+def _insert(
+    graph: StepGraph, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
+) -> fx.Node:
+    copy = graph.insert_call(before, target, args, kwargs, like=like)
+    annotate(copy, phase=Phase.BACKWARD, role=info(like).role)
     return copy
 
 

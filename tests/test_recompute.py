@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dscompile.config import Config
+from dscompile.effects import dropout_scale
 from dscompile.errors import PipelineError
 from dscompile.graph import Phase, StepGraph, info
 from dscompile.manager import Decision, PassContext, parse_pipeline, run_pipeline
@@ -124,6 +125,96 @@ def test_an_output_whose_input_is_not_saved_stays_with_the_reason() -> None:
     assert decision.choice == "saved"
     assert "would have to be saved instead" in decision.reason
     assert print_graph(graph) == before
+
+
+class Attention(nn.Module):
+    """Attention with dropout, as PyTorch's operator or spelt out."""
+
+    def __init__(self, fused: bool, dtype: torch.dtype | None = None, rate: float = 0.25) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.fused, self.dtype, self.rate = fused, dtype, rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            q, k, v = self.qkv(x).view(2, 6, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            if self.fused:
+                mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.rate)
+            else:
+                probabilities = torch.softmax(q @ k.transpose(-1, -2) * 0.5, -1)
+                mixed = F.dropout(probabilities, self.rate) @ v
+            result: Tensor = self.out(mixed.transpose(1, 2).reshape(2, 6, 8))
+            return result
+
+
+PROBABILITIES = 2 * 2 * 6 * 6
+
+
+@pytest.mark.parametrize(
+    ("fused", "dtype", "size"),  # autocast's softmax is fp32, and so is all of PyTorch's operator
+    [(False, None, 4), (True, None, 4), (False, torch.bfloat16, 2), (True, torch.bfloat16, 4)],
+)
+def test_what_dropout_leaves_of_attention_is_computed_again(fused: bool, dtype: torch.dtype | None, size: int) -> None:
+    """On CPUs PyTorch's operator with dropout saves probabilities, mask and their product, as attention spelt out."""
+    graph = joint(Attention(fused, dtype), torch.randn(2, 6, 8))
+    before = saved_bytes(graph)
+    (decision,) = run(graph, attn_dropout_checkpoint=True)
+    assert decision.choice == "recomputed"
+    assert decision.facts["saved_bytes"] == before - saved_bytes(graph) == size * PROBABILITIES
+    assert len(graph.graph.find_nodes(op="call_function", target=aten.native_dropout.default)) == 1
+
+
+def test_dropout_before_and_after() -> None:
+    """Backward's product reads probabilities times mask times scale; nothing is drawn twice."""
+    graph = parse_graph((GRAPHS / "recompute_dropout.txt").read_text())
+    run(graph, attn_dropout_checkpoint=True)
+    assert diff_text((GRAPHS / "recompute_dropout.after.txt").read_text(), print_graph(graph)) == ""
+
+
+def test_other_dropout_and_other_policies_are_left() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.linear(F.dropout(x.sin(), 0.25))
+            return result
+
+    assert run(joint(Hidden(), torch.randn(ROWS, 8)), attn_dropout_checkpoint=True) == []
+    assert run(joint(Attention(False), torch.randn(2, 6, 8)), **BOTH) == []
+    everything = joint(Attention(False, rate=1.0), torch.randn(2, 6, 8))  # whose scale is no 1 / (1 - p)
+    assert run(everything, attn_dropout_checkpoint=True) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rate", [0.1, 0.25, 1 / 3, 0.9])
+def test_dropout_is_mask_times_scale_in_bits(rate: float, dtype: torch.dtype) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out, mask = aten.native_dropout.default(x, rate, True)
+    scale = dropout_scale(rate, True, dtype)
+    assert scale == pytest.approx(1 / (1 - rate), rel=2.0**-8)
+    assert torch.equal(aten.mul.Scalar(aten.mul.Tensor(x, mask), scale), out)
+
+
+@pytest.mark.parametrize("regions", [pytest.param("auto", marks=pytest.mark.slow), "aten"])
+def test_attention_learns_the_same_with_the_same_draws(regions: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(True), Attention(False)), torch.randn(2, 6, 8)
+
+    def step(options: dict[str, Any]) -> list[Tensor]:
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="dscompile", options={"summary": False, "regions": regions, **options})
+        torch.manual_seed(1)
+        return list(torch.autograd.grad(compiled(x).square().sum(), model.parameters()))
+
+    plain, again = step({}), step({"recompute": {"attn_dropout_checkpoint": True}})
+    tolerance = 0.0 if regions == "aten" else 1e-6
+    torch.testing.assert_close(again, plain, rtol=tolerance, atol=tolerance)
+    if regions == "aten":  # which draws as eager does
+        torch.manual_seed(1)
+        eager = list(torch.autograd.grad(model(x).square().sum(), model.parameters()))
+        torch.testing.assert_close(again, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_what_the_caller_receives_stays_saved() -> None:

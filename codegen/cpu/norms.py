@@ -1,7 +1,8 @@
 """Gradients of LayerNorm and RMSNorm on CPU: our one sweep or Inductor's two kernels, as a measurement here says.
 
-Inductor's kernels are never faster than PyTorch's own, which keeps the column sums in a buffer as ours does; so ours is
-measured against PyTorch's, which takes no compilation.
+Ours is measured against PyTorch's LayerNorm, which takes no compilation and keeps the column sums in a buffer as ours
+does. RMSNorm's stay with Inductor unless asked for: with our two-step column sums its kernels were measured at least as
+fast as ours, which read the normalised input, too, where that was saved (figures: docs/cpu_kernels.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from dscompile.codegen.cpu.choice import Choice, gain
 from dscompile.codegen.cpu.rms_norms import RmsNorm, rms_norms
 from dscompile.config import Config
-from dscompile.norm_ops import norm_kernel
+from dscompile.norm_ops import norm_kernel, takes
 from dscompile.torch_compat import free_symbol_names, no_autocast, no_modes
 
 aten = torch.ops.aten
@@ -43,7 +44,8 @@ def choose_norms(module: fx.GraphModule, config: Config) -> list[str]:
             name += _replace(node)
         choices.append(f"norm backward {shape}: {name} ({choice.reason})")
     for norm in rms_norms(module.graph):
-        choice = _choice([norm.grad, norm.x, norm.rstd, norm.weight], config.norm_backward)
+        given = [norm.grad, norm.x, norm.rstd, norm.weight]
+        choice = _choice(given, config.norm_backward, rms=True)
         name = "our kernel" if choice.kernel else "Inductor"
         if choice.kernel:
             name += _replace_rms_norm(norm)
@@ -59,13 +61,13 @@ def _layer_norm_choice(node: fx.Node, option: str) -> Choice:
     return _choice([grad, x, mean, rstd, weight], option)
 
 
-def _choice(given: list[Any], option: str) -> Choice:
-    """``given``: the nodes of gradient, input, statistics and weight. Both norms' sweeps take as long."""
+def _choice(given: list[Any], option: str, *, rms: bool = False) -> Choice:
+    """``given``: the nodes of gradient, input, statistics and weight."""
     if option == "inductor":
         return Choice(False, "norm_backward='inductor'")
     values: list[Tensor] = [node.meta["val"] for node in given]
-    if any(v.dtype is not torch.float32 or v.device.type != "cpu" for v in values):
-        return Choice(False, "its values are not all fp32 on the CPU")
+    if not takes(v.dtype for v in values) or any(v.device.type != "cpu" for v in values):
+        return Choice(False, "its values are not all of 32 or 16 bits on the CPU")
     if free_symbol_names(values):
         return Choice(False, "its shape is symbolic")
     if not values[1].numel():
@@ -75,10 +77,12 @@ def _choice(given: list[Any], option: str) -> Choice:
         return Choice(False, reason)
     if option == "kernel":
         return Choice(True, "norm_backward='kernel'")
+    if rms:
+        return Choice(False, "Inductor's kernels for RMSNorm, with our column sums, were measured at least as fast")
     if values[1].numel() < SMALLEST:
         return Choice(False, f"fewer than {SMALLEST} elements")
     columns = values[-1].numel()
-    measured = _gain(min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
+    measured = _gain(values[1].dtype, min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
     return Choice(measured >= GAIN, f"the kernel runs at {measured:.2f} x the speed of PyTorch's LayerNorm")
 
 
@@ -108,14 +112,19 @@ def _replace_rms_norm(norm: RmsNorm) -> str:
     graph, place = norm.dx.graph, min(norm.dx, norm.dweight)
     _move_before(place, [norm.grad, norm.x, norm.rstd, norm.weight, norm.normal])
     taken = norm.residual if norm.residual is not None and norm.residual < place else None
-    value, weight = norm.x.meta["val"], norm.weight.meta["val"]
+    value, wanted = norm.dx.meta["val"], norm.dweight.meta["val"]
     with graph.inserting_before(place):
         target = torch.ops.dscompile.rms_norm_backward.default
-        both = graph.call_function(target, (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken))
+        operands = (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken)
+        both = graph.call_function(target, operands, {"dtype": value.dtype})
         dx, dweight = (graph.call_function(operator.getitem, (both, part)) for part in range(2))
-        down = graph.call_function(aten.view.default, (dweight, list(norm.dweight.meta["val"].shape)))
-    both.meta["val"], dx.meta["val"], dweight.meta["val"] = (value, weight), value, weight
-    down.meta["val"] = norm.dweight.meta["val"]
+        down = graph.call_function(aten.view.default, (dweight, list(wanted.shape)))
+        dweight.meta["val"] = norm.weight.meta["val"].float()
+        down.meta["val"] = wanted.float()
+        if wanted.dtype is not torch.float32:
+            down = graph.call_function(aten._to_copy.default, (down,), {"dtype": wanted.dtype})
+            down.meta["val"] = wanted
+    both.meta["val"], dx.meta["val"] = (value, dweight.meta["val"]), value
     if norm.residual is not None and taken is None:
         with graph.inserting_before(norm.dx):
             dx = graph.call_function(aten.add.Tensor, (norm.residual, dx))
@@ -154,14 +163,14 @@ def _addition(node: fx.Node, dx: fx.Node | None) -> fx.Node | None:
 
 
 @functools.cache
-def _gain(rows: int, columns: int, threads: int) -> float:
+def _gain(dtype: torch.dtype, rows: int, columns: int, threads: int) -> float:
     """The kernel's speed over PyTorch's, with a residual added; ``threads`` is part of what was measured."""
     kernel = norm_kernel()[0]
     assert kernel is not None, "norm_kernel() gave no reason against it"
     generator = torch.Generator().manual_seed(0)
     with no_modes(), torch.no_grad(), no_autocast():
-        grad, x, residual = (torch.randn(rows, columns, generator=generator) for _ in range(3))
-        mean, rstd, weight = torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(columns)
+        grad, x, residual = (torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3))
+        mean, rstd, weight = (t.to(dtype) for t in (torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(columns)))
 
         def theirs() -> Tensor:
             arguments = (grad, x, [columns], mean, rstd, weight, weight, [True, True, True])

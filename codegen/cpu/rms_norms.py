@@ -5,7 +5,8 @@ Autograd differentiates ``x * rsqrt(mean(x**2) + eps) * weight`` operator by ope
     grad * weight * rstd  -  sum(grad * weight * x) / 2 * rstd**3 / columns * 2 * x
 
 and that of the weight a sum down the columns of ``grad * (x * rstd)``. Every module that computes RMSNorm in this way
-is found, whatever its name. A model that computes it otherwise keeps Inductor's kernels.
+is found, whatever its name, with casts between 16 and 32 bits anywhere on the way: the kernel computes in fp32 and
+rounds what it returns. A model that computes it otherwise keeps Inductor's kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.detach.default, aten.alias.default)
 
 
@@ -27,10 +30,11 @@ class RmsNorm:
     """One RMSNorm's gradients in a graph.
 
     Attributes:
-        grad, x, rstd, weight: what they are computed from: ``[..., n]``, ``[..., n]``, ``[..., 1]``, ``[n]``.
+        grad, x, rstd, weight: what they are computed from: ``[..., n]``, ``[..., n]``, ``[..., 1]``, ``[n]``; of 16
+            bits where they were widened from these.
         normal: what the weight's gradient multiplies ``grad`` by; None if it is ``x * rstd``, computed here.
         residual: another gradient that the input's is added to, known before; or None.
-        dx: the node of the input's gradient, ``residual`` included.
+        dx: the node of the input's gradient, ``residual`` included, which has its dtype.
         dweight: the sum over all but the last dimension, which keeps these as ones or not.
     """
 
@@ -85,15 +89,16 @@ def _match(cube: fx.Node) -> RmsNorm | None:
     if second is None or not isinstance(inner, fx.Node) or len(inner.users) != 1:
         return None
     term, x = second
-    scaled = _other(inner, x)
-    if scaled is None or scaled.target is not aten.mul.Tensor or len(scaled.users) != 2:
+    wide = _other(inner, x)
+    scaled = _uncast(wide)
+    if wide is None or len(wide.users) != 2 or scaled is None or scaled.target is not aten.mul.Tensor:
         return None
     weights = [n for n in scaled.all_input_nodes if _shape(n) == _shape(x)[-1:]]
     if len(weights) != 1 or len(_shape(x)) < 2:
         return None
     grad = _other(scaled, weights[0])
-    (first,) = [user for user in scaled.users if user is not inner]
-    if grad is None or _other(first, scaled) not in (rstd, cube.args[0]) or _shape(grad) != _shape(x):
+    (first,) = [user for user in wide.users if user is not inner]
+    if grad is None or _other(first, wide) not in (rstd, cube.args[0]) or _shape(grad) != _shape(x):
         return None
     if _shape(rstd) != (*_shape(x)[:-1], 1):
         return None
@@ -102,8 +107,24 @@ def _match(cube: fx.Node) -> RmsNorm | None:
     if sums is None or weighted is None:
         return None
     dweight, normal = weighted
-    computed = normal.target is aten.mul.Tensor and {_through(n) for n in normal.args} == {_through(x), rstd}
-    return RmsNorm(grad, x, rstd, weights[0], None if computed else normal, sums[1], sums[0], dweight)
+    product = _uncast(normal, shared=True)
+    computed = product.target is aten.mul.Tensor and {_through(n) for n in product.args} == {_through(x), rstd}
+    dx, x, residual = _narrowed(*sums, x)
+    return RmsNorm(_narrow(grad), x, rstd, weights[0], None if computed else _narrow(normal), residual, dx, dweight)
+
+
+def _narrowed(dx: fx.Node, residual: fx.Node | None, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """``(dx, x, residual)``, of 16 bits where they are, with the addition that follows the rounding."""
+    if residual is not None or len(dx.users) != 1:
+        return dx, x, residual
+    (cast,) = dx.users
+    if _cast_of(cast) is not dx or _dtype(cast).itemsize >= _dtype(dx).itemsize:
+        return dx, x, None
+    source = _narrow(x)
+    added = None if len(cast.users) != 1 else _other(next(iter(cast.users)), cast, aten.add.Tensor)
+    if added is None or _shape(added) != _shape(cast) or _dtype(added) is not _dtype(cast):
+        return cast, source, None
+    return next(iter(cast.users)), source, added
 
 
 def _second_term(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -169,6 +190,36 @@ def _other(node: fx.Node, one: fx.Node, target: Any = aten.mul.Tensor) -> fx.Nod
         return None
     others = [n for n in node.args if isinstance(n, fx.Node) and n is not one]
     return others[0] if len(others) == 1 else None
+
+
+def _cast_of(node: Any) -> fx.Node | None:
+    """What a node casts from one of the kernel's dtypes to another; None if it does something else."""
+    if not isinstance(node, fx.Node) or node.target is not aten._to_copy.default:
+        return None
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    one, two = source.meta["val"], node.meta["val"]
+    return source if {one.dtype, two.dtype} <= {*_FLOATS} and one.device == two.device else None
+
+
+def _uncast(node: Any, *, shared: bool = False) -> Any:
+    """What a node casts, perhaps several times; ``shared``: even if others read a value on the way."""
+    while (source := _cast_of(node)) is not None and (shared or len(source.users) == 1):
+        node = source
+    return node
+
+
+def _narrow(node: fx.Node) -> fx.Node:
+    """The value of 16 bits that a node widens, or the node."""
+    source = _cast_of(node)
+    return (
+        source if source is not None and source.meta["val"].dtype.itemsize < node.meta["val"].dtype.itemsize else node
+    )
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def _through(node: Any) -> Any:

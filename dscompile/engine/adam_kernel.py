@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dscompile.cpp_numbers import CODES, NUMBERS
+
 _LOG = logging.getLogger(__name__)
 
 ALONE = 1 << 15
@@ -28,30 +30,15 @@ ALONE = 1 << 15
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fno-unsafe-math-optimizations")
 """The first two vectorise the loops; the last keeps exact division and square root."""
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Dtypes of gradients and copies, as the kernel calls them."""
-
-SOURCE = """
+SOURCE = (
+    NUMBERS
+    + """
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-struct Bf16 { uint16_t bits; };
-struct Fp16 { _Float16 value; };
 struct None {};
-
-static inline float read(float x) { return x; }
-static inline float read(Bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
-static inline float read(Fp16 x) { return float(x.value); }
-
-// Round to nearest, ties to even; NaN stays NaN.
-static inline void write(Bf16* to, int64_t i, float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to[i].bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-static inline void write(Fp16* to, int64_t i, float x) { to[i].value = _Float16(x); }
 static inline void write(None*, int64_t, float) {}
 
 struct Hyper { float b1c, b2, b2c, eps, decay, factor; };
@@ -115,6 +102,7 @@ extern "C" void adam(const Row* rows, const Rates* rates, int64_t count, float b
   }
 }
 """
+)
 
 
 @dataclass(frozen=True, slots=True)

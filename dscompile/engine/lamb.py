@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dscompile.collectives import LOG
-from dscompile.engine.lamb_kernel import Hyper, LambKernel, fits, lamb_kernel
+from dscompile.engine.lamb_kernel import Hyper, LambKernel, Row, fits, lamb_kernel
 from dscompile.engine.local_parts import local_parts
 from dscompile.errors import ConfigError, UnsupportedError
 
@@ -44,8 +44,13 @@ class _Item:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the kernel's first sweep takes."""
+        """What a step reads and writes."""
         return self.value, self.grad, self.average, self.square
+
+    @property
+    def row(self) -> Row:
+        """The same for the kernel."""
+        return Row(self.tensors, self.size, not self.ranks)
 
 
 class Lamb(Optimizer):
@@ -171,7 +176,9 @@ class _Work:
     def __init__(self, group: dict[str, Any], items: list[_Item]) -> None:
         self._group = group
         self._kernel = lamb_kernel() if group["compiled"] else None
-        self._fast = [i for i in items if fits(*i.tensors)] if self._kernel is not None else []
+        # By the whole parameters' sizes: ranks hold different parts, and must agree on the order.
+        falling = sorted(items, key=lambda item: -item.param.numel())
+        self._fast = [i for i in falling if fits(*i.tensors)] if self._kernel is not None else []
         chosen = set(map(id, self._fast))
         self._slow = [i for i in items if id(i) not in chosen]
         self.items = self._fast + self._slow
@@ -182,17 +189,16 @@ class _Work:
         eps = float(group["eps"])
         beta1, beta2 = group["betas"]
         outside = 0.0 if inside else eps
-        self._hyper = Hyper(beta1, beta2, outside, eps - outside, group["weight_decay"])
+        bounds = (float(group["min_coeff"]), float(group["max_coeff"]))
+        self._hyper = Hyper(beta1, beta2, outside, eps - outside, group["weight_decay"], *bounds)
         self._directions: list[Tensor] = []
 
     def begin(self) -> None:
         """Update the averages and sum this rank's squares; whole parameters that the kernel takes are finished."""
-        pairs = []
-        for item in self._fast:
-            pairs.append(cast(LambKernel, self._kernel).moments(*item.tensors, self._hyper))
-            if not item.ranks:  # at once, while it is in the cache
-                self._finish(item, *pairs[-1])
-        parts = [torch.tensor(pairs, dtype=torch.float32).T] if pairs else []
+        parts = []
+        if self._fast:
+            pairs = cast(LambKernel, self._kernel).step([i.row for i in self._fast], self._hyper)
+            parts.append(torch.tensor(pairs, dtype=torch.float32).T)
         if self._slow:
             self._directions = _directions(self._group, self._slow)
             values = [*(i.value for i in self._slow), *self._directions]
@@ -203,20 +209,14 @@ class _Work:
     def end(self) -> None:
         """Apply the directions; ``squares`` are those of whole parameters now."""
         sharded = [n for n, item in enumerate(self._fast) if item.ranks]
-        for n, pair in zip(sharded, self.squares[:, sharded].T.tolist() if sharded else (), strict=True):
-            self._finish(self._fast[n], *pair)
+        if sharded:
+            rows = [self._fast[n].row for n in sharded]
+            cast(LambKernel, self._kernel).finish(rows, self._hyper, self.squares[:, sharded].T.tolist())
         if self._slow:
             _apply(self._group, self._slow, self._directions, self.squares[:, len(self._fast) :])
         self._directions = []
         for item in self.items:  # written through local tensors, which no version counter of a DTensor sees
             torch.autograd.graph.increment_version(item.param)
-
-    def _finish(self, item: _Item, weight: float, direction: float) -> None:
-        ratio = 1.0
-        if weight > 0 and direction > 0:
-            ratio = min(max(math.sqrt(weight / direction), self._group["min_coeff"]), self._group["max_coeff"])
-        scale = item.size * ratio
-        cast(LambKernel, self._kernel).apply(item.value, item.average, item.square, self._hyper, scale)
 
 
 def _directions(group: dict[str, Any], items: list[_Item]) -> list[Tensor]:

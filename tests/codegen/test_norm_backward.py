@@ -72,8 +72,48 @@ def test_rms_norms_kernel_against_fp64(rows: int, columns: int, added: bool, kep
     torch.testing.assert_close(composed[1], exact[1], rtol=1e-5, atol=1e-5)
 
 
-def test_errors_are_at_most_those_of_pytorch() -> None:
-    given = problem(2048, 256)
+@pytest.mark.parametrize("weights", ["alike", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (513, 33), (300, 128)])
+def test_16_bits_are_rounded_once(rows: int, columns: int, dtype: torch.dtype, weights: str) -> None:
+    """Everything that returns is the fp64 result but for its own rounding: half a unit in the last place."""
+    grad, x, mean, rstd, weight, residual = problem(rows, columns, dtype)
+    if weights == "fp32":
+        mean, rstd, weight = mean.float(), rstd.float(), weight.float()
+    given = [grad, x, mean, rstd, weight, residual]
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
+    found = OURS(*given)
+    assert [t.dtype for t in found] == [dtype, weight.dtype, weight.dtype]
+    for value, exact in zip(found, reference(*given), strict=True):
+        slack = 1e-5 * exact.abs().max() + 1e-6
+        assert ((value.double() - exact).abs() <= rounding[value.dtype] * exact.abs() + slack).all()
+
+
+@pytest.mark.parametrize("kept", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_rms_norms_kernel_in_mixed_dtypes(types: tuple[torch.dtype, torch.dtype], kept: torch.dtype | None) -> None:
+    grad, x, _, _, weight, residual = problem(70, 24)
+    grad, x, residual = grad.to(types[0]), x.to(types[1]), residual.to(types[1])
+    rstd = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6)
+    normal = None if kept is None else (x.float() * rstd).to(kept)
+    found = RMS(grad, x, rstd, weight, normal, residual)
+    composed = RMS(*(None if t is None else t.double() for t in (grad, x, rstd, weight, normal, residual)))
+    assert [t.dtype for t in found] == [x.dtype, torch.float32]
+    torch.testing.assert_close(found[0].double(), composed[0], rtol=2.0**-8 if x.itemsize == 2 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), composed[1], rtol=1e-5, atol=1e-5)
+
+
+def test_not_a_number_stays_one_in_16_bits() -> None:
+    given = problem(4, 8, torch.bfloat16)
+    given[0][1, 2] = torch.nan
+    dx = OURS(*given)[0]
+    assert dx[1].isnan().all()
+    assert not dx[0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_are_at_most_those_of_pytorch(dtype: torch.dtype) -> None:
+    given = problem(2048, 256, dtype)
     exact = reference(*given)
     grad, x, mean, rstd, weight, residual = given
     dx, *rest = aten.native_layer_norm_backward.default(grad, x, [256], mean, rstd, weight, weight, [True] * 3)
@@ -90,9 +130,10 @@ def test_without_a_residual_and_with_strides() -> None:
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_bytes_are_ideal_within_a_twentieth() -> None:
-    """What it allocates beyond its results is two rows a thread: each input is read from memory once, in one sweep."""
-    given = problem(1024, 256)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_ideal_within_a_twentieth(dtype: torch.dtype) -> None:
+    """What it allocates beyond its results is a few rows a thread: inputs are read from memory once, in one sweep."""
+    given = problem(1024, 256, dtype)
     ideal = given[1].nbytes + 2 * given[4].nbytes
     assert allocation_peak(lambda: OURS(*given)) <= 1.05 * ideal
 
@@ -151,7 +192,7 @@ def test_the_residuals_gradient_is_taken_along() -> None:
         (Residual(), {"norm_backward": "inductor"}, "norm_backward='inductor'"),
         (Residual(), {}, "fewer than"),
         (Residual(bias=False), {"norm_backward": "kernel"}, "not all three"),
-        (Residual().double(), {"norm_backward": "kernel"}, "not all fp32"),
+        (Residual().double(), {"norm_backward": "kernel"}, "32 or 16 bits"),
     ],
 )
 def test_where_inductor_keeps_it_and_why(model: nn.Module, options: dict[str, Any], reason: str) -> None:
@@ -187,9 +228,9 @@ def test_a_compiled_model_has_eagers_gradients() -> None:
 class LlamaNorm(nn.Module):
     """RMSNorm as models write it: operands the other way round, and a cast."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 8) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.weight = nn.Parameter(torch.rand(size) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.float32)
@@ -198,9 +239,9 @@ class LlamaNorm(nn.Module):
 
 
 class RmsBlock(nn.Module):
-    def __init__(self, norm: nn.Module, residual: bool) -> None:
+    def __init__(self, norm: nn.Module, residual: bool, size: int = 8) -> None:
         super().__init__()
-        self.norm, self.linear, self.residual = norm, nn.Linear(8, 8), residual
+        self.norm, self.linear, self.residual = norm, nn.Linear(size, size), residual
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.linear(self.norm(x))

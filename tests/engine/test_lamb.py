@@ -12,7 +12,7 @@ from torch import nn
 
 from dscompile import inductor_compat
 from dscompile.engine.lamb import WORTH, Lamb
-from dscompile.engine.lamb_kernel import lamb_kernel
+from dscompile.engine.lamb_kernel import KEPT, PIECE, TOGETHER, lamb_kernel
 from dscompile.errors import UnsupportedError
 
 
@@ -166,20 +166,30 @@ def test_the_kernel_takes_what_it_can_and_the_rest_is_right(compiled: bool) -> N
 
 
 def test_the_same_bits_with_any_number_of_threads() -> None:
-    torch.manual_seed(0)
-    start, grad, before = torch.randn(100_000), torch.randn(100_000), torch.get_num_threads()
-    found = []
+    """Large tensors, of which a part is computed twice and a part kept, and small ones that share a barrier."""
+    shapes = [(5000,), (KEPT * PIECE + 9001,), (0,), (30,), (TOGETHER - 3000,), (2500,)]
+    generator = torch.Generator().manual_seed(0)
+    starts, grads = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(2))
+    found, before = [], torch.get_num_threads()
+    given = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1}
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            x = nn.Parameter(start.clone())
-            x.grad = grad.clone()
-            Lamb([x], lr=0.1, compiled=True).step()
-            found.append(x.detach())
+            params = [nn.Parameter(start.clone()) for start in starts]
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+            Lamb(params, **given, compiled=True).step()
+            found.append([p.detach() for p in params])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    expected = [
+        s if not s.numel() else by_the_formula([s], [[g]], eps_inside_sqrt=False, **given)[0]
+        for s, g in zip(starts, grads, strict=True)
+    ]
+    for one, two, three, exact in zip(*found, expected, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+        torch.testing.assert_close(one, exact, rtol=1e-6, atol=1e-6)
 
 
 def test_large_models_get_the_kernel() -> None:

@@ -105,7 +105,7 @@ class Builder:
             elif found.along is Along.ALL:
                 spaces.add(Space(SpaceKind.FLAT, sympy.Integer(1), found.cols))
             else:
-                spaces.add(Space(SpaceKind.ROWS, found.rows, found.cols))
+                spaces.add(Space(SpaceKind.ROWS, found.rows, found.cols, found.inner))
         if not spaces:
             whole = {s for s in sizes if not any(o != s and (o - s).is_positive for o in sizes)}
             if len(whole) > 1:
@@ -203,5 +203,6 @@ def _partial_dtype(found: Reduction) -> torch.dtype:
 
 def _describe(space: Space) -> str:
     if space.kind is SpaceKind.ROWS:
-        return f"{space.rows} rows of {space.cols}"
+        pieces = "" if space.inner is None else f" in pieces of {space.inner}"
+        return f"{space.rows} rows of {space.cols}{pieces}"
     return f"{space.cols} {'results' if space.kind is SpaceKind.FINISH else 'elements'}"

@@ -21,7 +21,7 @@ from dscompile.codegen.tile.sizes import shape_of
 
 Place = tuple[sympy.Expr, ...]
 
-GATHERS = frozenset({"embedding", "gather", "index", "_unsafe_index"})
+GATHERS = frozenset({"embedding", "gather", "index", "index_select", "_unsafe_index"})
 _WRAPS = frozenset({"index", "_unsafe_index"})
 """Operators whose negative indices count from the end; in the others they are errors."""
 
@@ -70,6 +70,11 @@ def _source_place(values: Reader, node: fx.Node, index: Place, mask: Expr | None
         d = node_argument(node, 1, "dim", 0) % len(shape)
         number = values.at(node_argument(node, 2, "index", None), index, mask)
         return (*index[:d], _placed(values, node, number, shape[d], mask), *index[d + 1 :])
+    if name == "index_select":
+        d = node_argument(node, 1, "dim", 0) % len(shape)
+        picked: Any = node_argument(node, 2, "index", None)
+        number = values.at(picked, (index[d],) if shape_of(picked) else (), mask)
+        return (*index[:d], _placed(values, node, number, shape[d], mask), *index[d + 1 :])
     given: Any = node.args[1]
     found = _indices(node)
     where = [k for k, i in enumerate(given) if i is not None]
@@ -107,7 +112,7 @@ def _indices(node: fx.Node) -> list[fx.Node]:
     """The index tensors of a gather."""
     if operator_name(node) == "embedding":
         return [node.args[1]]  # type: ignore[list-item]
-    if operator_name(node) == "gather":
+    if operator_name(node) in ("gather", "index_select"):
         return [node_argument(node, 2, "index", None)]
     given: Any = node.args[1]
     return [i for i in given if i is not None]

@@ -1,4 +1,8 @@
-"""Index arithmetic on non-negative integers: quotient and remainder that sympy can simplify, shapes and strides."""
+"""Index arithmetic on non-negative integers: quotient and remainder that sympy can simplify, shapes and strides.
+
+Triton's ``//`` and ``%`` round towards zero. They are only asked for what is not negative where it counts (elsewhere a
+mask holds), so no sum is taken apart unless what is left is known not to be negative.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class Div(sympy.Function):  # type: ignore[misc]
         if a.is_Integer and b.is_Integer:
             return sympy.Integer(int(a) // int(b))
         whole, rest = _split(a, b)
-        if whole:
+        if whole and non_negative(rest):
             return sympy.Add(*(t / b for t in whole)) + (cls(rest, b) if rest != 0 else 0)
         if isinstance(a, Div):
             return cls(a.args[0], a.args[1] * b)
@@ -47,7 +51,7 @@ class Rem(sympy.Function):  # type: ignore[misc]
         if a.is_Integer and b.is_Integer:
             return sympy.Integer(int(a) % int(b))
         whole, rest = _split(a, b)
-        if whole:
+        if whole and non_negative(rest):
             return cls(rest, b)
         if isinstance(a, Rem) and (a.args[1] / b).is_integer:
             return cls(a.args[0], b)

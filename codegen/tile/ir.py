@@ -36,11 +36,15 @@ class Space:
 
     ``FLAT``: ``cols`` elements in any order. ``ROWS``: ``rows`` x ``cols``, a program holds whole rows, so that it can
     reduce along a row. ``FINISH``: ``cols`` results, each reduced over the ``rows`` partial results of another kernel.
+
+    ``inner``: of a ``ROWS`` space whose rows lie in pieces of that many elements, a piece of every row after another: a
+    channel of ``[N, C, H, W]`` is a row of ``N`` pieces of ``H * W``. None: a row lies in one piece.
     """
 
     kind: SpaceKind
     rows: sympy.Expr
     cols: sympy.Expr
+    inner: sympy.Expr | None = None
 
     @property
     def numel(self) -> sympy.Expr:

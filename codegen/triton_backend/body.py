@@ -37,11 +37,11 @@ TYPES = {
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
-    "ge": ">=", "and": "&", "or": "|",
+    "ge": ">=", "and": "&", "or": "|", "quotient": "//", "rest": "%",
 }  # fmt: skip
 _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt_rn", "rsqrt": "tl.rsqrt",
-    "erf": "tl.erf", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "abs": "tl.abs",
+    "erf": "tl.erf", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "ceil": "tl.ceil", "abs": "tl.abs",
     "where": "tl.where", "rand": "tl.rand",
 }  # fmt: skip
 NAN_CALLS = {"maximum": "larger", "minimum": "smaller"}

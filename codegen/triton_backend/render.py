@@ -81,7 +81,7 @@ class _Render:
         space = self.tile.space
         what = {
             SpaceKind.FLAT: f"pointwise over {space.cols} elements",
-            SpaceKind.ROWS: f"{space.rows} rows of {space.cols}",
+            SpaceKind.ROWS: f"{space.rows} rows of {space.cols}" + (f" in pieces of {space.inner}" if space.inner else ""),
             SpaceKind.FINISH: f"{space.cols} results from {space.rows} partial ones each",
         }[space.kind]
         how = "" if self.schedule.persistent else f", in {self.schedule.passes} passes over a row"

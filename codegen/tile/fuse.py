@@ -101,6 +101,7 @@ class _Fusion:
         self.beside = True
         while self._sweep():
             pass
+        self._drop_unread()
         return self._result()
 
     def _drop_impossible(self) -> None:
@@ -227,8 +228,9 @@ class _Fusion:
 
         A batch norm's ``rsqrt(variance + eps)`` is one: its readers load the variance instead.
         """
-        for maker in list(self.groups):
-            own = frozenset(p.node for p in maker.parts)
+        for parts in [g.parts for g in self.groups]:
+            maker = next(g for g in self.groups if g.parts == parts)  # with what it has taken in by now
+            own = frozenset(p.node for p in parts)
             readers = [g for g in self.groups if g is not maker and own & self.flow.reads(g.parts, g.copies)]
             if not readers or own & (self.flow.kept | self.flow.reductions.keys()):
                 continue
@@ -241,6 +243,11 @@ class _Fusion:
             except RefusedError:
                 pass
             self.groups = old
+
+    def _drop_unread(self) -> None:
+        """Do without kernels that all their readers came to do without, one after another."""
+        while unread := [g for g in self.groups if not self._needed(g) and not any(p.partial for p in g.parts)]:
+            self.groups = [g for g in self.groups if g not in unread]
 
     def _total(self) -> int:
         return sum(self._cost(g)[2] for g in self.groups)

@@ -22,6 +22,9 @@ ONE_PROGRAM = 16384
 PIECE = 16
 """Fewest adjacent elements that a row may consist of."""
 
+SMALL = 1 << 18
+"""Elements of a tensor that stays in a GPU's second-level cache (1 MiB in fp32; the smallest target has 4)."""
+
 
 class Along(StrEnum):
     """What a reduction runs over."""
@@ -102,7 +105,8 @@ def reduction(node: fx.Node) -> Reduction | str | None:
 def held_around(shape: Sequence[Any], dims: Collection[int]) -> bool:
     """Whether one program holds all that is reduced around kept dimensions: a channel of a batch norm.
 
-    Memory is read in pieces of the trailing dimensions; shorter ones than :data:`PIECE` would waste what is fetched.
+    Memory is read in pieces of the trailing dimensions; shorter ones than :data:`PIECE` would waste what is fetched,
+    unless all of it stays in cache.
     """
     kept = [k for k in range(len(shape)) if k not in dims and shape[k] != 1]
     gone = [k for k in dims if shape[k] != 1]
@@ -112,7 +116,8 @@ def held_around(shape: Sequence[Any], dims: Collection[int]) -> bool:
     if not before or not after or len(before) + len(after) < len(gone):
         return False
     pieces = math.prod(shape[k] for k in after)
-    return pieces >= PIECE and 0 < pieces * math.prod(shape[k] for k in before) <= PERSISTENT
+    numel = math.prod(shape) if all(isinstance(n, int) for n in shape) else SMALL + 1
+    return (pieces >= PIECE or numel <= SMALL) and 0 < pieces * math.prod(shape[k] for k in before) <= PERSISTENT
 
 
 def why_no_scan(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dscompile.codegen.tile.norms import sum_between, var_mean
+from dscompile.codegen.tile.pooling import poolings
 from dscompile.torch_compat import OpOverload, fake_mode_of, tile_decompositions
 
 
@@ -47,6 +48,7 @@ def table() -> dict[OpOverload, Callable[..., Any]]:
     aten = torch.ops.aten
     return {
         **tile_decompositions(),
+        **poolings(),
         aten.var_mean.correction: var_mean,
         aten.roll.default: roll,
         aten.repeat.default: repeat,

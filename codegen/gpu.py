@@ -87,6 +87,7 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
         names = ", ".join(sorted({str(n.target).removeprefix("aten.") for n in alone}))
         ours += f" and {len(alone)} operators of PyTorch's ({names})"
     comparison = f"{ours} move {moved} bytes, Inductor's about {theirs}"
+    comparison += "; both add gradients of gathers in no fixed order" if assembled.adds else ""
     return Choice(assembled if moved < theirs else None, comparison)
 
 

@@ -211,7 +211,7 @@ class _Fusion:
         for index, group in enumerate(self.groups):
             for node in sorted(self.flow.reads(group.parts, group.copies), key=self.flow.order):
                 maker = next((g for g in self.groups if self._makes(g, node)), None)
-                if maker is None or node in self.flow.reductions:
+                if maker is None or node in self.flow.reductions or node in self.flow.scatters:
                     continue
                 before = self._total()
                 old = self.groups[index]
@@ -232,7 +232,7 @@ class _Fusion:
             maker = next(g for g in self.groups if g.parts == parts)  # with what it has taken in by now
             own = frozenset(p.node for p in parts)
             readers = [g for g in self.groups if g is not maker and own & self.flow.reads(g.parts, g.copies)]
-            if not readers or own & (self.flow.kept | self.flow.reductions.keys()):
+            if not readers or own & (self.flow.kept | self.flow.reductions.keys() | self.flow.scatters.keys()):
                 continue
             before, old = self._cost(maker)[2] + sum(self._cost(g)[2] for g in readers), self.groups
             copying = {id(g): Group(g.parts, g.copies | own | maker.copies) for g in readers}

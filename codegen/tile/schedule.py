@@ -89,7 +89,7 @@ def schedule(tile: Tile, hints: Hints) -> Schedule:
 
 def _stores_rows(tile: Tile) -> bool:
     """Whether anything but a result per row is stored."""
-    return any(COL in s.value.symbols or COL in s.index.free_symbols for s in tile.stores)
+    return any(COL in s.value.symbols or COL in s.places for s in tile.stores)
 
 
 def _levels(tile: Tile, online: Mapping[Reduce, Reduce]) -> dict[Reduce, int]:

@@ -16,10 +16,11 @@ from torch import fx
 
 from dscompile.codegen.tile.gather import GATHERS, gathered, why_no_gather
 from dscompile.codegen.tile.indexing import Div, Limits, Rem, contiguous, delinearise, linear, product, simplify
-from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Exprs, Space, SpaceKind
+from dscompile.codegen.tile.ir import COL, ROW, Buffer, Const, Expr, Exprs, Space, SpaceKind
 from dscompile.codegen.tile.moves import MOVES, moved, why_no_move
-from dscompile.codegen.tile.ops import BOOLEAN, KINDS, convert, div, mul, sqrt
+from dscompile.codegen.tile.ops import BOOLEAN, KINDS, add, convert, div, mul, sqrt
 from dscompile.codegen.tile.reductions import Along, Reduction, node_argument, operator_name, reduction, why_no_scan
+from dscompile.codegen.tile.scatter import Scatter, scatter
 from dscompile.codegen.tile.sizes import shape_of, size
 
 Place = tuple[sympy.Expr, ...]
@@ -71,7 +72,10 @@ def why_not(node: fx.Node) -> str:
         return reason
     if name in MOVES and (reason := why_no_move(node)):
         return reason
-    known = name in KINDS or name in BOOLEAN or name in _CONVERSIONS | _RANDOM | GATHERS | MOVES | SCANS
+    stores = scatter(node)
+    if isinstance(stores, str):
+        return stores
+    known = isinstance(stores, Scatter) or name in KINDS or name in BOOLEAN or name in _CONVERSIONS | _RANDOM | GATHERS | MOVES | SCANS
     if found is None and not known:
         return f"{node.target} is not a tile operator"
     for read in (node, *node.all_input_nodes):
@@ -96,13 +100,14 @@ class Values:
 
     Attributes:
         space: what the kernel visits. inside: nodes that it computes. reductions: of nodes of the graph, by node.
-        partials: for each two-kernel reduction, the buffer of partial results.
+        partials: for each two-kernel reduction, the buffer of partial results; for a scatter apart, that of its sums.
     """
 
     space: Space
     inside: frozenset[fx.Node]
     reductions: dict[fx.Node, Reduction]
     partials: dict[fx.Node, Buffer]
+    scatters: dict[fx.Node, Scatter]
     exprs: Exprs = field(default_factory=Exprs)
     names: dict[Expr, str] = field(default_factory=dict)
     _known: dict[Any, Expr] = field(default_factory=dict)
@@ -145,6 +150,8 @@ class Values:
             return self.exprs.load(buffer_of(node), place, mask)
         if node in self.reductions:
             return self._reduced(self.reductions[node], index)
+        if node in self.scatters:
+            return self._added(self.scatters[node], index, mask)
         if name in _CONVERSIONS:
             dtype = node_argument(node, 1, "dtype", None) or node.meta["val"].dtype
             return convert(self.exprs, self.operand(node.args[0], shape_of(node), index, mask), dtype)
@@ -260,6 +267,16 @@ class Values:
         result = result if found.scale == 1.0 else mul(b, result, b.const(found.scale))
         result = result if found.count == 1 else div(b, result, b.index(found.count))
         return sqrt(b, result) if found.root else result
+
+    def _added(self, found: Scatter, index: Place, mask: Expr | None) -> Expr:
+        """The sums of a scatter, and what they are added to."""
+        node = found.node
+        if not found.apart:
+            raise RefusedError(f"%{node.name} must be stored before anything can read it")
+        place = simplify(linear(index, contiguous(shape_of(node))), self.limits)
+        sums = self.exprs.load(self.partials[node], place, mask)
+        base = self.at(found.base, index, mask)
+        return sums if isinstance(base, Const) and base.value == 0 else add(self.exprs, base, sums)
 
     def reduced_operand(self, found: Reduction, place: Place) -> Expr:
         """What a reduction adds up, at a place of its operand."""

@@ -20,11 +20,12 @@ from dscompile.codegen.triton_backend.assemble import assemble, bind
 from dscompile.codegen.triton_backend.launch import Launcher
 from tests.kernels.interpret import DTYPES, excess, main
 from tests.kernels.pools import POOLS
+from tests.kernels.scatters import SCATTERS
 
 
 def run(case: str) -> dict[str, Any]:
     name, dtype, images, height, width = case.split("/")
-    function = POOLS[name]
+    function = (POOLS | SCATTERS)[name]
     g = torch.Generator().manual_seed(int(width))
     x = torch.randn(int(images), 4, int(height), int(width), generator=g)
     x = ((x * 4).round() / 4).to(DTYPES[dtype])  # many equal values

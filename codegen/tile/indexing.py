@@ -93,6 +93,24 @@ def delinearise(flat: sympy.Expr, shape: Sequence[Any], limits: Limits) -> tuple
     return tuple(out)
 
 
+def reshaped(
+    index: Sequence[sympy.Expr], shape: Sequence[sympy.Expr], other: Sequence[sympy.Expr], limits: Limits
+) -> tuple[sympy.Expr, ...]:
+    """Where element ``index`` of ``shape`` is in the view of shape ``other``; dimensions that both begin or end with stay.
+
+    So a place that may be negative (before padding) is not mixed with the places of other dimensions.
+    """
+    first, last, most = 0, 0, min(len(shape), len(other))
+    while first < most and shape[first] == other[first]:
+        first += 1
+    while last < most - first and shape[-1 - last] == other[-1 - last]:
+        last += 1
+    stop = len(shape) - last
+    middle = slice(first, stop), slice(first, len(other) - last)
+    flat = simplify(linear(index[middle[0]], contiguous(shape[middle[0]])), limits)
+    return (*index[:first], *delinearise(flat, other[middle[1]], limits), *index[stop:])
+
+
 def simplify(expr: sympy.Expr, limits: Limits) -> sympy.Expr:
     """The same value, with quotients and remainders that cancel or cannot occur removed."""
     while True:

@@ -12,7 +12,7 @@ import sympy
 from torch import fx
 
 from dscompile.codegen.tile.gather import Place, Reader
-from dscompile.codegen.tile.indexing import Div, Rem, simplify
+from dscompile.codegen.tile.indexing import Div, Rem, non_negative, simplify, upper
 from dscompile.codegen.tile.ir import Expr
 from dscompile.codegen.tile.ops import convert, where
 from dscompile.codegen.tile.reductions import node_argument, operator_name
@@ -112,9 +112,12 @@ def _replaced(values: Reader, node: fx.Node, index: Place, mask: Expr | None) ->
 
 
 def _between(values: Reader, place: sympy.Expr, low: sympy.Expr, high: sympy.Expr | None) -> Expr | None:
-    """``low <= place < high``; None if that says nothing."""
+    """``low <= place < high``; None if that is so for every place."""
     b, found = values.exprs, None
-    if low != 0:
+    place, top = simplify(place, values.limits), upper(place, values.limits)
+    if high is not None and top is not None and (high - top).is_positive:
+        high = None
+    if low != 0 and not non_negative(place - low):
         found = b.pointwise("ge", "bool", b.index(place), b.index(low))
     if high is not None:
         found = _both(values, found, b.pointwise("lt", "bool", b.index(place), b.index(high)))

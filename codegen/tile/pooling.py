@@ -70,7 +70,7 @@ def _axes(
 ) -> list[_Axis] | None:
     """The pooled dimensions; None if the language does not have such a pooling."""
     sizes = list(x.shape[-dims:])
-    if not all(isinstance(s, int) and s > 0 for s in x.shape) or x.dtype not in _DTYPES:
+    if not all(isinstance(s, int) and s > 0 for s in sizes) or x.dtype not in _DTYPES:
         return None
     found = []
     given = (_each(kernel, dims), _each(stride or kernel, dims), _each(padding, dims), _each(dilation, dims))

@@ -11,6 +11,7 @@ from torch import fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dscompile.codegen.tile.counting import histc
 from dscompile.codegen.tile.norms import sum_between, var_mean
 from dscompile.codegen.tile.pooling import poolings
 from dscompile.torch_compat import OpOverload, fake_mode_of, tile_decompositions
@@ -50,6 +51,7 @@ def table() -> dict[OpOverload, Callable[..., Any]]:
         **tile_decompositions(),
         **poolings(),
         aten.var_mean.correction: var_mean,
+        aten.histc.default: histc,
         aten.roll.default: roll,
         aten.repeat.default: repeat,
         aten.scatter.value: scatter_value,

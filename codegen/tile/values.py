@@ -15,7 +15,17 @@ import torch
 from torch import fx
 
 from dscompile.codegen.tile.gather import GATHERS, gathered, why_no_gather
-from dscompile.codegen.tile.indexing import Div, Limits, Rem, contiguous, delinearise, linear, product, simplify
+from dscompile.codegen.tile.indexing import (
+    Div,
+    Limits,
+    Rem,
+    contiguous,
+    delinearise,
+    linear,
+    product,
+    reshaped,
+    simplify,
+)
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Const, Expr, Exprs, Space, SpaceKind
 from dscompile.codegen.tile.moves import MOVES, moved, why_no_move
 from dscompile.codegen.tile.ops import BOOLEAN, KINDS, add, convert, div, mul, sqrt
@@ -39,6 +49,7 @@ CONSTANTS = frozenset({
 SCANS = frozenset({"cumsum"})
 _CONVERSIONS = frozenset({"_to_copy", "convert_element_type"})
 _WORDS = frozenset({"alpha", "value", "approximate", "rounding_mode"})
+_SORTS = frozenset({"topk", "sort", "kthvalue", "median", "mode", "argsort", "unique"})
 _RANDOM = frozenset({"inductor_random"})
 
 
@@ -59,6 +70,8 @@ def why_not(node: fx.Node) -> str:
     value = node.meta.get("val")
     if is_view(node) or name in CONSTANTS:
         return ""
+    if name in _SORTS:
+        return f"{node.target} sorts: the language compares no element with all others"
     if not isinstance(value, torch.Tensor):
         return f"{node.target} does not return one tensor"
     found = reduction(node)
@@ -186,8 +199,7 @@ class Values:
         source: Any = node.args[0]
         name, shape, inner = operator_name(node), shape_of(node), shape_of(source)
         if name in ("view", "_unsafe_view", "reshape"):
-            flat = simplify(linear(index, contiguous(shape)), self.limits)
-            return source, delinearise(flat, inner, self.limits)
+            return source, reshaped(index, shape, inner, self.limits)
         if name == "expand":
             return source, self._broadcast(inner, shape, index)
         if name in ("alias", "detach"):

@@ -221,7 +221,9 @@ def _as_table(tile: Tile) -> Space | None:
         rows = tile.space.cols / length
         enough = length.is_Integer and rows.is_Integer and (length <= PERSISTENT or rows >= PROGRAMS)
         fits = enough and length >= _SHORT
-        if alone and fits:
+        once = any(COL in load.index.free_symbols and COL not in load.index.subs(Div(COL, length), 0).free_symbols
+                   for load in tile.loads())  # fmt: skip
+        if alone and fits and once:
             return Space(SpaceKind.ROWS, rows, length)
     return None
 

@@ -51,6 +51,8 @@ HELPERS = {
     name: f"@triton.jit\ndef {name}(a, b):\n    return tl.{op}(a, b, propagate_nan=tl.PropagateNan.ALL)\n"
     for op, name in NAN_CALLS.items()
 }
+_LONG = 60
+"""Characters of an address from which on it has a line of its own."""
 IDENTITY = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")', "any": "0"}
 _COMBINE = {"max": "larger", "min": "smaller"}
 
@@ -235,6 +237,10 @@ class Body:
         extra = self.value(expr.mask) if expr.mask is not None else ""
         mask = self.mask(frozenset(expr.index.free_symbols & set(self.places)) | expr.symbols, extra)
         pointer = self.pointer(expr.buffer, expr.index, expr.through)
+        if len(pointer) > _LONG:
+            name = self.name(f"{expr.buffer.name}_at")
+            (self.inner if self.moving(expr) else self.outer).lines.append(f"{name} = {pointer}")
+            pointer = name
         text = f"tl.load({pointer}, mask={mask}, other=0)" if mask else f"tl.load({pointer})"
         if expr.buffer.dtype.is_floating_point and expr.buffer.dtype is not torch.float32:
             return f"{text}.to(tl.float32)"

@@ -9,9 +9,9 @@ import sympy
 import torch
 
 from dscompile.codegen.tile.cost import bytes_read, bytes_written
-from dscompile.codegen.tile.indexing import Div, Rem
+from dscompile.codegen.tile.indexing import Div
 from dscompile.codegen.tile.ir import COL, ROW, Bounded, Buffer, Expr, Index, Load, Reduce, SpaceKind, Store, Tile, places
-from dscompile.codegen.tile.schedule import Hints, Schedule, hint
+from dscompile.codegen.tile.schedule import Hints, Schedule, hint, in_step
 from dscompile.codegen.triton_backend.body import HELPERS, IDENTITY, TYPES, Body
 from dscompile.codegen.triton_backend.kernel import Kernel
 
@@ -74,14 +74,20 @@ class _Render:
         )
 
     def _scalars(self) -> tuple[int, int]:
-        """Loads and stores of one value: of a row, of a program, or of a thread where neighbours' lie apart."""
+        """Loads and stores of one value: of a row, of a program, or of a thread where neighbours' lie apart.
+
+        And those of which a thread has less than 128 bits.
+        """
         block = self.schedule
         each = -(-block.row_block * block.col_block // (32 * block.warps))
-        loads = [(COL in load.places, load.index) for load in self.tile.loads()]
-        stores = [(COL in s.places, s.index) for s in self.tile.stores]
-        loose, put = (sum(each if not in_step(i) else 0 for moving, i in found if moving) for found in (loads, stores))
-        rows, kept = (sum(not moving for moving, _ in found) * block.row_block for found in (loads, stores))
-        return rows + loose, kept + put
+
+        def narrow(index: sympy.Expr, buffer: Buffer, moving: bool) -> int:
+            if not moving:
+                return block.row_block
+            return each if not in_step(index) else int(each * buffer.dtype.itemsize < 16)
+
+        loads = sum(narrow(load.index, load.buffer, COL in load.places) for load in self.tile.loads())
+        return loads, sum(narrow(s.index, s.buffer, COL in s.places) for s in self.tile.stores)
 
     def _source(self, moved: int, ideal: int) -> str:
         space = self.tile.space
@@ -369,32 +375,6 @@ class _Render:
         """A reduction inside one block."""
         axis = 0 if found.over == ROW else 1
         return self.body.across(found.how, self._masked(found, found.arg), axis) + _as_bool(found)
-
-
-def in_step(index: sympy.Expr) -> bool:
-    """Whether the addresses of 16 columns that follow each other do so too, from a multiple of 16 elements on."""
-    steps = 0
-    for term in sympy.Add.make_args(index):
-        factor, rest = term.as_coeff_Mul()
-        if not term.has(COL) and factor % _TOGETHER == 0:
-            continue
-        if isinstance(rest, (Div, Rem)) and rest.args[1] % _TOGETHER == 0 and rest.args[0] == COL:
-            together = factor == 1 if isinstance(rest, Rem) else factor % _TOGETHER == 0
-        else:
-            together = term == COL or (factor % _TOGETHER == 0 and isinstance(rest, Rem) and _whole(rest.args[0]))
-        if not together:
-            return False
-        steps += factor == 1
-    return steps == 1
-
-
-_TOGETHER = 16
-"""Elements that one thread, or two, access at once."""
-
-
-def _whole(expr: sympy.Expr) -> bool:
-    """Whether an index is the same for 16 columns that follow each other."""
-    return isinstance(expr, Div) and expr.args[0] == COL and expr.args[1] % _TOGETHER == 0
 
 
 def _as_bool(found: Reduce) -> str:

@@ -13,8 +13,8 @@ from dscompile.codegen.tile.indexing import Div, contiguous, linear, product, si
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Space, SpaceKind, Store, Tile
 from dscompile.codegen.tile.ops import convert
 from dscompile.codegen.tile.reductions import Along, Reduction, operator_name
-from dscompile.codegen.tile.schedule import PERSISTENT, PROGRAMS, programs
 from dscompile.codegen.tile.scatter import Scatter
+from dscompile.codegen.tile.schedule import PERSISTENT, PROGRAMS, programs
 from dscompile.codegen.tile.sizes import shape_of, size
 from dscompile.codegen.tile.values import SCANS, Place, RefusedError, Values, buffer_of
 

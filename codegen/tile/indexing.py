@@ -96,7 +96,7 @@ def delinearise(flat: sympy.Expr, shape: Sequence[Any], limits: Limits) -> tuple
 def reshaped(
     index: Sequence[sympy.Expr], shape: Sequence[sympy.Expr], other: Sequence[sympy.Expr], limits: Limits
 ) -> tuple[sympy.Expr, ...]:
-    """Where element ``index`` of ``shape`` is in the view of shape ``other``; dimensions that both begin or end with stay.
+    """Where element ``index`` of ``shape`` is in its view of shape ``other``; dimensions at either end of both stay.
 
     So a place that may be negative (before padding) is not mixed with the places of other dimensions.
     """

@@ -1,7 +1,7 @@
 """Operators that put elements in another place: ``cat``, padding, flipping, and a slice put into a tensor.
 
-Each is a load at another index, under a mask where an element may come from elsewhere: nothing is computed, and whatever
-kernel reads the result reads its sources instead.
+Each is a load at another index, under a mask where an element may come from elsewhere: nothing is computed, and
+whatever kernel reads the result reads its sources instead.
 """
 
 from __future__ import annotations

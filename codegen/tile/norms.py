@@ -1,8 +1,8 @@
-"""Sums, means and variances over dimensions between which, or around which, others are kept: in steps that kernels have.
+"""Sums, means and variances over dimensions between or around which others are kept, in steps that kernels have.
 
 Of a batch norm's ``[N, C, H, W]``, all elements of a channel are one row where a program can hold them
-(:func:`dscompile.codegen.tile.reductions.held_around`): statistics and what follows from them are then one kernel, which
-reads every element once. Else each image's channel is a row, and the few results of each channel are combined.
+(:func:`dscompile.codegen.tile.reductions.held_around`): statistics and what follows from them are then one kernel,
+which reads every element once. Else each image's channel is a row, and the few results of each channel are combined.
 """
 
 from __future__ import annotations

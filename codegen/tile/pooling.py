@@ -1,8 +1,8 @@
 """Pooling over windows as the language's own operators: shifted slices of a padded tensor, compared or added up.
 
-Forward, every element of the result reads its window. Backward, every element of the input's gradient reads the windows
-that hold it: nothing is added in memory, so the sums have one order. All of it is done in fp32 and rounded once. Windows of
-more than :data:`WINDOW` elements, and sizes that are symbols, are left to PyTorch.
+Forward, every element of the result reads its window. Backward, every element of the input's gradient reads the
+windows that hold it: nothing is added in memory, so the sums have one order. All of it is done in fp32 and rounded once.
+Windows of more than :data:`WINDOW` elements, and sizes that are symbols, are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -236,7 +236,9 @@ def upsample_nearest_backward(
     sizes, wanted = list(size[-2:]), list(grad.shape[-2:])
     whole = all(isinstance(s, int) and isinstance(w, int) and s > 0 and w % s == 0
                 for s, w in zip(sizes, wanted, strict=True))  # fmt: skip
-    if not whole or any(f not in (None, w / s) for f, w, s in zip((height_scale, width_scale), wanted, sizes, strict=True)):
+    if not whole or any(
+        f not in (None, w / s) for f, w, s in zip((height_scale, width_scale), wanted, sizes, strict=True)
+    ):
         return NotImplemented
     kernel = [w // s for w, s in zip(wanted, sizes, strict=True)]
     return avg_pool(grad, kernel, kernel, divisor_override=1)

@@ -2,8 +2,8 @@
 
 Adding is done by atomic instructions, in fp32 or integers, into memory that starts as zeros. The order in which a GPU
 adds is not fixed, so the last bits of a sum differ from run to run (as with TorchInductor's kernels); under
-``torch.use_deterministic_algorithms`` adding is left to PyTorch's operator, which refuses or sorts. Sums of a 16-bit type,
-and sums added to a tensor, are made in a buffer of their own in fp32 and rounded once by whoever reads them.
+``torch.use_deterministic_algorithms`` adding is left to PyTorch's operator, which refuses or sorts. Sums of a 16-bit
+type, and sums added to a tensor, are made in a buffer of their own in fp32 and rounded once by whoever reads them.
 
 Without adding, equal places race, as in PyTorch. It is done where what is not written is one known number.
 """
@@ -67,7 +67,9 @@ class Scatter:
     def value(self, values: Reader, index: Place) -> Any:
         """What is stored for that element."""
         if operator_name(self.node) in ("scatter", "scatter_add"):  # the operand may be larger than the index
-            return values.at(self.values, index) if isinstance(self.values, fx.Node) else values.exprs.const(self.values)
+            return (
+                values.at(self.values, index) if isinstance(self.values, fx.Node) else values.exprs.const(self.values)
+            )
         return values.operand(self.values, self.shape, index, None)
 
 
@@ -98,7 +100,9 @@ def _why_not(node: fx.Node, base: fx.Node, along: bool, adds: bool) -> str:
     if adds and torch.are_deterministic_algorithms_enabled():
         return " adds in no fixed order, which torch.use_deterministic_algorithms forbids"
     given: Any = [node_argument(node, 2, "index", None)] if along else node.args[1]
-    wrong = [i.meta["val"].dtype for i in given if i is not None and i.meta["val"].dtype not in (torch.int32, torch.int64)]
+    wrong = [
+        i.meta["val"].dtype for i in given if i is not None and i.meta["val"].dtype not in (torch.int32, torch.int64)
+    ]
     if wrong:
         return f" with an index of {wrong[0]} is not a tile operator"
     shape = base.meta["val"].shape

@@ -88,7 +88,12 @@ def why_not(node: fx.Node) -> str:
     stores = scatter(node)
     if isinstance(stores, str):
         return stores
-    known = isinstance(stores, Scatter) or name in KINDS or name in BOOLEAN or name in _CONVERSIONS | _RANDOM | GATHERS | MOVES | SCANS
+    known = (
+        isinstance(stores, Scatter)
+        or name in KINDS
+        or name in BOOLEAN
+        or name in _CONVERSIONS | _RANDOM | GATHERS | MOVES | SCANS
+    )
     if found is None and not known:
         return f"{node.target} is not a tile operator"
     for read in (node, *node.all_input_nodes):

@@ -41,8 +41,8 @@ _INFIX = {
 }  # fmt: skip
 _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt_rn", "rsqrt": "tl.rsqrt",
-    "erf": "tl.erf", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "ceil": "tl.ceil", "abs": "tl.abs",
-    "where": "tl.where", "rand": "tl.rand",
+    "erf": "tl.erf", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "ceil": "tl.ceil",
+    "abs": "tl.abs", "where": "tl.where", "rand": "tl.rand",
 }  # fmt: skip
 NAN_CALLS = {"maximum": "larger", "minimum": "smaller"}
 """Helpers of a kernel's file: PyTorch's maximum and minimum of NaN and a number is NaN, the hardware's is not."""

@@ -10,7 +10,20 @@ import torch
 
 from dscompile.codegen.tile.cost import bytes_read, bytes_written
 from dscompile.codegen.tile.indexing import Div
-from dscompile.codegen.tile.ir import COL, ROW, Bounded, Buffer, Expr, Index, Load, Reduce, SpaceKind, Store, Tile, places
+from dscompile.codegen.tile.ir import (
+    COL,
+    ROW,
+    Bounded,
+    Buffer,
+    Expr,
+    Index,
+    Load,
+    Reduce,
+    SpaceKind,
+    Store,
+    Tile,
+    places,
+)
 from dscompile.codegen.tile.schedule import Hints, Schedule, hint, in_step
 from dscompile.codegen.triton_backend.body import HELPERS, IDENTITY, TYPES, Body
 from dscompile.codegen.triton_backend.kernel import Kernel
@@ -93,7 +106,8 @@ class _Render:
         space = self.tile.space
         what = {
             SpaceKind.FLAT: f"pointwise over {space.cols} elements",
-            SpaceKind.ROWS: f"{space.rows} rows of {space.cols}" + (f" in pieces of {space.inner}" if space.inner else ""),
+            SpaceKind.ROWS: f"{space.rows} rows of {space.cols}"
+            + (f" in pieces of {space.inner}" if space.inner else ""),
             SpaceKind.FINISH: f"{space.cols} results from {space.rows} partial ones each",
         }[space.kind]
         how = "" if self.schedule.persistent else f", in {self.schedule.passes} passes over a row"

@@ -41,20 +41,28 @@ def _unique(x: Tensor) -> Tensor:
     return aten.index_put(base, [order], x + 1)
 
 
+def _apart(x: Tensor) -> Tensor:
+    """Indices of the first and the last dimension: what they choose comes first."""
+    indices = [_rows(x, 3)[:, None], None, None, _places(x[0, 0, 0], 5)]
+    return aten.index_put(_zeros(x, 3, *x.shape[1:3], 5), indices, x.permute(0, 3, 1, 2), True)
+
+
+def _scatter(x: Tensor) -> Tensor:
+    """Every place once."""
+    width = x.shape[3]
+    places = torch.arange(width).flip(0).expand(x.shape) * 2 + _places(x, 2)
+    return torch.scatter(_zeros(x, *x.shape[:3], 2 * width), 3, places, x + 1)
+
+
 SCATTERS: dict[str, Function] = {
     "embedding": _embedding,
     "embedding_of_a_norm": _norm_embedding,
     "index_add": lambda x: (x + 1).index_add(1, _rows(x, 4), x[:, :1].expand(-1, x.shape[0], -1, -1) * 2),
-    "index_put_negative": lambda x: aten.index_put(
-        _zeros(x, 6, *x.shape[1:]), [_rows(x, 6) - 6], x.sin(), True
-    ),
+    "index_put_negative": lambda x: aten.index_put(_zeros(x, 6, *x.shape[1:]), [_rows(x, 6) - 6], x.sin(), True),
     "index_put_middle": lambda x: aten.index_put(
         _zeros(x, *x.shape[:2], 9, x.shape[3]), [None, None, _places(x[0, 0, :, 0], 9)], x, True
     ).exp(),
-    "index_put_apart": lambda x: aten.index_put(
-        _zeros(x, 3, *x.shape[1:3], 5), [_rows(x, 3)[:, None], None, None, _places(x[0, 0, 0], 5)],
-        x.permute(0, 3, 1, 2), True,
-    ),  # fmt: skip
+    "index_put_apart": _apart,
     "index_put_one_value": lambda x: aten.index_put(_zeros(x, 3), [_places(x, 3)], x.new_ones(()), True),
     "one_place": lambda x: aten.index_put(_zeros(x, 3), [torch.ones_like(x, dtype=torch.int64)], x * x, True),
     "counts": lambda x: aten.index_put(
@@ -63,7 +71,8 @@ SCATTERS: dict[str, Function] = {
     "unique": _unique,
     "scatter_add": lambda x: torch.scatter_add(x, 3, _places(x[..., :1], x.shape[3]), x * 2),
     "scatter_add_few": lambda x: torch.scatter_add(_zeros(x, *x.shape[:2], 9, x.shape[3]), 2, _places(x[:, :3], 9), x),
-    "scatter": lambda x: torch.scatter(_zeros(x, *x.shape[:3], 2 * x.shape[3]), 3, torch.arange(x.shape[3]).flip(0)
-                                       .expand(x.shape) * 2 + _places(x, 2), x + 1),
-    "scatter_value": lambda x: torch.scatter(torch.ones(x.shape, dtype=torch.bool), 3, _places(x, x.shape[3]), False).to(x.dtype),
-}  # fmt: skip
+    "scatter": _scatter,
+    "scatter_value": lambda x: torch.scatter(
+        torch.ones(x.shape, dtype=torch.bool), 3, _places(x, x.shape[3]), False
+    ).to(x.dtype),
+}

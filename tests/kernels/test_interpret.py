@@ -108,14 +108,15 @@ def test_sums_that_share_a_kernel_and_running_sums_are_right(sums: dict[str, Any
 
 # -- images, and places that are stored to ---------------------------------------------------------------------------
 
-PICTURES = [f"{name}/{('f32/3/6/10', 'bf16/1/4/12', 'f16/2/6/34')[k % 3]}" for k, name in enumerate((*POOLS, *SCATTERS))] + [
+IMAGES = ("f32/3/6/10", "bf16/1/4/12", "f16/2/6/34")
+PICTURES = [f"{name}/{IMAGES[k % 3]}" for k, name in enumerate((*POOLS, *SCATTERS))] + [
     "batch_norm/f32/3/66/90", "batch_norm/bf16/20/30/29", "batch_norm/f32/2/2/2", "max_3_2_1/f16/1/7/9",
     "average_2/f16/1/7/9", "average_without_padding/f32/2/3/5", "embedding/f32/9/5/70", "max_edges/bf16/2/5/5",
     "pad_view/f32/1/3/67",
 ]  # fmt: skip
 PICTURES_FULL = [f"{name}/{dtype}/{size}" for name in (*POOLS, *SCATTERS) for dtype in ("f32", "bf16", "f16")
                  for size in ("1/2/2", "3/6/10", "5/4/34", "2/20/66")]  # fmt: skip
-EMPTY = [f"{name}/f32/0/6/10" for name in ("max_2", "average_2", "pad", "embedding", "index_put_negative", "flip")]
+EMPTY = [f"{n}/f32/0/6/10" for n in ("max_2", "average_2", "pad", "embedding", "index_put_negative", "flip")]
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def gradient_of_a_table(dtype: torch.dtype) -> Fused:
 
 
 def test_the_gradient_of_a_table_is_added_up_where_it_is_made() -> None:
-    """x and indices are read, the table is filled and each element read and written; in bf16 it is rounded from fp32."""
+    """Of the table, filled first, each element is read and written for each of x; in bf16 it is rounded from fp32."""
     found = gradient_of_a_table(torch.float32)
     ((_, tile, _, _),) = found.kernels
     assert [(s.adds, s.start, s.buffer.dtype) for s in tile.stores] == [(True, 0, torch.float32)]
@@ -372,7 +372,8 @@ SCALARS = 4096
 MOST = {name: 1.0 for name in entries() if not name.endswith("backward")} | {
     "bias_gelu_backward": 1.05, "bias_silu_backward": 1.05, "bias_dropout_residual_backward": 1.05,
     "layer_norm_backward": 1.05, "rms_norm_backward": 1.05, "softmax_backward": 1.0, "cross_entropy_backward": 1.0,
-    "cross_entropy": 1.0, "cross_entropy_both": 1.51, "lamb": 1.45, "batch_norm_backward": 1.0, "max_pool_backward": 1.0,
+    "cross_entropy": 1.0, "cross_entropy_both": 1.51, "lamb": 1.45, "batch_norm_backward": 1.0,
+    "max_pool_backward": 1.0,
 }  # fmt: skip
 """The most of the ideal. LAMB stores its update between norms and step; the fused loss reads long rows twice."""
 
@@ -384,7 +385,10 @@ def test_bytes_are_the_ideal_ones_but_for_partial_results(name: str) -> None:
     graph = traced(entries()[name].function, *example(name, torch.bfloat16, rows, cols)).graph
     found = fuse(graph)
     outputs = graph.output_node().args[0]
-    ends = {*(n for n in graph.find_nodes(op="placeholder") if n.users), *(outputs if isinstance(outputs, (list, tuple)) else [outputs])}
+    ends = {
+        *(n for n in graph.find_nodes(op="placeholder") if n.users),
+        *(outputs if isinstance(outputs, (list, tuple)) else [outputs]),
+    }
     ideal = sum(n.meta["val"].numel() * n.meta["val"].dtype.itemsize for n in ends)
     left = sum(n.meta["val"].nbytes for n in found.order if isinstance(n, torch.fx.Node))
     assert ideal * 0.99 - left <= found.bytes <= MOST[name] * ideal + SCALARS

@@ -40,14 +40,15 @@ def moved(values: Reader, node: fx.Node, index: Place, mask: Expr | None) -> Exp
     if name == "slice_scatter":
         return _replaced(values, node, index, mask)
     source: Any = node.args[0]
-    shape, dims = shape_of(source), {d % len(index) for d in node.args[1]}  # type: ignore[union-attr]
+    flipped: Any = node.args[1]
+    shape, dims = shape_of(source), {d % len(index) for d in flipped}
     return values.at(source, tuple(shape[k] - 1 - i if k in dims else i for k, i in enumerate(index)), mask)
 
 
 def _dim(node: fx.Node, position: int) -> int:
     source: Any = node.args[0]
-    dim: int = node_argument(node, position, "dim", 0)
-    return dim % source.meta["val"].dim()
+    dim: int = node_argument(node, position, "dim", 0) % source.meta["val"].dim()
+    return dim
 
 
 def _joined(values: Reader, node: fx.Node, index: Place, mask: Expr | None) -> Expr:

@@ -1,8 +1,8 @@
 """Pooling over windows as the language's own operators: shifted slices of a padded tensor, compared or added up.
 
 Forward, every element of the result reads its window. Backward, every element of the input's gradient reads the
-windows that hold it: nothing is added in memory, so the sums have one order. All of it is done in fp32 and rounded once.
-Windows of more than :data:`WINDOW` elements, and sizes that are symbols, are left to PyTorch.
+windows that hold it: nothing is added in memory, so the sums have one order. All of it is done in fp32 and rounded
+once. Windows of more than :data:`WINDOW` elements, and sizes that are symbols, are left to PyTorch.
 """
 
 from __future__ import annotations

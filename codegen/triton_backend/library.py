@@ -96,7 +96,8 @@ def embedding_backward(grad: Tensor, ids: Tensor, vocabulary: int = VOCABULARY) 
 
     Rows are added where ids are equal: atomically, in no fixed order, in fp32.
     """
-    return torch.ops.aten.embedding_dense_backward(grad, ids, vocabulary, -1, False)
+    found: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, vocabulary, -1, False)
+    return found
 
 
 def batch_norm(
@@ -128,7 +129,9 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def max_pool_backward(grad: Tensor, x: Tensor, places: Tensor) -> Tensor:
     """Gradient of :func:`max_pool`."""
-    return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, [3, 3], [2, 2], [1, 1], [1, 1], False, places)
+    backward = torch.ops.aten.max_pool2d_with_indices_backward
+    found: Tensor = backward(grad, x, [3, 3], [2, 2], [1, 1], [1, 1], False, places)
+    return found
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

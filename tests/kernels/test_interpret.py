@@ -126,7 +126,7 @@ def pictures() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", PICTURES)
 def test_pools_norms_moves_and_scatters_are_right(pictures: dict[str, Any], case: str) -> None:
-    """Windows that overlap, tie, hang over the edge or hold NaN; places that are negative, repeated, or all the same."""
+    """Windows that overlap, tie, hang over the edge or hold NaN; places that are negative, repeated or all the same."""
     check_picture(pictures[case])
 
 

@@ -96,6 +96,8 @@ class Builder:
         )
         if self.columns_apart and partial and not all(s.partial for s in stores):
             raise RefusedError("sums over columns are kept apart")
+        if self.columns_apart and space.inner is not None and any({COL} & (s.value.symbols | s.places) for s in stores):
+            raise RefusedError("sums over channels are kept apart")
         if space.kind is SpaceKind.ROWS:
             self._check_rows(tile)
         if tile.programs and any(s.scatters and COL not in s.visits for s in tile.stores):

@@ -67,7 +67,8 @@ def fuse(graph: fx.Graph, hints: Hints | None = None, *, columns_apart: bool = F
     Args:
         graph: every node carries ``meta["val"]``; strides of outputs are those of the fake values.
         hints: numbers for symbolic sizes, used in costs only.
-        columns_apart: keep sums over columns out of other kernels: what a compiler without one-pass backward does.
+        columns_apart: keep sums over columns, and over rows that lie in pieces, out of kernels that store more than
+            sums: what a compiler without one-pass backward and batch norm does.
     """
     return _Fusion(graph, hints or {}, columns_apart).run()
 

@@ -160,7 +160,10 @@ def non_negative(expr: sympy.Expr) -> bool:
 
 
 def _merge(expr: sympy.Expr) -> sympy.Expr:
-    """``b*(a // b) + a % b`` is ``a``, and ``b*((a // b) % n) + a % b`` is ``a % (b*n)``; each times a factor."""
+    """``b*(a // b) + a % b`` is ``a``, ``b*((a // b) % n) + a % b`` is ``a % (b*n)``; each times a factor.
+
+    So is ``b*((a % (b*n)) // b) + a % b``.
+    """
     terms = list(sympy.Add.make_args(expr))
     for rem in terms:
         factor, rems = _factored(rem, Rem)
@@ -171,6 +174,10 @@ def _merge(expr: sympy.Expr) -> sympy.Expr:
             times, found = _factored(other, Div)
             if found is not None and found == Div(a, b) and times == factor * b:
                 return expr - rem - other + factor * a
+            whole = found.args[0] if found is not None else None
+            if isinstance(whole, Rem) and whole.args[0] == a and (whole.args[1] / b).is_integer:
+                if found == Div(whole, b) and times == factor * b:
+                    return expr - rem - other + factor * whole
             times, found = _factored(other, Rem)
             if found is not None and found.args[0] == Div(a, b) and times == factor * b:
                 return expr - rem - other + factor * Rem(a, b * found.args[1])

@@ -237,6 +237,8 @@ class Body:
         extra = self.value(expr.mask) if expr.mask is not None else ""
         mask = self.mask(frozenset(expr.index.free_symbols & set(self.places)) | expr.symbols, extra)
         pointer = self.pointer(expr.buffer, expr.index, expr.through)
+        wider = expr.mask.symbols - expr.places if expr.mask is not None else frozenset()
+        pointer += "".join(f" + 0*{self.places[s]}" for s in (ROW, COL) if s in wider)  # an address for each mask
         if len(pointer) > _LONG:
             name = self.name(f"{expr.buffer.name}_at")
             (self.inner if self.moving(expr) else self.outer).lines.append(f"{name} = {pointer}")

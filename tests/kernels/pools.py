@@ -103,6 +103,8 @@ POOLS: dict[str, Function] = {
     "batch_norm": _norm,
     "batch_norm_still": _norm_still,
     "pad": lambda x: (functional.pad(x * 2, (1, 2, 0, 3), value=0.5), functional.pad(x, (-1, 1, 2, -1))),
+    "pad_number": lambda x: functional.pad(x.sum().expand(x.shape), (1, 0, 2, 0)) * functional.pad(x, (1, 0, 2, 0)),
+    "pad_rows": lambda x: functional.pad(x.sum(-1, keepdim=True).expand(x.shape), (1, 0, 2, 0)) + 1,
     "pad_view": lambda x: functional.pad(x.flatten(), (3, 5)).unflatten(0, (2, -1)).t().contiguous() + 1,
     "pad_twice": lambda x: functional.pad(x, (3, 0)).flatten(2)[..., 3:].reshape(-1) * 2,
     "reflect": lambda x: functional.pad(x, (1, 1, 1, 1), mode="reflect") * 2,

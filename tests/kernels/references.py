@@ -115,8 +115,8 @@ def _cross_entropy(name: str, x: Tensor, g: torch.Generator) -> tuple[list[Tenso
 
 
 def _batch_norm(name: str, dtype: torch.dtype, rows: int, cols: int, g: torch.Generator) -> tuple[Data, Data]:
-    channels = max(rows // 8, 1)
-    x, grad = (random((8, channels, cols), dtype, g) + shift for shift in (1, 0))
+    channels, width = max(rows // 8, 1), 32 if cols % 32 == 0 else cols
+    x, grad = (random((8, channels, cols // width, width), dtype, g) + shift for shift in (1, 0))
     weight, bias, mean, variance = (random((channels,), torch.float32, g) for _ in range(4))
     running = [mean.double(), variance.double().abs()]
 

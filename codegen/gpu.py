@@ -2,9 +2,9 @@
 
 Both kinds mix in one program. The comparison is of bytes, from the tile language: Inductor's are those of the same
 fusion with what Inductor is known to do otherwise, a sum over columns in kernels of its own, which read its operands
-again (its layer norm's backward moves 1.21 times the ideal, and bias + GELU 1.26). What the tile language does not have
-and Inductor does (scatter, pooling) runs as PyTorch's operator beside our kernels and counts against them. No
-time is predicted.
+again (its layer norm's backward moves 1.21 times the ideal, bias + GELU 1.26, and a batch norm, whose channels it sums
+up in a kernel of their own, 1.5). What the tile language does not have and Inductor does (a reduction between other
+dimensions, large windows) runs as PyTorch's operator beside our kernels and counts against them. No time is predicted.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def choose(module: fx.GraphModule, key: str) -> Choice:
         names = ", ".join(sorted({str(n.target).removeprefix("aten.") for n in alone}))
         ours += f" and {len(alone)} operators of PyTorch's ({names})"
     comparison = f"{ours} move {moved} bytes, Inductor's about {theirs}"
+    comparison += "; both add gradients of gathers in no fixed order" if assembled.adds else ""
     return Choice(assembled if moved < theirs else None, comparison)
 
 

@@ -553,6 +553,10 @@ def tile_decompositions() -> dict[OpOverload, Any]:
         aten._log_softmax.default,
         aten.native_dropout_backward.default,
         aten.gelu_backward.default,
+        aten._native_batch_norm_legit.default,
+        aten._native_batch_norm_legit.no_stats,
+        aten._native_batch_norm_legit_functional.default,
+        aten._native_batch_norm_legit_no_training.default,
     ]
     table = {**core_aten_decompositions(), **get_decompositions(more)}
     # Written out, attention has other strides than the operator gives, and what reads it no longer fits.

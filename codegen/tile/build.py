@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sympy
 import torch
 from torch import fx
 
 from dscompile.codegen.tile.flow import Flow, Part
-from dscompile.codegen.tile.indexing import Div, linear, product, simplify
+from dscompile.codegen.tile.indexing import Div, contiguous, linear, product, simplify
 from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Space, SpaceKind, Store, Tile
+from dscompile.codegen.tile.ops import convert
 from dscompile.codegen.tile.reductions import Along, Reduction, operator_name
+from dscompile.codegen.tile.scatter import Scatter
 from dscompile.codegen.tile.schedule import PERSISTENT, PROGRAMS, programs
 from dscompile.codegen.tile.sizes import shape_of, size
 from dscompile.codegen.tile.values import SCANS, Place, RefusedError, Values, buffer_of
@@ -26,7 +30,7 @@ class Builder:
     """Makes tiles for one graph."""
 
     def __init__(self, flow: Flow, *, columns_apart: bool = False) -> None:
-        """Give every two-kernel reduction its buffer of partial results."""
+        """Give every two-kernel reduction its buffer of partial results, and scatters apart that of their sums."""
         self.flow = flow
         self.columns_apart = columns_apart
         self.partials = {
@@ -35,6 +39,11 @@ class Builder:
             )
             for node, found in flow.reductions.items()
             if found.partial
+        }
+        self.partials |= {
+            node: Buffer(f"{node.name}_sums", stores.dtype, product(shape_of(node)))
+            for node, stores in flow.scatters.items()
+            if stores.apart
         }
         self._positions = {node.name: flow.order(node) for node in flow.graph.nodes}
         self._positions |= {b.name: flow.order(node) for node, b in self.partials.items()}
@@ -60,11 +69,16 @@ class Builder:
     ) -> Tile:
         inside = frozenset(p.node for p in parts if not p.partial) | copies
         ended = self._ended(parts)
-        values = Values(space, inside, self.flow.reductions, self.partials)
+        if early := [p.node for p in parts if p.partial and p.node in self.flow.scatters and p.node in inside]:
+            raise RefusedError(f"%{early[0].name} must be added up before anything can read it")
+        values = Values(space, inside, self.flow.reductions, self.partials, self.flow.scatters)
         stores: list[Store] = []
         partial = False
         for part in sorted(parts, key=lambda p: p.order):
-            if part.partial:
+            stored = self.flow.scatters.get(part.node)
+            if stored is not None and part.partial == stored.apart:
+                stores.append(self._scatter(values, stored))
+            elif part.partial:
                 stores.append(self._partial_store(values, self.flow.reductions[part.node], part.node in ended))
                 partial = True
             elif part.node in needed and part.node not in ended:
@@ -82,8 +96,12 @@ class Builder:
         )
         if self.columns_apart and partial and not all(s.partial for s in stores):
             raise RefusedError("sums over columns are kept apart")
+        if self.columns_apart and space.inner is not None and any({COL} & (s.value.symbols | s.places) for s in stores):
+            raise RefusedError("sums over channels are kept apart")
         if space.kind is SpaceKind.ROWS:
             self._check_rows(tile)
+        if tile.programs and any(s.scatters and COL not in s.visits for s in tile.stores):
+            raise RefusedError("programs that share a row would each scatter its values")
         return tile
 
     def _space(self, parts: frozenset[Part]) -> Space:
@@ -93,7 +111,10 @@ class Builder:
         sizes: set[sympy.Expr] = set()
         for part in parts:
             found = self.flow.reductions.get(part.node)
-            if operator_name(part.node) in SCANS:
+            stores = self.flow.scatters.get(part.node)
+            if stores is not None and part.partial == stores.apart:
+                sizes.add(product(stores.shape))
+            elif operator_name(part.node) in SCANS:
                 shape = shape_of(part.node)
                 spaces.add(Space(SpaceKind.ROWS, product(shape[:-1]), shape[-1]))
             elif found is None:
@@ -105,7 +126,7 @@ class Builder:
             elif found.along is Along.ALL:
                 spaces.add(Space(SpaceKind.FLAT, sympy.Integer(1), found.cols))
             else:
-                spaces.add(Space(SpaceKind.ROWS, found.rows, found.cols))
+                spaces.add(Space(SpaceKind.ROWS, found.rows, found.cols, found.inner))
         if not spaces:
             whole = {s for s in sizes if not any(o != s and (o - s).is_positive for o in sizes)}
             if len(whole) > 1:
@@ -124,6 +145,7 @@ class Builder:
     def _ended(self, parts: frozenset[Part]) -> frozenset[fx.Node]:
         """Reductions over all rows whose first half is their result: one program sees everything."""
         halves = {p.node for p in parts if p.partial} & {p.node for p in parts if not p.partial}
+        halves &= self.flow.reductions.keys()
         return frozenset(n for n in halves if self._by_one_program(self.flow.reductions[n]))
 
     def _by_one_program(self, found: Reduction) -> bool:
@@ -139,7 +161,9 @@ class Builder:
 
     def _places(self, values: Values, node: fx.Node) -> list[Place]:
         """The indices at which the space can see a node: one element each, or one a row."""
-        shape = shape_of(node)
+        return self._places_of(values, shape_of(node), node)
+
+    def _places_of(self, values: Values, shape: Sequence[sympy.Expr], node: fx.Node) -> list[Place]:
         found = []
         for attempt in (values.full, values.per_row):
             try:
@@ -161,6 +185,20 @@ class Builder:
                 reason = error
         assert reason is not None
         raise reason
+
+    def _scatter(self, values: Values, found: Scatter) -> Store:
+        """The store of every element of a scatter's values, at the place that data decide."""
+        node, whole = found.node, values.space
+        place = self._places_of(values, found.shape, node)[0]
+        rows = whole.kind is SpaceKind.ROWS and product(found.shape) == whole.rows and whole.cols != 1
+        visits = {s for s, n in ((ROW, whole.rows), (COL, whole.cols)) if n != 1}
+        visits &= {ROW} if rows else {ROW, COL} if whole.kind is SpaceKind.ROWS else {COL}
+        value = found.value(values, place)
+        strides = contiguous(shape_of(node)) if found.apart else [size(s) for s in node.meta["val"].stride()]
+        index = simplify(linear(found.place(values, place), strides), values.limits)
+        buffer = self.partials[node] if found.apart else buffer_of(node)
+        value = convert(values.exprs, value, found.dtype)
+        return values.exprs.scatter(buffer, index, value, frozenset(visits), adds=found.adds, start=found.start)
 
     def _partial_store(self, values: Values, found: Reduction, ended: bool) -> Store:
         place = values.full(shape_of(found.node.args[0]))  # type: ignore[arg-type]
@@ -185,7 +223,9 @@ def _as_table(tile: Tile) -> Space | None:
         rows = tile.space.cols / length
         enough = length.is_Integer and rows.is_Integer and (length <= PERSISTENT or rows >= PROGRAMS)
         fits = enough and length >= _SHORT
-        if alone and fits:
+        once = any(COL in load.index.free_symbols and COL not in load.index.subs(Div(COL, length), 0).free_symbols
+                   for load in tile.loads())  # fmt: skip
+        if alone and fits and once:
             return Space(SpaceKind.ROWS, rows, length)
     return None
 
@@ -203,5 +243,6 @@ def _partial_dtype(found: Reduction) -> torch.dtype:
 
 def _describe(space: Space) -> str:
     if space.kind is SpaceKind.ROWS:
-        return f"{space.rows} rows of {space.cols}"
+        pieces = "" if space.inner is None else f" in pieces of {space.inner}"
+        return f"{space.rows} rows of {space.cols}{pieces}"
     return f"{space.cols} {'results' if space.kind is SpaceKind.FINISH else 'elements'}"

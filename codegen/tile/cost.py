@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sympy
 
-from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Load, Reduce, Tile
+from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Load, Reduce, Store, Tile
 from dscompile.codegen.tile.schedule import Hints, Schedule, hint
 
 
@@ -26,8 +26,17 @@ def bytes_read(tile: Tile, schedule: Schedule, hints: Hints) -> int:
 
 
 def bytes_written(tile: Tile, hints: Hints) -> int:
-    """Bytes stored."""
-    return sum(hint(s.buffer.bytes, hints) for s in tile.stores)
+    """Bytes stored; of a scatter also what its buffer is filled with first, and what adding reads."""
+    return sum(_stored(s, tile, hints) for s in tile.stores)
+
+
+def _stored(store: Store, tile: Tile, hints: Hints) -> int:
+    whole = hint(store.buffer.bytes, hints)
+    if not store.scatters:
+        return whole
+    limits = {ROW: tile.space.rows, COL: tile.space.cols}
+    visited = hint(sympy.Mul(*(limits[s] for s in store.visits)), hints) * store.buffer.dtype.itemsize
+    return whole * (store.start is not None) + visited * (2 if store.adds else 1)
 
 
 def tile_bytes(tile: Tile, schedule: Schedule, hints: Hints) -> int:
@@ -47,7 +56,8 @@ def _reached(tile: Tile, schedule: Schedule) -> dict[int, set[Expr]]:
     out: dict[int, set[Expr]] = {}
     roots = [(level, r.arg) for r, level in schedule.levels.items()]
     last = max(schedule.levels.values(), default=-1) + 1
-    roots += [(last, s.value) for s in tile.stores if COL in s.index.free_symbols or COL in s.value.symbols]
+    stored = [s for s in tile.stores if COL in s.places or COL in s.value.symbols]
+    roots += [(last, e) for s in stored for e in (s.value, *(data for _, data in s.through))]
     for level, root in roots:
         stack, seen = [root], out.setdefault(level, set())
         while stack:

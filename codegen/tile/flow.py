@@ -8,11 +8,12 @@ import torch
 from torch import fx
 
 from dscompile.codegen.tile.reductions import Reduction, operator_name, reduction
+from dscompile.codegen.tile.scatter import Scatter, scatter
 from dscompile.codegen.tile.values import CONSTANTS, is_view, why_not
 
 
 class Part(NamedTuple):
-    """One operator; or, of a reduction that takes two kernels, the first (``partial``) or the second half."""
+    """One operator; or, of one that takes two kernels, the first (``partial``) or the second half."""
 
     node: fx.Node
     partial: bool
@@ -24,7 +25,7 @@ class Flow:
 
     Attributes:
         parts: what kernels can compute. left: operators that PyTorch runs, with the reason. kept: nodes that are
-            returned or that an operator left to PyTorch reads. reductions: by node.
+            returned or that an operator left to PyTorch reads. reductions, scatters: by node.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -32,6 +33,7 @@ class Flow:
         self.graph = graph
         self._order = {node: index for index, node in enumerate(graph.nodes)}
         self.reductions: dict[fx.Node, Reduction] = {}
+        self.scatters: dict[fx.Node, Scatter] = {}
         self.parts: list[Part] = []
         self.left: dict[fx.Node, str] = {}
         self.inputs = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
@@ -50,6 +52,11 @@ class Flow:
             if isinstance(found, Reduction):
                 self.reductions[node] = found
                 if found.partial:
+                    self.parts.append(Part(node, True, self._order[node]))
+            stores = scatter(node)
+            if isinstance(stores, Scatter):
+                self.scatters[node] = stores
+                if stores.apart:
                     self.parts.append(Part(node, True, self._order[node]))
             self.parts.append(Part(node, False, self._order[node]))
 
@@ -96,11 +103,25 @@ class Flow:
         found: set[fx.Node] = set()
         for part in parts:
             finishes = part.node in self.reductions and self.reductions[part.node].partial and not part.partial
-            if not finishes:
+            stores = self.scatters.get(part.node)
+            if stores is not None and stores.apart:
+                found |= self._of_half(stores, part.partial)
+            elif not finishes:
                 found |= self.sources(part.node)
         for node in copies:
             found |= self.sources(node)
         return frozenset(found - {p.node for p in parts if not p.partial} - copies)
+
+    def _of_half(self, stores: Scatter, first: bool) -> frozenset[fx.Node]:
+        """What the first half of a scatter reads, places and values; or the second, what they are added to."""
+        reads = [n for n in stores.node.all_input_nodes if n is not stores.base] if first else [stores.base]
+        if first and stores.values is stores.base:
+            reads.append(stores.base)
+        return frozenset().union(*(self._behind(n) for n in reads))
+
+    def _behind(self, node: fx.Node) -> frozenset[fx.Node]:
+        """A node, or what it is a view of."""
+        return self.sources(node) if is_view(node) or operator_name(node) in CONSTANTS else frozenset({node})
 
     def touched(self, parts: frozenset[Part]) -> frozenset[object]:
         """Everything that a kernel reads or makes: two kernels are neighbours if they have one in common."""

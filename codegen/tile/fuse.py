@@ -67,7 +67,8 @@ def fuse(graph: fx.Graph, hints: Hints | None = None, *, columns_apart: bool = F
     Args:
         graph: every node carries ``meta["val"]``; strides of outputs are those of the fake values.
         hints: numbers for symbolic sizes, used in costs only.
-        columns_apart: keep sums over columns out of other kernels: what a compiler without one-pass backward does.
+        columns_apart: keep sums over columns, and over rows that lie in pieces, out of kernels that store more than
+            sums: what a compiler without one-pass backward and batch norm does.
     """
     return _Fusion(graph, hints or {}, columns_apart).run()
 
@@ -101,6 +102,7 @@ class _Fusion:
         self.beside = True
         while self._sweep():
             pass
+        self._drop_unread()
         return self._result()
 
     def _drop_impossible(self) -> None:
@@ -210,7 +212,7 @@ class _Fusion:
         for index, group in enumerate(self.groups):
             for node in sorted(self.flow.reads(group.parts, group.copies), key=self.flow.order):
                 maker = next((g for g in self.groups if self._makes(g, node)), None)
-                if maker is None or node in self.flow.reductions:
+                if maker is None or node in self.flow.reductions or node in self.flow.scatters:
                     continue
                 before = self._total()
                 old = self.groups[index]
@@ -227,10 +229,11 @@ class _Fusion:
 
         A batch norm's ``rsqrt(variance + eps)`` is one: its readers load the variance instead.
         """
-        for maker in list(self.groups):
-            own = frozenset(p.node for p in maker.parts)
+        for parts in [g.parts for g in self.groups]:
+            maker = next(g for g in self.groups if g.parts == parts)  # with what it has taken in by now
+            own = frozenset(p.node for p in parts)
             readers = [g for g in self.groups if g is not maker and own & self.flow.reads(g.parts, g.copies)]
-            if not readers or own & (self.flow.kept | self.flow.reductions.keys()):
+            if not readers or own & (self.flow.kept | self.flow.reductions.keys() | self.flow.scatters.keys()):
                 continue
             before, old = self._cost(maker)[2] + sum(self._cost(g)[2] for g in readers), self.groups
             copying = {id(g): Group(g.parts, g.copies | own | maker.copies) for g in readers}
@@ -241,6 +244,11 @@ class _Fusion:
             except RefusedError:
                 pass
             self.groups = old
+
+    def _drop_unread(self) -> None:
+        """Do without kernels that all their readers came to do without, one after another."""
+        while unread := [g for g in self.groups if not self._needed(g) and not any(p.partial for p in g.parts)]:
+            self.groups = [g for g in self.groups if g not in unread]
 
     def _total(self) -> int:
         return sum(self._cost(g)[2] for g in self.groups)

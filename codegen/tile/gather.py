@@ -21,8 +21,8 @@ from dscompile.codegen.tile.sizes import shape_of
 
 Place = tuple[sympy.Expr, ...]
 
-GATHERS = frozenset({"embedding", "gather", "index", "_unsafe_index"})
-_WRAPS = frozenset({"index", "_unsafe_index"})
+GATHERS = frozenset({"embedding", "gather", "index", "index_select", "_unsafe_index"})
+_WRAPS = frozenset({"index", "_unsafe_index", "index_put", "_unsafe_index_put"})
 """Operators whose negative indices count from the end; in the others they are errors."""
 
 
@@ -65,30 +65,46 @@ def _source_place(values: Reader, node: fx.Node, index: Place, mask: Expr | None
     name, shape = operator_name(node), shape_of(node.args[0])  # type: ignore[arg-type]
     if name == "embedding":
         number = values.at(node.args[1], index[:-1], mask)  # type: ignore[arg-type]
-        return (_placed(values, node, number, shape[0], mask), index[-1])
+        return (placed(values, node, number, shape[0], mask), index[-1])
     if name == "gather":
         d = node_argument(node, 1, "dim", 0) % len(shape)
         number = values.at(node_argument(node, 2, "index", None), index, mask)
-        return (*index[:d], _placed(values, node, number, shape[d], mask), *index[d + 1 :])
+        return (*index[:d], placed(values, node, number, shape[d], mask), *index[d + 1 :])
+    if name == "index_select":
+        d = node_argument(node, 1, "dim", 0) % len(shape)
+        picked: Any = node_argument(node, 2, "index", None)
+        number = values.at(picked, (index[d],) if shape_of(picked) else (), mask)
+        return (*index[:d], placed(values, node, number, shape[d], mask), *index[d + 1 :])
     given: Any = node.args[1]
-    found = _indices(node)
+    return indexed(values, node, given, shape, shape_of(node), index, mask)
+
+
+def indexed(
+    values: Reader,
+    node: fx.Node,
+    given: Sequence[fx.Node | None],
+    shape: Sequence[sympy.Expr],
+    result: Sequence[sympy.Expr],
+    index: Place,
+    mask: Expr | None,
+) -> Place:
+    """Where in a tensor of ``shape`` element ``index`` of ``tensor[given]``, a tensor of shape ``result``, lies."""
     where = [k for k, i in enumerate(given) if i is not None]
     adjacent = where == list(range(where[0], where[-1] + 1))
-    rank = max(i.meta["val"].dim() for i in found)
+    rank = max(i.meta["val"].dim() for i in given if i is not None)
     first = where[0] if adjacent else 0  # numpy's rule: indices that others stand between make the leading dimensions
     chosen, rest = index[first : first + rank], iter(index[:first] + index[first + rank :])
-    result = shape_of(node)[first : first + rank]
     place = []
     for d, length in enumerate(shape):
         if d in where:
-            number = values.operand(given[d], result, chosen, mask)
-            place.append(_placed(values, node, number, length, mask))
+            number = values.operand(given[d], result[first : first + rank], chosen, mask)
+            place.append(placed(values, node, number, length, mask))
         else:
             place.append(next(rest))
     return tuple(place)
 
 
-def _placed(values: Reader, node: fx.Node, number: Expr, length: sympy.Expr, mask: Expr | None) -> sympy.Expr:
+def placed(values: Reader, node: fx.Node, number: Expr, length: sympy.Expr, mask: Expr | None) -> sympy.Expr:
     """A number as an index of a dimension: itself where it is known to be inside, else a symbol for checked data."""
     if isinstance(number, Const):
         index = sympy.Integer(int(number.value))
@@ -107,7 +123,7 @@ def _indices(node: fx.Node) -> list[fx.Node]:
     """The index tensors of a gather."""
     if operator_name(node) == "embedding":
         return [node.args[1]]  # type: ignore[list-item]
-    if operator_name(node) == "gather":
+    if operator_name(node) in ("gather", "index_select"):
         return [node_argument(node, 2, "index", None)]
     given: Any = node.args[1]
     return [i for i in given if i is not None]

@@ -1,4 +1,8 @@
-"""Index arithmetic on non-negative integers: quotient and remainder that sympy can simplify, shapes and strides."""
+"""Index arithmetic on non-negative integers: quotient and remainder that sympy can simplify, shapes and strides.
+
+Triton's ``//`` and ``%`` round towards zero. They are only asked for what is not negative where it counts (elsewhere a
+mask holds), so no sum is taken apart unless what is left is known not to be negative.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class Div(sympy.Function):  # type: ignore[misc]
         if a.is_Integer and b.is_Integer:
             return sympy.Integer(int(a) // int(b))
         whole, rest = _split(a, b)
-        if whole:
+        if whole and non_negative(rest):
             return sympy.Add(*(t / b for t in whole)) + (cls(rest, b) if rest != 0 else 0)
         if isinstance(a, Div):
             return cls(a.args[0], a.args[1] * b)
@@ -47,7 +51,7 @@ class Rem(sympy.Function):  # type: ignore[misc]
         if a.is_Integer and b.is_Integer:
             return sympy.Integer(int(a) % int(b))
         whole, rest = _split(a, b)
-        if whole:
+        if whole and non_negative(rest):
             return cls(rest, b)
         if isinstance(a, Rem) and (a.args[1] / b).is_integer:
             return cls(a.args[0], b)
@@ -87,6 +91,24 @@ def delinearise(flat: sympy.Expr, shape: Sequence[Any], limits: Limits) -> tuple
         outermost = all(s == 1 for s in shape[:k])  # flat is below the number of elements
         out.append(simplify(part if outermost else Rem(part, sympy.sympify(size)), limits))
     return tuple(out)
+
+
+def reshaped(
+    index: Sequence[sympy.Expr], shape: Sequence[sympy.Expr], other: Sequence[sympy.Expr], limits: Limits
+) -> tuple[sympy.Expr, ...]:
+    """Where element ``index`` of ``shape`` is in its view of shape ``other``; dimensions at either end of both stay.
+
+    So a place that may be negative (before padding) is not mixed with the places of other dimensions.
+    """
+    first, last, most = 0, 0, min(len(shape), len(other))
+    while first < most and shape[first] == other[first]:
+        first += 1
+    while last < most - first and shape[-1 - last] == other[-1 - last]:
+        last += 1
+    stop = len(shape) - last
+    middle = slice(first, stop), slice(first, len(other) - last)
+    flat = simplify(linear(index[middle[0]], contiguous(shape[middle[0]])), limits)
+    return (*index[:first], *delinearise(flat, other[middle[1]], limits), *index[stop:])
 
 
 def simplify(expr: sympy.Expr, limits: Limits) -> sympy.Expr:
@@ -138,7 +160,10 @@ def non_negative(expr: sympy.Expr) -> bool:
 
 
 def _merge(expr: sympy.Expr) -> sympy.Expr:
-    """``b*(a // b) + a % b`` is ``a``, and ``b*((a // b) % n) + a % b`` is ``a % (b*n)``; each times a factor."""
+    """``b*(a // b) + a % b`` is ``a``, ``b*((a // b) % n) + a % b`` is ``a % (b*n)``; each times a factor.
+
+    So is ``b*((a % (b*n)) // b) + a % b``.
+    """
     terms = list(sympy.Add.make_args(expr))
     for rem in terms:
         factor, rems = _factored(rem, Rem)
@@ -149,6 +174,10 @@ def _merge(expr: sympy.Expr) -> sympy.Expr:
             times, found = _factored(other, Div)
             if found is not None and found == Div(a, b) and times == factor * b:
                 return expr - rem - other + factor * a
+            whole = found.args[0] if found is not None else None
+            if isinstance(whole, Rem) and whole.args[0] == a and (whole.args[1] / b).is_integer:
+                if found == Div(whole, b) and times == factor * b:
+                    return expr - rem - other + factor * whole
             times, found = _factored(other, Rem)
             if found is not None and found.args[0] == Div(a, b) and times == factor * b:
                 return expr - rem - other + factor * Rem(a, b * found.args[1])

@@ -36,11 +36,15 @@ class Space:
 
     ``FLAT``: ``cols`` elements in any order. ``ROWS``: ``rows`` x ``cols``, a program holds whole rows, so that it can
     reduce along a row. ``FINISH``: ``cols`` results, each reduced over the ``rows`` partial results of another kernel.
+
+    ``inner``: of a ``ROWS`` space whose rows lie in pieces of that many elements, a piece of every row after another: a
+    channel of ``[N, C, H, W]`` is a row of ``N`` pieces of ``H * W``. None: a row lies in one piece.
     """
 
     kind: SpaceKind
     rows: sympy.Expr
     cols: sympy.Expr
+    inner: sympy.Expr | None = None
 
     @property
     def numel(self) -> sympy.Expr:
@@ -194,12 +198,32 @@ class Scan(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Write ``value``, rounded to the buffer's dtype, at ``index``. ``partial``: one row of the buffer a program."""
+    """Write ``value``, rounded to the buffer's dtype, at ``index``. ``partial``: one row of the buffer a program.
+
+    Attributes:
+        through: what stands for data in the index: then the store is a scatter. visits: of a scatter, the symbols whose
+            every value is a store of its own. adds: add to what is there, atomically. start: what is to be there
+            before the kernel runs; None if nothing needs to be.
+    """
 
     buffer: Buffer
     index: sympy.Expr
     value: Expr
     partial: bool = False
+    through: Through = ()
+    visits: frozenset[sympy.Symbol] = frozenset()
+    adds: bool = False
+    start: float | None = None
+
+    @property
+    def scatters(self) -> bool:
+        """Whether data decide where it writes, or it adds."""
+        return self.adds or bool(self.through)
+
+    @property
+    def places(self) -> frozenset[sympy.Symbol]:
+        """The symbols of the space on which the address depends, itself or through data, or that it visits."""
+        return places(self.index).union(self.visits, *(e.symbols for _, e in self.through))
 
 
 class Exprs:
@@ -243,6 +267,13 @@ class Exprs:
 
     def _through(self, index: sympy.Expr) -> Through:
         return tuple((s, self._data[s]) for s in sorted(index.free_symbols & self._data.keys(), key=str))
+
+    def scatter(
+        self, buffer: Buffer, index: sympy.Expr, value: Expr, visits: frozenset[sympy.Symbol], *, adds: bool,
+        start: float | None,
+    ) -> Store:  # fmt: skip
+        """A store at a place that data decide."""
+        return Store(buffer, index, value, False, self._through(index), visits, adds, start)
 
     def load(self, buffer: Buffer, index: sympy.Expr, mask: Expr | None = None) -> Expr:
         """An element of a buffer."""
@@ -305,6 +336,8 @@ class Tile:
         """Every expression once, operands before what is computed from them."""
         seen: set[Expr] = set()
         for store in self.stores:
+            for _, data in store.through:
+                yield from _postorder(data, seen)
             yield from _postorder(store.value, seen)
 
     def reductions(self) -> list[Reduce]:

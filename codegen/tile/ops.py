@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import sympy
 import torch
 
-from dscompile.codegen.tile.ir import Const, Expr, Exprs
+from dscompile.codegen.tile.indexing import Div, Rem, non_negative
+from dscompile.codegen.tile.ir import Const, Expr, Exprs, Index
 
 Build = Callable[..., Expr]
 """``(exprs, *operands, **constants) -> Expr``; numbers arrive as constants of the language."""
@@ -60,10 +62,66 @@ add, sub, mul = _arithmetic("add"), _arithmetic("sub"), _arithmetic("mul")
 maximum, minimum = _arithmetic("maximum"), _arithmetic("minimum")
 
 
-def div(b: Exprs, x: Expr, y: Expr) -> Expr:
-    """``x / y`` in fp32."""
+def div(b: Exprs, x: Expr, y: Expr, rounding_mode: str | None = None) -> Expr:
+    """``x / y`` in fp32; or rounded, of integers in integers. KeyError for fp32 rounded down."""
+    if rounding_mode is not None and "float" not in (x.kind, y.kind):
+        return _whole(b, b.cast("int", x), b.cast("int", y), down=rounding_mode == "floor", rest=False)
+    if rounding_mode == "floor":
+        raise KeyError("a quotient of floating-point numbers rounded down")
+    if rounding_mode == "trunc":
+        return trunc(b, div(b, x, y))
     x, y = b.cast("float", x), b.cast("float", y)
     return x if isinstance(y, Const) and y.value == 1 else b.pointwise("div", "float", x, y)
+
+
+def _whole(b: Exprs, x: Expr, y: Expr, *, down: bool, rest: bool) -> Expr:
+    """The quotient or the remainder of integers, rounded down or (as the hardware does) towards zero."""
+    positive = isinstance(y, Const) and y.value > 0
+    if isinstance(x, Index) and isinstance(y, Const) and positive and non_negative(x.index):
+        return b.index((Rem if rest else Div)(x.index, sympy.Integer(int(y.value))))
+    quotient, remainder = b.pointwise("quotient", "int", x, y), b.pointwise("rest", "int", x, y)
+    if not down:
+        return remainder if rest else quotient
+    zero = b.const(0)
+    apart = b.pointwise("ne", "bool", b.pointwise("lt", "bool", remainder, zero), b.pointwise("lt", "bool", y, zero))
+    wrong = b.pointwise("and", "bool", b.pointwise("ne", "bool", remainder, zero), apart)
+    return where(b, wrong, *((add(b, remainder, y), remainder) if rest else (sub(b, quotient, b.const(1)), quotient)))
+
+
+def _remainder(down: bool) -> Build:
+    def build(b: Exprs, x: Expr, y: Expr) -> Expr:
+        if "float" in (x.kind, y.kind):
+            raise KeyError("a remainder of floating-point numbers")
+        return _whole(b, b.cast("int", x), b.cast("int", y), down=down, rest=True)
+
+    return build
+
+
+def trunc(b: Exprs, x: Expr) -> Expr:
+    """Towards zero."""
+    down, up = (b.pointwise(op, x.kind, x) for op in ("floor", "ceil"))
+    return x if x.kind == "int" else where(b, b.pointwise("lt", "bool", x, b.const(0.0)), up, down)
+
+
+def sign(b: Exprs, x: Expr) -> Expr:
+    """1, -1, or 0: of zeros and of NaN, too."""
+    one, zero = (b.cast(x.kind, b.const(n)) for n in (1, 0))
+    below = where(b, b.pointwise("lt", "bool", x, zero), b.cast(x.kind, b.const(-1)), zero)
+    return where(b, b.pointwise("gt", "bool", x, zero), one, below)
+
+
+def leaky_relu(b: Exprs, x: Expr, slope: Expr | None = None) -> Expr:
+    """``x`` above 0, else ``x * slope``."""
+    return where(b, b.pointwise("gt", "bool", x, b.const(0.0)), x, mul(b, x, slope or b.const(0.01)))
+
+
+def hardtanh(b: Exprs, x: Expr, low: Expr | None = None, high: Expr | None = None) -> Expr:
+    """Between two numbers, -1 and 1 if not said."""
+    return clamp(b, x, low or b.const(-1.0), high or b.const(1.0))
+
+
+def _round(op: str) -> Build:
+    return lambda b, x: x if x.kind == "int" else b.pointwise(op, x.kind, x)
 
 
 def _scaled(operator: Build) -> Build:
@@ -181,7 +239,9 @@ KINDS: dict[str, Build] = {
     "maximum": maximum, "minimum": minimum, "clamp": clamp, "clamp_min": clamp, "clamp_max": minimum,
     "exp": exp, "exp2": _float("exp2"), "log": _float("log"), "log2": _float("log2"), "sqrt": sqrt, "rsqrt": rsqrt,
     "reciprocal": lambda b, x: div(b, b.const(1.0), x), "erf": erf, "tanh": tanh, "sigmoid": sigmoid,
-    "sin": _float("sin"), "cos": _float("cos"), "floor": _float("floor"),
+    "sin": _float("sin"), "cos": _float("cos"), "floor": _round("floor"), "ceil": _round("ceil"), "trunc": trunc,
+    "sign": sign, "fmod": _remainder(down=False), "remainder": _remainder(down=True), "hardtanh": hardtanh,
+    "leaky_relu": leaky_relu,
     "relu": lambda b, x: maximum(b, x, b.const(0)),
     "gelu": gelu, "silu": lambda b, x: mul(b, x, sigmoid(b, x)), "pow": power, "square": lambda b, x: mul(b, x, x),
     "lerp": _lerp, "addcmul": _addcmul, "addcdiv": _addcdiv, "where": where,

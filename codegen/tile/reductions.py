@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -18,6 +19,13 @@ ONE_PROGRAM = 16384
 """Most elements of a tensor that a single program reduces to a scalar; a larger one takes partial results."""
 
 
+PIECE = 16
+"""Fewest adjacent elements that a row may consist of."""
+
+SMALL = 1 << 18
+"""Elements of a tensor that stays in a GPU's second-level cache (1 MiB in fp32; the smallest target has 4)."""
+
+
 class Along(StrEnum):
     """What a reduction runs over."""
 
@@ -31,7 +39,7 @@ class Reduction:
     """``how`` over the dimensions ``dims`` of a table of ``rows`` x ``cols``, times ``scale`` and divided by ``count``.
 
     Over a ``ROW`` one program sees all of it. Over a ``COLUMN``, or over ``ALL`` elements, every program of one kernel
-    sees a part, and a second, tiny kernel finishes.
+    sees a part, and a second, tiny kernel finishes. ``inner``: see :class:`dscompile.codegen.tile.ir.Space`.
     """
 
     node: fx.Node
@@ -45,6 +53,7 @@ class Reduction:
     count: sympy.Expr = sympy.S.One
     square: bool = False
     root: bool = False
+    inner: sympy.Expr | None = None
 
     @property
     def partial(self) -> bool:
@@ -74,10 +83,13 @@ def reduction(node: fx.Node) -> Reduction | str | None:
     gone = [k for k in reduced if shape[k] != 1]
     numel = product(shape)
     along, rows, cols = Along.ROW, product([shape[k] for k in kept]), product([shape[k] for k in gone])
+    inner: sympy.Expr | None = None
     if not kept and (not numel.is_Integer or int(numel) > ONE_PROGRAM):
         along, rows, cols = Along.ALL, sympy.Integer(1), numel
     elif kept and gone and max(gone) < min(kept):
         along, rows, cols = Along.COLUMN, cols, rows
+    elif held_around(shape, reduced):
+        inner = product([shape[k] for k in gone if k > max(kept)])
     elif kept and gone and max(kept) > min(gone):
         return "it reduces a dimension between others"
     scale, count = 1.0, sympy.Integer(1)
@@ -87,7 +99,25 @@ def reduction(node: fx.Node) -> Reduction | str | None:
             scale = 1.0 / int(count) if int(count) else math.nan
             count = sympy.Integer(1)
     norm = name == "linalg_vector_norm"
-    return Reduction(node, _HOW[name], along, reduced, keepdim, rows, cols, scale, count, norm, norm)
+    return Reduction(node, _HOW[name], along, reduced, keepdim, rows, cols, scale, count, norm, norm, inner)
+
+
+def held_around(shape: Sequence[Any], dims: Collection[int]) -> bool:
+    """Whether one program holds all that is reduced around kept dimensions: a channel of a batch norm.
+
+    Memory is read in pieces of the trailing dimensions; shorter ones than :data:`PIECE` would waste what is fetched,
+    unless all of it stays in cache.
+    """
+    kept = [k for k in range(len(shape)) if k not in dims and shape[k] != 1]
+    gone = [k for k in dims if shape[k] != 1]
+    if not kept or not all(isinstance(shape[k], int) for k in gone):
+        return False
+    before, after = [k for k in gone if k < min(kept)], [k for k in gone if k > max(kept)]
+    if not before or not after or len(before) + len(after) < len(gone):
+        return False
+    pieces = math.prod(shape[k] for k in after)
+    numel = math.prod(shape) if all(isinstance(n, int) for n in shape) else SMALL + 1
+    return (pieces >= PIECE or numel <= SMALL) and 0 < pieces * math.prod(shape[k] for k in before) <= PERSISTENT
 
 
 def why_no_scan(node: fx.Node) -> str:

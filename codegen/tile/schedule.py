@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
+from dscompile.codegen.tile.indexing import Div, Rem
 from dscompile.codegen.tile.ir import COL, Const, Expr, Pointwise, Reduce, SpaceKind, Tile
 
 PERSISTENT = 16384
@@ -14,6 +15,8 @@ PERSISTENT = 16384
 LOOPED = 2048
 ELEMENTS = 1024
 """Elements of a block, where the row does not decide: 8 a thread with four warps, 16 bytes of a 16-bit type."""
+WINDOW = 8
+"""Loads of elements that lie apart from which on a thread has half as many: each keeps addresses and masks."""
 PROGRAMS = 128
 """Programs that leave partial results: as many as a GPU has multiprocessors, about; more would only write more."""
 
@@ -65,8 +68,9 @@ def _row_block(rows: int, cols: int) -> int:
 def schedule(tile: Tile, hints: Hints) -> Schedule:
     """Choose blocks from the shape of the space."""
     space = tile.space
+    window = sum(not in_step(load.index) for load in tile.loads()) >= WINDOW
     if space.kind is SpaceKind.FLAT:
-        return Schedule(1, ELEMENTS, True, tile.programs, 4, 1, {}, {})
+        return Schedule(1, ELEMENTS // 2 if window else ELEMENTS, True, tile.programs, 4, 1, {}, {})
     if space.kind is SpaceKind.FINISH:
         cols = min(power(hint(space.cols, hints)), 32)
         return Schedule(power(int(space.rows)), cols, True, 0, 4, 1, {}, {})
@@ -78,7 +82,7 @@ def schedule(tile: Tile, hints: Hints) -> Schedule:
     if tile.programs and not along_rows:
         block, persistent = min(power(cols), ELEMENTS), True
     row_block = _row_block(hint(space.rows, hints), block)
-    warps = min(max(power(row_block * block) // 256, 1), 16)
+    warps = min(max(power(row_block * block) // (128 if window else 256), 1), 16)
     if persistent:
         return Schedule(row_block, block, True, tile.programs, warps, 1, {}, {})
     online = online_pairs(tile)
@@ -89,7 +93,7 @@ def schedule(tile: Tile, hints: Hints) -> Schedule:
 
 def _stores_rows(tile: Tile) -> bool:
     """Whether anything but a result per row is stored."""
-    return any(COL in s.value.symbols or COL in s.index.free_symbols for s in tile.stores)
+    return any(COL in s.value.symbols or COL in s.places for s in tile.stores)
 
 
 def _levels(tile: Tile, online: Mapping[Reduce, Reduce]) -> dict[Reduce, int]:
@@ -103,6 +107,32 @@ def _levels(tile: Tile, online: Mapping[Reduce, Reduce]) -> dict[Reduce, int]:
             below = levels[expr] + 1
         known[expr] = below
     return levels
+
+
+def in_step(index: sympy.Expr) -> bool:
+    """Whether the addresses of 16 columns that follow each other do so too, from a multiple of 16 elements on."""
+    steps = 0
+    for term in sympy.Add.make_args(index):
+        factor, rest = term.as_coeff_Mul()
+        if not term.has(COL) and factor % _TOGETHER == 0:
+            continue
+        if isinstance(rest, (Div, Rem)) and rest.args[1] % _TOGETHER == 0 and rest.args[0] == COL:
+            together = factor == 1 if isinstance(rest, Rem) else factor % _TOGETHER == 0
+        else:
+            together = term == COL or (factor % _TOGETHER == 0 and isinstance(rest, Rem) and _whole(rest.args[0]))
+        if not together:
+            return False
+        steps += factor == 1
+    return steps == 1
+
+
+_TOGETHER = 16
+"""Elements that one thread, or two, access at once."""
+
+
+def _whole(expr: sympy.Expr) -> bool:
+    """Whether an index is the same for 16 columns that follow each other."""
+    return isinstance(expr, Div) and expr.args[0] == COL and expr.args[1] % _TOGETHER == 0
 
 
 def online_pairs(tile: Tile) -> dict[Reduce, Reduce]:

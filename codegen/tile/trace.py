@@ -11,6 +11,9 @@ from torch import fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dscompile.codegen.tile.counting import histc
+from dscompile.codegen.tile.norms import sum_between, var_mean
+from dscompile.codegen.tile.pooling import poolings
 from dscompile.torch_compat import OpOverload, fake_mode_of, tile_decompositions
 
 
@@ -46,28 +49,14 @@ def table() -> dict[OpOverload, Callable[..., Any]]:
     aten = torch.ops.aten
     return {
         **tile_decompositions(),
+        **poolings(),
         aten.var_mean.correction: var_mean,
-        aten.slice_scatter.default: slice_scatter,
+        aten.histc.default: histc,
+        aten.roll.default: roll,
+        aten.repeat.default: repeat,
         aten.scatter.value: scatter_value,
         aten.sum.dim_IntList: sum_between,
     }
-
-
-UNROLLED = 16
-"""Most elements of a dimension between others that are added one by one."""
-
-
-def slice_scatter(
-    x: torch.Tensor, source: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Any:
-    """``x`` with ``source`` in the place of a slice: the two ends and ``source``, one after the other."""
-    length = x.shape[dim]
-    if step != 1 or not all(v is None or isinstance(v, int) for v in (length, start, end)):
-        return NotImplemented
-    first, last, _ = slice(start, end).indices(length)
-    ends = (torch.narrow(x, dim, 0, first), source, torch.narrow(x, dim, last, length - last))
-    parts = [part for part in ends if part.shape[dim] != 0]
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone()
 
 
 def scatter_value(x: torch.Tensor, dim: int, index: torch.Tensor, value: float) -> Any:
@@ -85,63 +74,31 @@ def scatter_value(x: torch.Tensor, dim: int, index: torch.Tensor, value: float) 
     return torch.where(places == index, torch.full((), value, dtype=x.dtype, device=x.device), x)
 
 
-def sum_between(
-    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    """A sum over dimensions between which, or around which, others are kept, in steps that kernels have.
-
-    A short dimension is added up element by element; of leading and trailing ones (a batch norm's) the trailing ones go
-    first. In fp32, rounded once.
-    """
-    result = dtype or x.dtype
-    dims = sorted(d % x.dim() for d in dim or ()) if x.dim() else []
-    if not (result.is_floating_point and x.dtype in (torch.float32, torch.float16, torch.bfloat16)):
-        return NotImplemented
-    wide = [d for d in dims if x.shape[d] != 1]
-    kept = [d for d in range(x.dim()) if d not in dims and x.shape[d] != 1]
-    if not wide or not kept or max(wide) < min(kept) or min(wide) > max(kept):
-        return NotImplemented
-    inner = [d for d in wide if d > max(kept)]
-    if inner and all(d < min(kept) for d in wide if d not in inner):
-        outer = [d for d in wide if d not in inner]
-        found = x.sum(inner, keepdim=True, dtype=torch.float32)
-        found = (
-            _added_up(found, outer[0]) if len(outer) == 1 and _short(x, outer[0]) else found.sum(outer, keepdim=True)
-        )
-    elif len(wide) == 1 and _short(x, wide[0]):
-        found = _added_up(x, wide[0])
-    else:
-        return NotImplemented
-    return (found if keepdim else found.squeeze(dims)).to(result)
+def roll(x: torch.Tensor, shifts: Sequence[Any], dims: Sequence[int] = ()) -> Any:
+    """``roll`` as two ends that change places, in each dimension."""
+    if not dims:
+        flat = [shifts[0]] if isinstance(shifts, (list, tuple)) else [shifts]
+        return roll(x.reshape(-1), flat, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        length = x.shape[dim]
+        start = (length - shift) % length if length else 0
+        if start:
+            x = torch.cat((torch.narrow(x, dim, start, length - start), torch.narrow(x, dim, 0, start)), dim)
+    return x.clone()
 
 
-def var_mean(
-    x: torch.Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variance and mean in two steps that a kernel makes in one: about the mean, in fp32."""
-    dims = list(range(x.dim())) if dim is None else list(dim)
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    count = 1
-    for d in dims:
-        count *= x.shape[d]
-    mean = wide.mean(dims, keepdim=True)
-    centred = wide - mean
-    variance = (centred * centred).sum(dims, keepdim=keepdim) / (count - (1 if correction is None else correction))
-    mean = mean if keepdim else mean.squeeze(dims)
-    return variance.to(x.dtype), mean.to(x.dtype)
-
-
-def _short(x: torch.Tensor, dim: int) -> bool:
-    return isinstance(x.shape[dim], int) and x.shape[dim] <= UNROLLED
-
-
-def _added_up(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum over a short dimension, which is kept, as additions: a kernel of its readers takes them in."""
-    parts = [part.float() for part in torch.split(x, 1, dim)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def repeat(x: torch.Tensor, times: Sequence[Any]) -> torch.Tensor:
+    """``repeat`` as a view in which the repeated dimensions have no stride, written out."""
+    new = len(times) - x.dim()
+    split, whole = list(x.shape[:0]), []
+    for k, often in enumerate(times):
+        size = 1 if k < new else x.shape[k - new]
+        split += [often, size]
+        whole.append(often * size)
+    shape = [1] * (2 * new)
+    for size in x.shape:
+        shape += [1, size]
+    return x.reshape(shape).expand(split).reshape(whole).clone()
 
 
 def tidy(module: fx.GraphModule, names: Sequence[str] = ()) -> fx.GraphModule:

@@ -15,10 +15,22 @@ import torch
 from torch import fx
 
 from dscompile.codegen.tile.gather import GATHERS, gathered, why_no_gather
-from dscompile.codegen.tile.indexing import Limits, contiguous, delinearise, linear, product, simplify
-from dscompile.codegen.tile.ir import COL, ROW, Buffer, Expr, Exprs, Space, SpaceKind
-from dscompile.codegen.tile.ops import BOOLEAN, KINDS, convert, div, mul, sqrt
+from dscompile.codegen.tile.indexing import (
+    Div,
+    Limits,
+    Rem,
+    contiguous,
+    delinearise,
+    linear,
+    product,
+    reshaped,
+    simplify,
+)
+from dscompile.codegen.tile.ir import COL, ROW, Buffer, Const, Expr, Exprs, Space, SpaceKind
+from dscompile.codegen.tile.moves import MOVES, moved, why_no_move
+from dscompile.codegen.tile.ops import BOOLEAN, KINDS, add, convert, div, mul, sqrt
 from dscompile.codegen.tile.reductions import Along, Reduction, node_argument, operator_name, reduction, why_no_scan
+from dscompile.codegen.tile.scatter import Scatter, scatter
 from dscompile.codegen.tile.sizes import shape_of, size
 
 Place = tuple[sympy.Expr, ...]
@@ -29,12 +41,15 @@ VIEWS = frozenset({
     "view", "_unsafe_view", "reshape", "expand", "permute", "t", "transpose", "unsqueeze", "squeeze", "select", "slice",
     "split", "split_with_sizes", "alias", "detach",
 })  # fmt: skip
-CONSTANTS = frozenset(
-    {"full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "scalar_tensor", "arange", "iota"}
-)
+CONSTANTS = frozenset({
+    "full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "scalar_tensor", "arange", "iota", "empty",
+    "empty_like", "empty_permuted", "empty_strided", "new_empty",
+})  # fmt: skip
+"""Values that are known; memory that nobody has written reads as zeros."""
 SCANS = frozenset({"cumsum"})
 _CONVERSIONS = frozenset({"_to_copy", "convert_element_type"})
-_JOINED = frozenset({"cat"})
+_WORDS = frozenset({"alpha", "value", "approximate", "rounding_mode"})
+_SORTS = frozenset({"topk", "sort", "kthvalue", "median", "mode", "argsort", "unique"})
 _RANDOM = frozenset({"inductor_random"})
 
 
@@ -55,6 +70,8 @@ def why_not(node: fx.Node) -> str:
     value = node.meta.get("val")
     if is_view(node) or name in CONSTANTS:
         return ""
+    if name in _SORTS:
+        return f"{node.target} sorts: the language compares no element with all others"
     if not isinstance(value, torch.Tensor):
         return f"{node.target} does not return one tensor"
     found = reduction(node)
@@ -66,7 +83,17 @@ def why_not(node: fx.Node) -> str:
         return reason
     if name in GATHERS and (reason := why_no_gather(node)):
         return reason
-    known = name in KINDS or name in BOOLEAN or name in _CONVERSIONS | _JOINED | _RANDOM | GATHERS | SCANS
+    if name in MOVES and (reason := why_no_move(node)):
+        return reason
+    stores = scatter(node)
+    if isinstance(stores, str):
+        return stores
+    known = (
+        isinstance(stores, Scatter)
+        or name in KINDS
+        or name in BOOLEAN
+        or name in _CONVERSIONS | _RANDOM | GATHERS | MOVES | SCANS
+    )
     if found is None and not known:
         return f"{node.target} is not a tile operator"
     for read in (node, *node.all_input_nodes):
@@ -75,8 +102,9 @@ def why_not(node: fx.Node) -> str:
             return f"{node.target}: {kept.dtype} is not computed in fp32 without loss"
     if name in BOOLEAN and value.dtype is not torch.bool:
         return f"{node.target} on integers is not a tile operator"
-    if name == "div" and node.kwargs.get("rounding_mode"):
-        return f"{node.target} with rounding is not a tile operator"
+    rounded = name in ("fmod", "remainder") or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
+    if rounded and value.dtype.is_floating_point:
+        return f"{node.target} of floating-point numbers is not a tile operator: their remainder is not exact"
     if name == "pow" and node.args[1] not in (0.5, -0.5, 1, 2, 3, -1):
         return f"{node.target} with exponent {node.args[1]} is not a tile operator"
     if name in ("lerp",) and isinstance(node.args[2], fx.Node):
@@ -90,13 +118,14 @@ class Values:
 
     Attributes:
         space: what the kernel visits. inside: nodes that it computes. reductions: of nodes of the graph, by node.
-        partials: for each two-kernel reduction, the buffer of partial results.
+        partials: for each two-kernel reduction, the buffer of partial results; for a scatter apart, that of its sums.
     """
 
     space: Space
     inside: frozenset[fx.Node]
     reductions: dict[fx.Node, Reduction]
     partials: dict[fx.Node, Buffer]
+    scatters: dict[fx.Node, Scatter]
     exprs: Exprs = field(default_factory=Exprs)
     names: dict[Expr, str] = field(default_factory=dict)
     _known: dict[Any, Expr] = field(default_factory=dict)
@@ -139,6 +168,8 @@ class Values:
             return self.exprs.load(buffer_of(node), place, mask)
         if node in self.reductions:
             return self._reduced(self.reductions[node], index)
+        if node in self.scatters:
+            return self._added(self.scatters[node], index, mask)
         if name in _CONVERSIONS:
             dtype = node_argument(node, 1, "dtype", None) or node.meta["val"].dtype
             return convert(self.exprs, self.operand(node.args[0], shape_of(node), index, mask), dtype)
@@ -146,8 +177,8 @@ class Values:
             return gathered(self, node, index, mask)
         if name in SCANS:
             return self._scanned(node, index)
-        if name in _JOINED:
-            return self._joined(node, index, mask)
+        if name in MOVES:
+            return moved(self, node, index, mask)
         if name in _RANDOM:
             offset = simplify(linear(index, contiguous(shape_of(node))), self.limits)
             seed = self.operand(node.args[1], (), (), None)
@@ -157,7 +188,7 @@ class Values:
             self.operand(a, shape_of(node), index, mask) if a is not None and not isinstance(a, str) else a
             for a in node.args
         ]
-        kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k in ("alpha", "value", "approximate")}
+        kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k in _WORDS}
         if name.startswith("clamp"):
             bounds = {"min": "low", "max": "high"}
             given: dict[str, Any] = dict(node.kwargs)
@@ -173,8 +204,7 @@ class Values:
         source: Any = node.args[0]
         name, shape, inner = operator_name(node), shape_of(node), shape_of(source)
         if name in ("view", "_unsafe_view", "reshape"):
-            flat = simplify(linear(index, contiguous(shape)), self.limits)
-            return source, delinearise(flat, inner, self.limits)
+            return source, reshaped(index, shape, inner, self.limits)
         if name == "expand":
             return source, self._broadcast(inner, shape, index)
         if name in ("alias", "detach"):
@@ -235,28 +265,9 @@ class Values:
                 start, step = numbers[0], (numbers[2] if len(numbers) > 2 else 1)
             return convert(self.exprs, self.exprs.index(size(start) + size(step) * index[0]), dtype)
         filled: dict[str, Any] = {"zeros": 0, "zeros_like": 0, "ones": 1, "ones_like": 1}
+        filled |= dict.fromkeys((n for n in CONSTANTS if "empty" in n), 0)
         value = filled[name] if name in filled else node.args[0] if name == "scalar_tensor" else node.args[1]
         return convert(self.exprs, self.operand(value, (), (), None), dtype)
-
-    def _joined(self, node: fx.Node, index: Place, mask: Expr | None) -> Expr:
-        """``cat``: each part under its own mask."""
-        parts: Any = node.args[0]
-        d = node_argument(node, 1, "dim", 0) % len(index)
-        place = self.exprs.index(index[d])
-        start = sympy.Integer(0)
-        result: Expr | None = None
-        for part in parts:
-            stop = start + shape_of(part)[d]
-            here = self.exprs.pointwise("lt", "bool", place, self.exprs.index(stop))
-            if start != 0:
-                after = self.exprs.pointwise("ge", "bool", place, self.exprs.index(start))
-                here = self.exprs.pointwise("and", "bool", after, here)
-            within = here if mask is None else self.exprs.pointwise("and", "bool", mask, here)
-            value = self.at(part, (*index[:d], index[d] - start, *index[d + 1 :]), within)
-            result = value if result is None else KINDS["where"](self.exprs, here, value, result)
-            start = stop
-        assert result is not None
-        return result
 
     def _reduced(self, found: Reduction, index: Place) -> Expr:
         """The result of a reduction that this kernel makes or finishes."""
@@ -273,6 +284,16 @@ class Values:
         result = result if found.scale == 1.0 else mul(b, result, b.const(found.scale))
         result = result if found.count == 1 else div(b, result, b.index(found.count))
         return sqrt(b, result) if found.root else result
+
+    def _added(self, found: Scatter, index: Place, mask: Expr | None) -> Expr:
+        """The sums of a scatter, and what they are added to."""
+        node = found.node
+        if not found.apart:
+            raise RefusedError(f"%{node.name} must be stored before anything can read it")
+        place = simplify(linear(index, contiguous(shape_of(node))), self.limits)
+        sums = self.exprs.load(self.partials[node], place, mask)
+        base = self.at(found.base, index, mask)
+        return sums if isinstance(base, Const) and base.value == 0 else add(self.exprs, base, sums)
 
     def reduced_operand(self, found: Reduction, place: Place) -> Expr:
         """What a reduction adds up, at a place of its operand."""
@@ -296,7 +317,7 @@ class Values:
     def _scanned(self, node: fx.Node, index: Place) -> Expr:
         """A running sum over the row that this program holds."""
         shape = shape_of(node)
-        whole = self.space.kind is SpaceKind.ROWS and self.space.cols == shape[-1]
+        whole = self.space.kind is SpaceKind.ROWS and self.space.cols == shape[-1] and self.space.inner is None
         place = self.full(shape) if whole else ()
         if not whole or any(simplify(a - k, self.limits) != 0 for a, k in zip(index, place, strict=True)):
             raise RefusedError(f"%{node.name} is read at another place than the one to which it adds up")
@@ -311,10 +332,19 @@ class Values:
             return delinearise(COL if self.space.cols != 1 else sympy.Integer(0), shape, self.limits)
         row = ROW if self.space.rows != 1 else sympy.Integer(0)
         col = COL if self.space.cols != 1 else sympy.Integer(0)
+        if self.space.inner is not None:
+            return self._in_pieces(row, col, self.space.inner, shape)
         for k in range(len(shape), -1, -1):
             if product(shape[:k]) == self.space.rows and product(shape[k:]) == self.space.cols:
                 return delinearise(row, shape[:k], self.limits) + delinearise(col, shape[k:], self.limits)
         raise RefusedError(f"a shape of {list(map(str, shape))} has not {self.space.rows} rows of {self.space.cols}")
+
+    def _in_pieces(self, row: sympy.Expr, col: sympy.Expr, inner: sympy.Expr, shape: Sequence[sympy.Expr]) -> Place:
+        """The index of a tensor of which the space's rows are pieces: by the number of the element."""
+        if product(shape) != self.space.numel:
+            raise RefusedError("different numbers of elements")
+        number = Div(col, inner) * self.space.rows * inner + row * inner + Rem(col, inner)
+        return delinearise(simplify(number, self.limits), shape, self.limits)
 
     def per_row(self, shape: Sequence[sympy.Expr]) -> Place:
         """The index of a tensor that has one element for each row. RefusedError for another shape."""

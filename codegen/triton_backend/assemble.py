@@ -42,6 +42,16 @@ class Assembled:
         """Bytes that the kernels move."""
         return sum(k.bytes for k in self.kernels)
 
+    @property
+    def fills(self) -> int:
+        """Launches that fill memory before a kernel scatters into it."""
+        return sum(len(k.starts) for k in self.kernels)
+
+    @property
+    def adds(self) -> bool:
+        """Whether any kernel adds in memory, in no fixed order: the last bits of such sums differ from run to run."""
+        return any(k.adds for k in self.kernels)
+
 
 def assemble(module: fx.GraphModule, name: str, hints: Hints | None = None) -> Assembled:
     """Fuse a decomposed graph, render its kernels, and lay out the function that launches them.
@@ -79,7 +89,7 @@ def assemble(module: fx.GraphModule, name: str, hints: Hints | None = None) -> A
         tile, chosen = rendered[id(item)]
         kernel = render(tile, chosen, f"{name}_{len(kernels)}" if len(fused.kernels) > 1 else name, hints)
         kernels.append(kernel)
-        lines = [f"{b.name} = {_allocation(b, by_name)}" for b in kernel.writes]
+        lines = [f"{b.name} = {_allocation(b, by_name)}{_filled(kernel, b)}" for b in kernel.writes]
         names = [b.name for b in (*kernel.reads, *kernel.writes)]
         sizes = symbols.names_of(*(size for _, size in kernel.sizes), *kernel.grid)
         names += [f"{s}={s}" for s in sizes]
@@ -159,6 +169,11 @@ def _allocation(buffer: Buffer, by_name: Mapping[str, fx.Node]) -> str:
         device = value.device
         shape, strides = (f"({''.join(f'{symbols.text_of(s)}, ' for s in t)})" for t in (value.shape, value.stride()))
     return f"torch.empty_strided({shape}, {strides}, dtype={buffer.dtype}, device={str(device)!r})"
+
+
+def _filled(kernel: Kernel, buffer: Buffer) -> str:
+    """What a buffer holds before a kernel scatters into it."""
+    return f".fill_({kernel.starts[buffer.name]!r})" if buffer.name in kernel.starts else ""
 
 
 def _shape(buffer: Buffer, by_name: Mapping[str, fx.Node]) -> tuple[Any, ...]:

@@ -37,12 +37,12 @@ TYPES = {
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
-    "ge": ">=", "and": "&", "or": "|",
+    "ge": ">=", "and": "&", "or": "|", "quotient": "//", "rest": "%",
 }  # fmt: skip
 _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt_rn", "rsqrt": "tl.rsqrt",
-    "erf": "tl.erf", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "abs": "tl.abs",
-    "where": "tl.where", "rand": "tl.rand",
+    "erf": "tl.erf", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "ceil": "tl.ceil",
+    "abs": "tl.abs", "where": "tl.where", "rand": "tl.rand",
 }  # fmt: skip
 NAN_CALLS = {"maximum": "larger", "minimum": "smaller"}
 """Helpers of a kernel's file: PyTorch's maximum and minimum of NaN and a number is NaN, the hardware's is not."""
@@ -51,6 +51,8 @@ HELPERS = {
     name: f"@triton.jit\ndef {name}(a, b):\n    return tl.{op}(a, b, propagate_nan=tl.PropagateNan.ALL)\n"
     for op, name in NAN_CALLS.items()
 }
+_LONG = 60
+"""Characters of an address from which on it has a line of its own."""
 IDENTITY = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")', "any": "0"}
 _COMBINE = {"max": "larger", "min": "smaller"}
 
@@ -235,6 +237,12 @@ class Body:
         extra = self.value(expr.mask) if expr.mask is not None else ""
         mask = self.mask(frozenset(expr.index.free_symbols & set(self.places)) | expr.symbols, extra)
         pointer = self.pointer(expr.buffer, expr.index, expr.through)
+        wider = expr.mask.symbols - expr.places if expr.mask is not None else frozenset()
+        pointer += "".join(f" + 0*{self.places[s]}" for s in (ROW, COL) if s in wider)  # an address for each mask
+        if len(pointer) > _LONG:
+            name = self.name(f"{expr.buffer.name}_at")
+            (self.inner if self.moving(expr) else self.outer).lines.append(f"{name} = {pointer}")
+            pointer = name
         text = f"tl.load({pointer}, mask={mask}, other=0)" if mask else f"tl.load({pointer})"
         if expr.buffer.dtype.is_floating_point and expr.buffer.dtype is not torch.float32:
             return f"{text}.to(tl.float32)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 
@@ -22,7 +22,8 @@ class Kernel:
         a program is built. bytes: that it moves; ideal: that any kernel with these inputs and outputs must move (both
         at the hinted sizes). nodes: what it computes. kind: ``row`` (a row or a flat block a program), ``finish`` (adds
         up partial results) or ``matrix``. registers: most of a CUDA thread; 0: as many as its kind takes. scalars:
-        loads and stores of one value a program or a row. checks: whether it asserts that indices are in bounds.
+        loads and stores of one value a program or a row. checks: whether it asserts that indices are in bounds. starts:
+        of buffers that must be filled before it runs, with what. adds: whether it adds in memory, in no fixed order.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Kernel:
     registers: int = 0
     scalars: tuple[int, int] = (0, 0)
     checks: bool = False
+    starts: Mapping[str, float] = field(default_factory=dict)
+    adds: bool = False
 
     @property
     def matrix(self) -> bool:

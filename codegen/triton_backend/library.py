@@ -88,6 +88,52 @@ def cumulative_softmax(x: Tensor) -> Tensor:
     return torch.softmax(x.float(), -1).cumsum(-1)
 
 
+VOCABULARY = 4096
+
+
+def embedding_backward(grad: Tensor, ids: Tensor, vocabulary: int = VOCABULARY) -> Tensor:
+    """Gradient of an embedding's table, ``[vocabulary, N]``; grad ``[T, N]``, ids int64 ``[T]``.
+
+    Rows are added where ids are equal: atomically, in no fixed order, in fp32.
+    """
+    found: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, vocabulary, -1, False)
+    return found
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_variance: Tensor
+) -> tuple[Tensor, ...]:
+    """Batch norm in training over ``[N, C, H, W]``, and ReLU: result, mean, 1 / deviation, and the new running statistics.
+
+    Weight, bias and statistics are fp32 ``[C]``.
+    """
+    y, *statistics = torch.ops.aten._native_batch_norm_legit_functional(
+        x, weight, bias, running_mean, running_variance, True, 0.1, EPS
+    )
+    return (functional.relu(y), *statistics)
+
+
+def batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a batch norm in training to x, weight and bias."""
+    found: tuple[Tensor, ...] = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, mean, mean, mean, rstd, True, EPS, [True, True, True]
+    )
+    return found
+
+
+def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Maxima of windows of 3 x 3 at every second place, as behind a ResNet's first convolution, and where they are."""
+    found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1])
+    return found
+
+
+def max_pool_backward(grad: Tensor, x: Tensor, places: Tensor) -> Tensor:
+    """Gradient of :func:`max_pool`."""
+    backward = torch.ops.aten.max_pool2d_with_indices_backward
+    found: Tensor = backward(grad, x, [3, 3], [2, 2], [1, 1], [1, 1], False, places)
+    return found
+
+
 def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised ``[..., N]``, and 1 / root mean square of each row in fp32 for backward."""
     wide = x.float()
@@ -269,6 +315,34 @@ def _heads(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
     return torch.empty(2, 3, rows, cols, dtype=dtype), torch.empty(rows, cols), torch.empty(rows, cols)
 
 
+def _channels(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
+    """``x [8, rows / 8, H, W]``, where H * W is cols and W 32 if it can be, and: another one; ``c`` fp32 per channel."""
+
+    def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+        channels, width = max(rows // 8, 1), 32 if cols % 32 == 0 else cols
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "x": lambda: torch.empty(8, channels, cols // width, width, dtype=dtype), "c": lambda: torch.empty(channels),
+        }  # fmt: skip
+        return tuple(kinds[e]() for e in extra)
+
+    return make
+
+
+def _images(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
+    """``x [rows / 64, 1, 64, cols]`` and, of half the height and width: ``y``, and ``i`` int64."""
+
+    def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
+        images, half = max(rows // 64, 1), -(-cols // 2)
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "x": lambda: torch.empty(images, 1, 64, cols, dtype=dtype),
+            "y": lambda: torch.empty(images, 1, 32, half, dtype=dtype),
+            "i": lambda: torch.zeros(images, 1, 32, half, dtype=torch.int64),
+        }
+        return tuple(kinds[e]() for e in extra)
+
+    return make
+
+
 @functools.cache
 def entries() -> dict[str, Entry]:
     """Every function by name."""
@@ -282,6 +356,11 @@ def entries() -> dict[str, Entry]:
         "layer_norm": Entry(layer_norm, _matrix("n", "n")),
         "layer_norm_backward": Entry(layer_norm_backward, _matrix("x", "r", "r", "n")),
         "embedding_norm": Entry(embedding_norm, _matrix("i", "x")),
+        "embedding_backward": Entry(embedding_backward, _matrix("i")),
+        "batch_norm": Entry(batch_norm, _channels("x", *"cccc")),
+        "batch_norm_backward": Entry(batch_norm_backward, _channels("x", "x", *"ccc")),
+        "max_pool": Entry(max_pool, _images("x")),
+        "max_pool_backward": Entry(max_pool_backward, _images("y", "x", "i")),
         "rms_norm": Entry(rms_norm, _matrix("n")),
         "rms_norm_backward": Entry(rms_norm_backward, _matrix("x", "r", "n")),
         "softmax": Entry(softmax, _matrix()),

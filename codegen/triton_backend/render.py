@@ -10,8 +10,21 @@ import torch
 
 from dscompile.codegen.tile.cost import bytes_read, bytes_written
 from dscompile.codegen.tile.indexing import Div
-from dscompile.codegen.tile.ir import COL, ROW, Bounded, Buffer, Expr, Index, Load, Reduce, SpaceKind, Store, Tile
-from dscompile.codegen.tile.schedule import Hints, Schedule, hint
+from dscompile.codegen.tile.ir import (
+    COL,
+    ROW,
+    Bounded,
+    Buffer,
+    Expr,
+    Index,
+    Load,
+    Reduce,
+    SpaceKind,
+    Store,
+    Tile,
+    places,
+)
+from dscompile.codegen.tile.schedule import Hints, Schedule, hint, in_step
 from dscompile.codegen.triton_backend.body import HELPERS, IDENTITY, TYPES, Body
 from dscompile.codegen.triton_backend.kernel import Kernel
 
@@ -69,19 +82,32 @@ class _Render:
             kind="finish" if self.tile.space.kind is SpaceKind.FINISH else "row",
             scalars=self._scalars(),
             checks=any(isinstance(e, Bounded) for e in self.tile.expressions()),
+            starts={s.buffer.name: s.start for s in self.tile.stores if s.start is not None},
+            adds=any(s.adds for s in self.tile.stores),
         )
 
     def _scalars(self) -> tuple[int, int]:
-        """Loads and stores of one value a row or a program."""
-        loads = sum(COL not in load.places for load in self.tile.loads())
-        stores = sum(COL not in s.index.free_symbols for s in self.tile.stores)
-        return loads * self.schedule.row_block, stores * self.schedule.row_block
+        """Loads and stores of one value: of a row, of a program, or of a thread where neighbours' lie apart.
+
+        And those of which a thread has less than 128 bits.
+        """
+        block = self.schedule
+        each = -(-block.row_block * block.col_block // (32 * block.warps))
+
+        def narrow(index: sympy.Expr, buffer: Buffer, moving: bool) -> int:
+            if not moving:
+                return block.row_block
+            return each if not in_step(index) else int(each * buffer.dtype.itemsize < 16)
+
+        loads = sum(narrow(load.index, load.buffer, COL in load.places) for load in self.tile.loads())
+        return loads, sum(narrow(s.index, s.buffer, COL in s.places) for s in self.tile.stores)
 
     def _source(self, moved: int, ideal: int) -> str:
         space = self.tile.space
         what = {
             SpaceKind.FLAT: f"pointwise over {space.cols} elements",
-            SpaceKind.ROWS: f"{space.rows} rows of {space.cols}",
+            SpaceKind.ROWS: f"{space.rows} rows of {space.cols}"
+            + (f" in pieces of {space.inner}" if space.inner else ""),
             SpaceKind.FINISH: f"{space.cols} results from {space.rows} partial ones each",
         }[space.kind]
         how = "" if self.schedule.persistent else f", in {self.schedule.passes} passes over a row"
@@ -89,7 +115,10 @@ class _Render:
         loads = ", ".join(f"{b.name} {_dtype(b)}[{b.numel}]" for b in self.reads)
         stores = ", ".join(f"{b.name} {_dtype(b)}[{b.numel}]" for b in self.writes)
         head = [f"{self.name}: {what}{how}.", ""]
-        for title, text in (("reads", loads), ("writes", stores), ("computes", " ".join(self.tile.nodes))):
+        adds = ", ".join(s.buffer.name for s in self.tile.stores if s.adds)
+        titles = [("reads", loads), ("writes", stores), ("computes", " ".join(self.tile.nodes))]
+        titles += [("adds, in no fixed order", adds)] * bool(adds)
+        for title, text in titles:
             head += textwrap.wrap(f"{title}: {text}", 110, subsequent_indent="    ", break_long_words=False)
         examples = ", ".join(f"{s} = {hint(s, self.hints)}" for s in sorted(self._sizes(), key=str))
         moves = f"moves: {moved} bytes; every input and output once: {ideal}"
@@ -143,6 +172,7 @@ class _Render:
         checked = [e for e in self.tile.expressions() if isinstance(e, Bounded)]
         indices += [e.size for e in checked]
         data = {s for e in self.tile.expressions() if isinstance(e, (Load, Index)) for s, _ in e.through}
+        data |= {s for store in self.tile.stores for s, _ in store.through}
         return set().union(*(i.free_symbols for i in indices)) - {ROW, COL, _PROGRAM} - data
 
     def _sizes(self) -> set[sympy.Symbol]:
@@ -269,7 +299,7 @@ class _Render:
         levels = self.schedule.levels
         for level in range(max(levels.values(), default=-1) + 1):
             self._pass([r for r, at in levels.items() if at == level])
-        stores = [s for s in self.tile.stores if COL in s.value.symbols or COL in s.index.free_symbols]
+        stores = [s for s in self.tile.stores if COL in s.value.symbols or COL in s.places]
         for store in self.tile.stores:
             if store not in stores:
                 self._store(store)
@@ -321,8 +351,10 @@ class _Render:
     def _store(self, store: Store) -> None:
         body, space = self.body, self.tile.space
         value = body.value(store.value)
-        symbols = frozenset(store.index.free_symbols & set(body.places))
-        pointer = body.pointer(store.buffer, store.index)
+        symbols = frozenset(store.places & set(body.places))
+        pointer = body.pointer(store.buffer, store.index, store.through)
+        spread = [body.places[s] for s in (ROW, COL) if s in store.visits and s not in self._held(store)]
+        pointer += "".join(f" + 0*{place}" for place in spread)  # an address for every value that is stored
         if not symbols:  # a single element: the block of addresses must have the rank of the value
             lonely = COL if self.flat or space.kind is SpaceKind.FINISH else ROW
             pointer, symbols = f"{pointer} + {body.places[lonely]}", frozenset({lonely})
@@ -331,7 +363,13 @@ class _Render:
         if store.value.kind == "float" and TYPES[dtype] != "tl.float32" and dtype.is_floating_point:
             value = f"{value}.to({TYPES[dtype]})"
         scope = body.inner if self._moving(store.value) or (self.loop in symbols) else body.outer
-        scope.lines.append(f"tl.store({pointer}, {value}{', mask=' + mask if mask else ''})")
+        how = "tl.atomic_add({}, {}{}, sem='relaxed')" if store.adds else "tl.store({}, {}{})"
+        scope.lines.append(how.format(pointer, value, f", mask={mask}" if mask else "").replace("'", '"'))
+
+    @staticmethod
+    def _held(store: Store) -> frozenset[sympy.Symbol]:
+        """The symbols with which a scatter's address changes."""
+        return places(store.index).union(*(e.symbols for _, e in store.through))
 
     def _masked(self, found: Reduce, arg: Expr, *, fill: bool = True) -> str:
         """The operand of a reduction, with the identity outside the tensor."""

@@ -90,7 +90,7 @@ def figures(module: fx.GraphModule) -> dict[str, Any]:
     left = [n for n in ours.fused.order if isinstance(n, fx.Node) and n.target is not operator.getitem]
     alone = [str(n.target) for n in left if not any(m in str(n.target) for m in MATRIX)]
     return {
-        "ours": len(ours.kernels), "alone": alone, "inductor": theirs.kernels,
+        "ours": len(ours.kernels), "fills": ours.fills, "alone": alone, "inductor": theirs.kernels,
         "their alone": [e for e in theirs.others if not any(m in e for m in MATRIX)],
         "bytes": ours.bytes, "inductor bytes": theirs.bytes, "graph ideal": ideal(module),
     }  # fmt: skip

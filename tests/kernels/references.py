@@ -65,6 +65,13 @@ def case(name: str, dtype: torch.dtype, rows: int, cols: int) -> tuple[list[Tens
     if name == "embedding_norm":
         ids = torch.randint(rows, (rows,), generator=g)
         return [x, ids, grad], [functional.layer_norm(G[ids] + X, [cols], eps=EPS)]
+    if name == "embedding_backward":
+        ids = torch.randint(rows, (rows,), generator=g)
+        return [grad, ids], list(gradients(lambda t: t[ids], G, torch.zeros(4096, cols, dtype=torch.float64)))
+    if name.startswith("batch_norm"):
+        return _batch_norm(name, dtype, rows, cols, g)
+    if name.startswith("max_pool"):
+        return _max_pool(name, dtype, rows, cols, g)
     if name == "softmax":
         return [x], [torch.softmax(X, -1)]
     if name == "cumulative_softmax":
@@ -105,6 +112,34 @@ def _cross_entropy(name: str, x: Tensor, g: torch.Generator) -> tuple[list[Tenso
     if name == "cross_entropy_backward":
         return [scale, x, target, total.float()], [slope]
     return [scale, x, target], [losses.detach(), slope]
+
+
+def _batch_norm(name: str, dtype: torch.dtype, rows: int, cols: int, g: torch.Generator) -> tuple[Data, Data]:
+    channels, width = max(rows // 8, 1), 32 if cols % 32 == 0 else cols
+    x, grad = (random((8, channels, cols // width, width), dtype, g) + shift for shift in (1, 0))
+    weight, bias, mean, variance = (random((channels,), torch.float32, g) for _ in range(4))
+    running = [mean.double(), variance.double().abs()]
+
+    def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return functional.batch_norm(x, *running, w, b, True, 0.1, EPS)
+
+    leaves = [t.double() for t in (x, weight, bias)]
+    wide = leaves[0].transpose(0, 1).flatten(1)
+    middle, rstd = wide.mean(1), (wide.var(1, correction=0) + EPS).rsqrt()
+    if name == "batch_norm_backward":
+        return [grad, x, weight, middle.float(), rstd.float()], list(gradients(norm, grad.double(), *leaves))
+    y = norm(*leaves).relu()  # which updates the running statistics
+    return [x, weight, bias, mean, variance.abs()], [y, middle, rstd, *running]
+
+
+def _max_pool(name: str, dtype: torch.dtype, rows: int, cols: int, g: torch.Generator) -> tuple[Data, Data]:
+    x = random((max(rows // 64, 1), 1, 64, cols), dtype, g)
+    leaf = x.double().requires_grad_()
+    y, places = functional.max_pool2d(leaf, 3, 2, 1, return_indices=True)
+    if name == "max_pool":
+        return [x], [y.detach(), places]
+    grad = random(y.shape, dtype, g)
+    return [grad, x, places], list(torch.autograd.grad(y, leaf, grad.double()))
 
 
 def _rotary(dtype: torch.dtype, rows: int, cols: int, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:

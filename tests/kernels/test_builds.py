@@ -27,7 +27,10 @@ QUICK = [
     "layer_norm/bf16/8192/1024@sm_90", "layer_norm_backward/bf16/8192/1024@gfx942", "adamw/bf16/8192/1024@sm_100",
     "rms_norm_backward/bf16/8192/1024@sm_80", "attention/bf16/64/64/-@sm_90",
     "evoformer/bf16/32/mb@sm_90",
-    *(f"{name}/bf16/8192/1024@{target}" for name in ("embedding_norm", "cumulative_softmax") for target in TARGETS),
+    *(f"{name}/bf16/8192/1024@{target}" for name in (
+        "embedding_norm", "cumulative_softmax", "embedding_backward", "batch_norm", "batch_norm_backward", "max_pool",
+        "max_pool_backward",
+    ) for target in TARGETS),
 ]  # fmt: skip
 CONTROL = ["!bias_gelu/bf16/8192/1024@sm_90", "!attention/bf16/64/64/-@sm_90", "!evoformer/bf16/32/mb@sm_90"]
 SIZES = {

@@ -35,10 +35,13 @@ def test_a_norm_takes_no_more_kernels_and_fewer_bytes_than_inductors(norms: dict
 
 
 MOST = {
-    "llama": (16, 15), "gpt2": (12, 18), "mistral": (16, 15), "mixtral": (40, 31), "bert": (12, 18), "t5": (42, 52),
-    "vit": (9, 19), "resnet": (18, 17),
+    "llama": (16, 15), "gpt2": (12, 17), "mistral": (16, 15), "mixtral": (32, 33), "bert": (12, 17), "t5": (42, 50),
+    "vit": (9, 19), "resnet": (10, 8),
 }  # fmt: skip
-"""Launches of forward and backward as counted: more is a regression, even where Inductor takes more still."""
+"""Launches of forward and backward as counted: more is a regression, even where Inductor takes more still.
+
+Memory that is filled before a kernel scatters into it is a launch, as it is a kernel of Inductor's.
+"""
 
 
 @pytest.mark.slow
@@ -47,7 +50,7 @@ def test_a_model_takes_no_more_launches_than_inductors(model: str) -> None:
     (found,) = work("count_kernels", [model]).values()
     assert not isinstance(found, str), found
     for (half, figures), most in zip(found.items(), MOST[model], strict=True):
-        ours = figures["ours"] + len(figures["alone"])
+        ours = figures["ours"] + figures["fills"] + len(figures["alone"])
         theirs = figures["inductor"] + len(figures["their alone"])
         assert ours <= min(theirs, most), (half, figures)
         assert figures["bytes"] < figures["inductor bytes"], (half, figures)

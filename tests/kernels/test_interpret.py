@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.kernels.gathers import CASES
+from tests.kernels.pools import POOLS
+from tests.kernels.scatters import SCATTERS
 from tests.kernels.sums import SUMS
 from tests.kernels.workers import work
 from tests.sparse.layouts import LAYOUTS
@@ -22,7 +24,8 @@ pytestmark = pytest.mark.skipif(
 ROWS = (
     "bias_gelu", "bias_gelu_backward", "bias_silu", "bias_silu_backward", "layer_norm", "layer_norm_backward",
     "rms_norm", "rms_norm_backward", "softmax", "softmax_backward", "cross_entropy", "cross_entropy_backward",
-    "cross_entropy_both", "adamw", "lamb", "unscale", "embedding_norm", "cumulative_softmax",
+    "cross_entropy_both", "adamw", "lamb", "unscale", "embedding_norm", "cumulative_softmax", "embedding_backward",
+    "batch_norm", "batch_norm_backward", "max_pool", "max_pool_backward",
 )  # fmt: skip
 QUICK = [f"{name}/bf16/5/37" for name in ROWS] + [
     "rotary/bf16/5/24", "layer_norm/f32/1/20", "layer_norm_backward/f16/33/16", "unscale/f32/21/1000",
@@ -101,6 +104,51 @@ def test_sums_that_share_a_kernel_and_running_sums_are_right(sums: dict[str, Any
     assert found["shape"]
     columns = int(case.rsplit("/")[-1]) if case.startswith("cumsum") and "/f32/" in case else 0
     assert found["error"] <= ROUNDING + columns * 2.0**-24 / 3e-6, "the interpreter adds one after another, in fp32"
+
+
+# -- images, and places that are stored to ---------------------------------------------------------------------------
+
+IMAGES = ("f32/3/6/10", "bf16/1/4/12", "f16/2/6/34")
+PICTURES = [f"{name}/{IMAGES[k % 3]}" for k, name in enumerate((*POOLS, *SCATTERS))] + [
+    "batch_norm/f32/3/66/90", "batch_norm/bf16/20/30/29", "batch_norm/f32/2/2/2", "max_3_2_1/f16/1/7/9",
+    "average_2/f16/1/7/9", "average_without_padding/f32/2/3/5", "embedding/f32/9/5/70", "max_edges/bf16/2/5/5",
+    "pad_view/f32/1/3/67",
+]  # fmt: skip
+PICTURES_FULL = [f"{name}/{dtype}/{size}" for name in (*POOLS, *SCATTERS) for dtype in ("f32", "bf16", "f16")
+                 for size in ("1/2/2", "3/6/10", "5/4/34", "2/20/66")]  # fmt: skip
+EMPTY = [f"{n}/f32/0/6/10" for n in ("max_2", "average_2", "pad", "embedding", "index_put_negative", "flip")]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, Any]:
+    return work("interpret_pool", [*PICTURES, *EMPTY])
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_pools_norms_moves_and_scatters_are_right(pictures: dict[str, Any], case: str) -> None:
+    """Windows that overlap, tie, hang over the edge or hold NaN; places that are negative, repeated or all the same."""
+    check_picture(pictures[case])
+
+
+def check_picture(found: Any) -> None:
+    assert not isinstance(found, str), found
+    assert found["left"] == []
+    assert found["shape"]
+    assert max(found["error"]) <= ROUNDING
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_what_has_no_elements_is_left_to_pytorch(pictures: dict[str, Any], case: str) -> None:
+    found = pictures[case]
+    assert not isinstance(found, str), found
+    assert found["shape"]
+    assert max(found["error"]) == 0
+
+
+@pytest.mark.slow
+def test_pools_norms_moves_and_scatters_are_right_at_every_size() -> None:
+    for found in work("interpret_pool", PICTURES_FULL, timeout=1800).values():
+        check_picture(found)
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

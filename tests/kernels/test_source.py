@@ -19,7 +19,8 @@ from dscompile.codegen.triton_backend.templates.evoformer import Evoformer, evof
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = (
     "bias_gelu", "layer_norm", "layer_norm_backward", "softmax_long", "cross_entropy_both", "rotary", "adamw", "lamb",
-    "unscale", "attention", "embedding_norm", "cumulative_softmax", "evoformer",
+    "unscale", "attention", "embedding_norm", "cumulative_softmax", "embedding_backward", "batch_norm",
+    "max_pool_backward", "evoformer",
 )  # fmt: skip
 
 

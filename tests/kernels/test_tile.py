@@ -17,6 +17,7 @@ from dscompile.codegen.tile.indexing import Div, Rem, contiguous, delinearise, l
 from dscompile.codegen.tile.ir import COL, ROW, Bounded, SpaceKind
 from dscompile.codegen.tile.schedule import PROGRAMS
 from dscompile.codegen.tile.trace import traced
+from dscompile.codegen.triton_backend.body import index_text
 from dscompile.codegen.triton_backend.library import entries, example
 
 # -- index arithmetic --------------------------------------------------------------------------------------------------
@@ -51,6 +52,14 @@ def test_an_index_of_a_view_simplifies_to_the_same_number(shape: list[int], data
         assert int(wanted) == c
 
 
+def test_a_row_and_a_column_of_an_image_are_one_place() -> None:
+    """Else neighbours would not be seen to be neighbours, and a batch norm's loads would be narrow."""
+    limits = {COL: sympy.Integer(8 * 32 * 32), ROW: sympy.Integer(16)}
+    number = Div(COL, 1024) * 16 * 1024 + ROW * 1024 + Rem(COL, sympy.Integer(1024))
+    place = delinearise(simplify(number, limits), [8, 16, 32, 32], limits)
+    assert simplify(linear(place, contiguous([8, 16, 32, 32])), limits) == sympy.expand(number)
+
+
 @settings(deadline=None)  # how long sympy takes is not what is tested
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 30), st.integers(0, 30))
 def test_quotients_and_remainders_are_pythons(a: int, b: int, n: int, r: int, c: int) -> None:
@@ -59,6 +68,38 @@ def test_quotients_and_remainders_are_pythons(a: int, b: int, n: int, r: int, c:
         limits = {ROW: sympy.Integer(31), COL: sympy.Integer(31)}
         assert evaluate(expr, {ROW: r, COL: c}) == wanted
         assert evaluate(simplify(expr, limits), {ROW: r, COL: c}) == wanted
+
+
+@settings(deadline=None)  # how long sympy takes is not what is tested
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(2, 8), st.integers(0, 9), st.integers(0, 9))
+def test_what_is_printed_rounds_towards_zero_as_triton_does(a: int, shift: int, n: int, r: int, c: int) -> None:
+    """A place before padding: wherever it is not negative, no part of what is printed may be."""
+    place = a * n * r + c - shift
+    for function, wanted in ((Div, place // n), (Rem, place % n)):
+        text = index_text(function(a * n * ROW + COL - shift, sympy.Integer(n)))
+        found = eval(text, {"r": Truncated(r), "c": Truncated(c)})
+        assert place < 0 or int(found) == wanted, text
+
+
+class Truncated(int):
+    """An integer with the hardware's ``//`` and ``%``."""
+
+    def __add__(self, other: int) -> Truncated:
+        return Truncated(int(self) + int(other))
+
+    def __sub__(self, other: int) -> Truncated:
+        return Truncated(int(self) - int(other))
+
+    def __mul__(self, other: int) -> Truncated:
+        return Truncated(int(self) * int(other))
+
+    def __floordiv__(self, other: int) -> Truncated:
+        return Truncated(int(int(self) / int(other)))
+
+    def __mod__(self, other: int) -> Truncated:
+        return Truncated(int(self) - int(int(self) / int(other)) * int(other))
+
+    __radd__, __rmul__ = __add__, __mul__
 
 
 # -- fusion ------------------------------------------------------------------------------------------------------------
@@ -119,7 +160,10 @@ def test_a_product_between_two_operators_keeps_them_apart() -> None:
         (lambda x: x.cumprod(-1), torch.float32, "aten.cumprod.default is not a tile operator"),
         (lambda x: x**2.5, torch.float32, "with exponent 2.5 is not a tile operator"),
         (lambda x: x.amax(-1), torch.int64, "of torch.int64 is not a tile reduction"),
-        (lambda x: torch.div(x, 3, rounding_mode="floor"), torch.float32, "with rounding is not a tile operator"),
+        (lambda x: torch.div(x, 3, rounding_mode="floor"), torch.float32, "their remainder is not exact"),
+        (lambda x: x.fmod(3.0), torch.float32, "aten.fmod.Scalar of floating-point numbers is not a tile operator"),
+        (lambda x: x.topk(2)[0], torch.float32, "aten.topk.default sorts"),
+        (lambda x: x.scatter(1, x.long(), 1.0), torch.float32, "into a tensor that is not one number"),
         (lambda x: x.view(torch.int32) + 1, torch.float32, "aten.view.dtype"),
     ],
 )
@@ -138,10 +182,15 @@ def test_a_short_dimension_between_others_is_added_up_where_it_is_read() -> None
 
 
 def test_a_sum_around_a_kept_dimension_reads_its_operand_once() -> None:
-    """A batch norm's: rows first, then the few results of each channel."""
-    found = fused(lambda x: x.sum((0, 2, 3)), (8, 16, 32, 32))
+    """A batch norm's: rows first, then the few results of each channel; at once where a program can hold a channel."""
+    found = fused(lambda x: x.sum((0, 2, 3)), (8, 16, 64, 64))
     assert len(found.kernels) == 2
-    assert found.bytes == 4 * (8 * 16 * 32 * 32 + 2 * 8 * 16 + 16)
+    assert found.bytes == 4 * (8 * 16 * 64 * 64 + 2 * 8 * 16 + 16)
+    held = fused(lambda x: x.sum((0, 2, 3)), (8, 16, 32, 32))
+    assert [tile.space.inner for _, tile, _, _ in held.kernels] == [1024]
+    assert held.bytes == 4 * (8 * 16 * 32 * 32 + 16)
+    narrow = fused(lambda x: x.sum((0, 2)), (1024, 1024, 8))
+    assert all(tile.space.inner is None for _, tile, _, _ in narrow.kernels), "pieces of 8 waste what is fetched"
 
 
 def test_a_scattered_slice_is_one_kernel() -> None:
@@ -155,6 +204,57 @@ def test_an_embedding_is_read_where_it_is_normalised() -> None:
     found = fuse(traced(lambda t, i: torch.softmax(torch.nn.functional.embedding(i, t), -1), table, ids).graph)
     assert len(found.kernels) == 1
     assert found.bytes == 2 * 512 * 64 * 4 + 512 * 8
+
+
+def test_what_surrounds_an_image_is_read_by_what_needs_it() -> None:
+    """Padding, a batch norm in evaluation, an activation with bounds and a pool: every element is read once."""
+
+    def block(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        norm = torch.ops.aten._native_batch_norm_legit_no_training(x, None, None, mean, variance, 0.1, 1e-5)[0]
+        return torch.nn.functional.pad(torch.nn.functional.relu6(norm), (0, 1, 0, 1))
+
+    found = fused(block, (8, 16, 32, 32), (16,), (16,))
+    assert len(found.kernels) == 1
+    assert found.bytes == 4 * (8 * 16 * 32 * 32 + 2 * 16 + 8 * 16 * 33 * 33)
+    pooled = fused(lambda x: torch.nn.functional.max_pool2d(x, 3, 2, 1), (8, 16, 32, 32))
+    assert len(pooled.kernels) == 1
+    assert pooled.bytes == 4 * (8 * 16 * 32 * 32 + 8 * 16 * 16 * 16)
+
+
+def gradient_of_a_table(dtype: torch.dtype) -> Fused:
+    def function(x: Tensor, ids: Tensor) -> Tensor:
+        softmax = torch.softmax(x.float(), -1).to(dtype)
+        return torch.ops.aten.embedding_dense_backward(softmax, ids, 4096, -1, False)
+
+    x, ids = torch.empty(512, 64, dtype=dtype, device="meta"), torch.empty(512, dtype=torch.int64, device="meta")
+    return fuse(traced(function, x, ids).graph)
+
+
+def test_the_gradient_of_a_table_is_added_up_where_it_is_made() -> None:
+    """Of the table, filled first, each element is read and written for each of x; in bf16 it is rounded from fp32."""
+    found = gradient_of_a_table(torch.float32)
+    ((_, tile, _, _),) = found.kernels
+    assert [(s.adds, s.start, s.buffer.dtype) for s in tile.stores] == [(True, 0, torch.float32)]
+    assert found.bytes == 4 * 512 * 64 + 8 * 512 + 4 * 4096 * 64 + 2 * 4 * 512 * 64
+    half = gradient_of_a_table(torch.bfloat16)
+    assert [s.buffer.dtype for _, tile, _, _ in half.kernels for s in tile.stores] == [torch.float32, torch.bfloat16]
+    assert half.bytes == 2 * 512 * 64 + 8 * 512 + 4 * 4096 * 64 + 2 * 4 * 512 * 64 + (4 + 2) * 4096 * 64
+    ids = torch.empty(64, dtype=torch.int64, device="meta")
+    x = torch.empty(64, device="meta")
+    for base, reason in ((lambda x: x * 0, "added up"), (lambda x: torch.zeros(64, device="meta"), "stored")):
+        ours = fuse(traced(lambda x, i, b=base: torch.index_put(b(x), [i], x, True).sin(), x, ids).graph)
+        assert f"must be {reason} before anything can read it" in reasons(ours)
+        assert len(ours.kernels) == 2
+
+
+def test_nothing_is_added_in_no_fixed_order_where_that_is_forbidden() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = gradient_of_a_table(torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "adds in no fixed order, which torch.use_deterministic_algorithms forbids" in reasons(found)
+    assert not any(s.scatters for _, tile, _, _ in found.kernels for s in tile.stores)
 
 
 def test_an_index_that_is_known_to_be_inside_is_not_checked() -> None:
@@ -176,10 +276,42 @@ def test_a_batch_norms_gradients_are_two_kernels() -> None:
     def backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor) -> Any:
         return gradients(grad, x, weight, mean, variance, None, None, False, 1e-5, [True] * 3)
 
-    found = fused(backward, (8, 16, 32, 32), (8, 16, 32, 32), (16,), (16,), (16,))
+    found = fused(backward, (8, 16, 64, 64), (8, 16, 64, 64), (16,), (16,), (16,))
     assert [tile.space.kind for _, tile, _, _ in found.kernels] == [SpaceKind.ROWS, SpaceKind.FLAT]
-    assert found.bytes == 4 * (3 * 8 * 16 * 32 * 32 + 2 * 2 * 8 * 16 + 3 * 16 + 16 + 2 * 16)
+    assert found.bytes == 4 * (3 * 8 * 16 * 64 * 64 + 2 * 2 * 8 * 16 + 3 * 16 + 16 + 2 * 16)
     assert "different numbers of elements" in reasons(found)
+
+
+def test_a_batch_norm_whose_channels_fit_is_one_kernel_that_reads_everything_once() -> None:
+    """Statistics, result, activation and new running statistics; and the three gradients in training."""
+
+    def forward(x: Tensor, *rest: Tensor) -> Any:
+        y, *statistics = torch.ops.aten._native_batch_norm_legit_functional(x, *rest, True, 0.1, 1e-5)
+        return (y.relu(), *statistics)
+
+    found = fused(forward, (8, 16, 32, 32), *[(16,)] * 4)
+    assert len(found.kernels) == 1
+    assert found.bytes == 4 * (2 * 8 * 16 * 32 * 32 + 4 * 16 + 4 * 16)
+    large = fused(forward, (8, 16, 64, 64), *[(16,)] * 4)
+    assert found.bytes < large.bytes <= 1.05 * 4 * (3 * 8 * 16 * 64 * 64), "statistics first: all of x twice"
+
+    def backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Any:
+        gradients = torch.ops.aten.native_batch_norm_backward
+        return gradients(grad, x, weight, None, None, mean, rstd, True, 1e-5, [True] * 3)
+
+    back = fused(backward, (8, 16, 32, 32), (8, 16, 32, 32), *[(16,)] * 3)
+    assert len(back.kernels) == 1
+    assert back.bytes == 4 * (3 * 8 * 16 * 32 * 32 + 3 * 16 + 2 * 16)
+
+
+def test_inductors_batch_norm_reads_its_operands_again() -> None:
+    """What ``count_kernels library/batch_norm`` counts: 50,376,704 and 83,927,040 bytes; ours are 33.6 and 50.4 million.
+
+    Our fusion with the sums apart stores one value more in backward than Inductor does.
+    """
+    for name, theirs, more in (("batch_norm", 50376704, 0), ("batch_norm_backward", 83927040, 2 * 8192 * 1024)):
+        graph = traced(entries()[name].function, *example(name, torch.bfloat16, 8192, 1024)).graph
+        assert fuse(graph, columns_apart=True).bytes == pytest.approx(theirs + more, rel=1e-3)
 
 
 def test_kernels_beside_each_other_are_joined_only_if_they_read_from_the_same_one() -> None:
@@ -258,7 +390,8 @@ SCALARS = 4096
 MOST = {name: 1.0 for name in entries() if not name.endswith("backward")} | {
     "bias_gelu_backward": 1.05, "bias_silu_backward": 1.05, "bias_dropout_residual_backward": 1.05,
     "layer_norm_backward": 1.05, "rms_norm_backward": 1.05, "softmax_backward": 1.0, "cross_entropy_backward": 1.0,
-    "cross_entropy": 1.0, "cross_entropy_both": 1.51, "lamb": 1.45,
+    "cross_entropy": 1.0, "cross_entropy_both": 1.51, "lamb": 1.45, "batch_norm_backward": 1.0,
+    "max_pool_backward": 1.0,
 }  # fmt: skip
 """The most of the ideal. LAMB stores its update between norms and step; the fused loss reads long rows twice."""
 
@@ -270,7 +403,10 @@ def test_bytes_are_the_ideal_ones_but_for_partial_results(name: str) -> None:
     graph = traced(entries()[name].function, *example(name, torch.bfloat16, rows, cols)).graph
     found = fuse(graph)
     outputs = graph.output_node().args[0]
-    ends = {*graph.find_nodes(op="placeholder"), *(outputs if isinstance(outputs, (list, tuple)) else [outputs])}
+    ends = {
+        *(n for n in graph.find_nodes(op="placeholder") if n.users),
+        *(outputs if isinstance(outputs, (list, tuple)) else [outputs]),
+    }
     ideal = sum(n.meta["val"].numel() * n.meta["val"].dtype.itemsize for n in ends)
     left = sum(n.meta["val"].nbytes for n in found.order if isinstance(n, torch.fx.Node))
     assert ideal * 0.99 - left <= found.bytes <= MOST[name] * ideal + SCALARS

@@ -26,6 +26,9 @@ extern "C" struct Gemm {  // C[batch, m, n] = (C +) alpha A[batch, m, k] B[batch
   int64_t threads;
   int64_t accumulate;  // add to what C holds; without bias
   double alpha;        // of fp32
+  int64_t products;    // of integer digits: 6 or 8 (gemm_int8.h)
+  double limit;        // largest error that may be predicted of a row or column, over the norm of the result
+  double worst;        // result: what was predicted
 };
 
 namespace {

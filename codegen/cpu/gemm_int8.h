@@ -1,0 +1,351 @@
+// fp32 matrix products as products of 8-bit integers on AMX tiles, whose sums are exact (Ozaki's scheme; Ootomo, Ozaki and
+// Yokota, "DGEMM on integer matrix multiplication unit", 2024). Integer tiles multiply twice as fast as those of bf16.
+//
+// Over at most DEPTH elements of the sum, a row of A or a column of B is multiplied with a scale that makes its largest
+// element 127 * 2^16 or a little less, and rounded to an integer q = d0 2^16 + d1 2^8 + d2 of three signed digits. Of
+// the nine products of digits six are computed, or eight. Results are joined in fp32 with what earlier parts summed to.
+//
+// The error is proportional to the largest elements, not to each element, as fp32's is. So it is predicted from scales
+// and squares (Guard), and the result is refused where rows or columns of it are too small beside the prediction.
+#pragma once
+#include "gemm_int8_pack.h"
+
+#ifdef HAVE_AMX_INT8
+namespace {
+namespace int8 {
+
+// Sums of products of digits of 16 rows and two times 16 columns on their way to where the thread gathers them, or from
+// there to C. A row at a time is joined between the products that follow, which then hide it.
+class Result {
+  alignas(64) int32_t memory[2][2][5][TILE_WORDS];  // of one column tile: weights 2^32, 2^24, 2^16, and twice 2^8
+  int current = 0;
+  float* gathered = nullptr;  // sums of earlier parts of the depth
+  float* c = nullptr;         // null: gather
+  const float* coming = nullptr;  // where in C the sums go that are being computed; null: not there
+  int64_t coming_row = 0;
+  const float *bias = nullptr, *left = nullptr;
+  Vec right[2];
+  double *row_squares = nullptr, *column_squares = nullptr;
+  int64_t row = 0, rows = 0, c_row = 0, bias_row = 0, bias_column = 0;
+  __mmask16 lanes[2] = {};
+  bool first = true, add = false, eight;
+  float alpha = 1;
+
+  Vec joined(int j, int64_t i) const {
+    const auto sum = [&](int n) {
+      Ints x;
+      std::memcpy(&x, &memory[1 - current][j][n][i * 16], 64);
+      return x;
+    };
+    const Vec high = __builtin_convertvector(sum(0) * 256 + sum(1), Vec);
+    Ints low = sum(2);
+    if (eight) low += (sum(3) + sum(4) + 128) >> 8;
+    return (high * 256.0f + __builtin_convertvector(low, Vec)) * splat(left[i]) * right[j];
+  }
+  // Adds the squares of a row's elements to those of the row and of their columns.
+  void square(Vec x, int j, __m512d& of_row) {
+    double* to = column_squares + j * 16;
+    const __m512 all = _mm512_maskz_mov_ps(lanes[j], (__m512)x);
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(all));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1));
+    _mm512_storeu_pd(to, _mm512_fmadd_pd(low, low, _mm512_loadu_pd(to)));
+    _mm512_storeu_pd(to + 8, _mm512_fmadd_pd(high, high, _mm512_loadu_pd(to + 8)));
+    of_row = _mm512_fmadd_pd(low, low, _mm512_fmadd_pd(high, high, of_row));
+  }
+  void write(int64_t i) {
+    const int tiles = lanes[1] ? 2 : 1;
+    __m512d of_row = c ? _mm512_loadu_pd(row_squares + i * 8) : __m512d{};
+    for (int j = 0; j < tiles; j++) {
+      const int64_t at = i * 32 + j * 16;
+      Vec x = joined(j, i);
+      if (!first) x += load(gathered + at);
+      if (!c) {
+        store(gathered + at, x);
+        continue;
+      }
+      square(x, j, of_row);
+      float* to = c + i * c_row + j * 16;
+      x *= splat(alpha);
+      if (add) x += (Vec)_mm512_maskz_loadu_ps(lanes[j], to);
+      if (bias) {
+        const float* from = bias + i * bias_row + j * 16 * bias_column;
+        x += bias_column ? (Vec)_mm512_maskz_loadu_ps(lanes[j], from) : splat(*from);
+      }
+      _mm512_mask_storeu_ps(to, lanes[j], (__m512)x);
+    }
+    if (c) _mm512_storeu_pd(row_squares + i * 8, of_row);
+  }
+
+ public:
+  explicit Result(bool all) : eight(all) {}
+  int32_t* sums(int j) { return memory[current][j][0]; }
+  void some() {
+    if (row < rows) {
+      if (coming) {
+        const float* line = coming + row * coming_row;
+        __builtin_prefetch(line, 1, 2), __builtin_prefetch(line + 16, 1, 2);
+      }
+      write(row++);
+    }
+  }
+  // The next sums go to C's rows `to`, which are fetched while the ones before are written.
+  void expect(const float* to, int64_t to_row) { coming = to, coming_row = to_row; }
+  void finish() {
+    while (row < rows) some();
+  }
+  // What is in sums() is the next result, of m x n; it is the first part of the depth, and belongs to `gather`.
+  void take(float* gather, bool is_first, int64_t m, int64_t n, const float* of_rows, const float* of_columns) {
+    finish();
+    asm volatile("" ::: "memory");  // the compiler does not know that tile stores write memory
+    current = 1 - current;
+    gathered = gather, first = is_first, c = nullptr;
+    left = of_rows, right[0] = load(of_columns), right[1] = load(of_columns + 16);
+    row = 0, rows = m;
+    lanes[0] = n >= 16 ? 0xffff : (1u << n) - 1;
+    lanes[1] = n >= 32 ? 0xffff : n <= 16 ? 0 : (1u << (n - 16)) - 1;
+  }
+  // It is also the last: C's from row i and column j, to which it is added or where it is put, with the bias.
+  void put(const Gemm& g, int64_t batch, int64_t i, int64_t j, bool adds, double* of_row, double* of_column) {
+    c = g.c + batch * g.c_batch + i * g.c_row + j, c_row = g.c_row, add = adds, alpha = float(g.alpha);
+    bias = g.bias && !adds ? g.bias + i * g.bias_row + j * g.bias_column : nullptr;
+    bias_row = g.bias_row, bias_column = g.bias_column;
+    row_squares = of_row, column_squares = of_column;
+  }
+};
+
+// 16 rows and N (1 or 2) times 16 columns, summed over `steps` packed steps. Of the digits' products first those with at
+// least the weight 2^16, in an order that loads 13 tiles for 12 products; an accumulator comes again late enough.
+template <int N>
+inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, bool eight, Result& result, Ahead& ahead) {
+  const uint32_t* other = b + steps * WORDS;
+  const auto left = [&](int64_t k, int digit) { _tile_loadd(6, a + k * WORDS + digit * TILE_WORDS, 64); };
+  const auto right = [&](int64_t k, int digit) { _tile_loadd(7, b + k * WORDS + digit * TILE_WORDS, 64); };
+  const auto beside = [&](int64_t k, int digit) { _tile_loadd(7, other + k * WORDS + digit * TILE_WORDS, 64); };
+  const auto more = [&] { result.some(), ahead.fetch(2); };
+  const auto zero = [] {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+  };
+  zero();
+  for (int64_t k = 0; k < steps; k++) {
+    left(k, 0);
+    right(k, 2);
+    _tile_dpbssd(2, 6, 7);
+    if constexpr (N == 2) {
+      beside(k, 2);
+      _tile_dpbssd(5, 6, 7);
+      beside(k, 0);
+      _tile_dpbssd(3, 6, 7);
+    }
+    more();
+    right(k, 0);
+    _tile_dpbssd(0, 6, 7);
+    right(k, 1);
+    _tile_dpbssd(1, 6, 7);
+    if constexpr (N == 2) {
+      beside(k, 1);
+      _tile_dpbssd(4, 6, 7);
+    }
+    more();
+    left(k, 1);
+    if constexpr (N == 2) {
+      _tile_dpbssd(5, 6, 7);
+      right(k, 1);
+    }
+    _tile_dpbssd(2, 6, 7);
+    if constexpr (N == 2) {
+      beside(k, 0);
+      _tile_dpbssd(4, 6, 7);
+    }
+    more();
+    right(k, 0);
+    _tile_dpbssd(1, 6, 7);
+    left(k, 2);
+    _tile_dpbssd(2, 6, 7);
+    if constexpr (N == 2) {
+      beside(k, 0);
+      _tile_dpbssd(5, 6, 7);
+    }
+    more();
+  }
+  int32_t *first = result.sums(0), *second = result.sums(1);
+  _tile_stored(0, first, 64);
+  _tile_stored(1, first + TILE_WORDS, 64);
+  _tile_stored(2, first + 2 * TILE_WORDS, 64);
+  if constexpr (N == 2) {
+    _tile_stored(3, second, 64);
+    _tile_stored(4, second + TILE_WORDS, 64);
+    _tile_stored(5, second + 2 * TILE_WORDS, 64);
+  }
+  if (!eight) return;
+  zero();
+  for (int64_t k = 0; k < steps; k++) {
+    left(k, 1);
+    right(k, 2);
+    _tile_dpbssd(0, 6, 7);
+    if constexpr (N == 2) {
+      beside(k, 2);
+      _tile_dpbssd(2, 6, 7);
+    }
+    left(k, 2);
+    right(k, 1);
+    _tile_dpbssd(1, 6, 7);
+    if constexpr (N == 2) {
+      beside(k, 1);
+      _tile_dpbssd(3, 6, 7);
+    }
+    more();
+  }
+  _tile_stored(0, first + 3 * TILE_WORDS, 64);
+  _tile_stored(1, first + 4 * TILE_WORDS, 64);
+  if constexpr (N == 2) {
+    _tile_stored(2, second + 3 * TILE_WORDS, 64);
+    _tile_stored(3, second + 4 * TILE_WORDS, 64);
+  }
+}
+
+// What a thread knows of C's rows and columns: squares of the error that is predicted, and of the results. Rows' squares
+// of results are kept in eight parts.
+struct Guard {
+  double *row_error, *row_square, *column_error, *column_square;
+
+  static int64_t doubles(const Gemm& g) { return 9 * round_up(g.m, 32) + 2 * round_up(g.n, 32); }
+  Guard(const Gemm& g, double* memory) {
+    const int64_t m = round_up(g.m, 32), n = round_up(g.n, 32);
+    row_error = memory, row_square = row_error + m;
+    column_error = row_square + 8 * m, column_square = column_error + n;
+  }
+
+  // Adds the errors of rows [i, i + rows) and columns [j, j + columns), held from `row` and `column` on. An element of
+  // the sum errs by the digits' products that are left out (uniform digits: 74^2 each) and by its operands' rounding.
+  void expect(const Packed& a, const Packed& b, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t i,
+              int64_t j, bool eight) {
+    constexpr double digits = 74.0 * 74.0, rounding = 1.0 / 12;
+    const double left_out = eight ? digits * digits : 2 * digits * digits * 65536;
+    for (int64_t part = 0; part < a.parts; part++) {
+      const Scales x = a.scales_of(part, row), y = b.scales_of(part, column);
+      const double each = left_out * double(a.depth_of(part));
+      const auto add = [&](const Scales& mine, int64_t count, const Scales& theirs, int64_t others, double* to) {
+        double units = 0, energy = 0;
+        for (int64_t n = 0; n < others; n++)
+          units += theirs.unit[n], energy += theirs.unit[n] * double(theirs.energy[n]);
+        for (int64_t n = 0; n < count; n++)
+          to[n] += mine.unit[n] * ((each + rounding * double(mine.energy[n])) * units + rounding * energy);
+      };
+      add(x, rows, y, columns, row_error + i);
+      add(y, columns, x, rows, column_error + j);
+    }
+  }
+};
+
+// One block of C, as multiply_block of gemm_amx.h; A is packed from row `i` on.
+inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int64_t batch, int64_t i, int64_t j,
+                           int64_t rows, int64_t column, int64_t columns, bool add, float* gathered, int64_t next,
+                           Guard& guard) {
+  const int64_t down = (rows + SIDE - 1) / SIDE, pairs = (columns + 31) / 32 * down;
+  const bool eight = g.products == 8;
+  Result result(eight);
+  asm volatile("" ::: "memory");  // nor that tile loads read it
+  for (int64_t part = 0; part < a.parts; part++) {
+    const bool last = part + 1 == a.parts;
+    const int64_t then = last ? 0 : part + 1;
+    Ahead ahead(b.at(then, last ? next : column), (columns + 15) / SIDE * b.steps(then) * WORDS);
+    for (int64_t p = 0; p < pairs; p++) {
+      const int64_t y = p % down * SIDE, x = p / down * 32, steps = a.steps(part);
+      const int64_t m = std::min<int64_t>(SIDE, rows - y), n = std::min<int64_t>(32, columns - x);
+      result.expect(last ? g.c + batch * g.c_batch + (i + y) * g.c_row + j + x : nullptr, g.c_row);
+      if (n > 16)
+        multiply<2>(a.at(part, y), b.at(part, column + x), steps, eight, result, ahead);
+      else
+        multiply<1>(a.at(part, y), b.at(part, column + x), steps, eight, result, ahead);
+      result.take(gathered + p * 512, part == 0, m, n, a.scales_of(part, y).inverse,
+                  b.scales_of(part, column + x).inverse);
+      if (last) result.put(g, batch, i + y, j + x, add, guard.row_square + (i + y) * 8, guard.column_square + j + x);
+    }
+  }
+  result.finish();
+  asm volatile("" ::: "memory");
+  guard.expect(a, b, 0, rows, column, columns, i, j, eight);
+}
+
+// The largest predicted error over result of rows or columns, squared, of those that are this thread's to look at.
+inline double worst_of(const Gemm& g, double* memory, int64_t thread, int64_t threads) {
+  const int64_t all = Guard::doubles(g);
+  double worst = 0;
+  const auto look = [&](int64_t count, auto error, auto square, int64_t parts) {
+    for (int64_t n = count * thread / threads; n < count * (thread + 1) / threads; n++) {
+      double predicted = 0, found = 0;
+      for (int64_t t = 0; t < threads; t++) {
+        const Guard guard(g, memory + t * all);
+        predicted += error(guard)[n];
+        for (int64_t p = 0; p < parts; p++) found += square(guard)[n * parts + p];
+      }
+      if (predicted > 0) worst = found > 0 ? std::max(worst, predicted / found) : INFINITY;
+    }
+  };
+  look(g.m, [](const Guard& x) { return x.row_error; }, [](const Guard& x) { return x.row_square; }, 8);
+  look(g.n, [](const Guard& x) { return x.column_error; }, [](const Guard& x) { return x.column_square; }, 1);
+  return worst;
+}
+
+// 0; 1: no memory; 2: the operands need fp32's range; 4: they are too unequal for the digits. If not 0, C is to be
+// computed otherwise. The parts of `g` that are results are written.
+inline int gemm_int8(Gemm& g) {
+  const Shares shares(g.m, g.threads);
+  const int64_t depth = round_up(std::min(g.k, SUM), STEP), wide = round_up(std::min(g.n, BLOCK), 32);
+  const int64_t a_words = Packed::words(shares.height, depth), b_words = Packed::words(wide, depth);
+  const int64_t own = a_words + shares.height * WIDTH, guarded = Guard::doubles(g);
+  Scratch scratch(b_words + g.threads * (own + 2 * guarded));
+  uint32_t* right = scratch.words();
+  if (!right) return 1;
+  double* guards = reinterpret_cast<double*>(right + b_words + g.threads * own);
+  std::atomic<bool> out_of_range{false};
+  double worst = 0;
+#pragma omp parallel num_threads(g.threads)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    uint32_t* left = right + b_words + thread * own;
+    float* gathered = reinterpret_cast<float*>(left + a_words);
+    Guard guard(g, guards + thread * guarded);
+    bool fits = true;
+    TileConfig config;
+    for (int64_t batch = 0; batch < g.batch; batch++) {
+      std::memset(guards + thread * guarded, 0, guarded * sizeof(double));
+      for (int64_t k = 0; k < g.k; k += SUM)
+        for (int64_t j = 0; j < g.n; j += BLOCK) {
+          const int64_t sums = std::min(SUM, g.k - k), columns = std::min(BLOCK, g.n - j);
+          const Packed b = pack_block<false>(g.b + batch * g.b_batch + k * g.b_row + j * g.b_column, g.b_column,
+                                             g.b_row, columns, sums, right, thread, threads, fits);
+#pragma omp barrier
+          const int64_t first = shares.units() * thread / threads, last = shares.units() * (thread + 1) / threads;
+          Packed a{};
+          for (int64_t unit = first; unit < last; unit++) {
+            const int64_t i = shares.row(unit), rows = std::min(shares.height, g.m - i);
+            if (unit == first || i != shares.row(unit - 1))
+              a = pack_block<true>(g.a + batch * g.a_batch + i * g.a_row + k * g.a_column, g.a_row, g.a_column, rows,
+                                   sums, left, 0, 1, fits);
+            const int64_t begin = shares.begin(unit, columns), end = shares.end(unit, columns);
+            for (int64_t x = begin; x < end; x += WIDTH)
+              multiply_block(g, a, b, batch, i, j + x, rows, x, std::min(WIDTH, end - x), g.accumulate || k > 0,
+                             gathered, x + WIDTH < end ? x + WIDTH : begin, guard);
+          }
+#pragma omp barrier
+        }
+      const double mine = worst_of(g, guards, thread, threads);
+#pragma omp critical
+      worst = std::max(worst, mine);
+#pragma omp barrier
+    }
+    if (!fits) out_of_range = true;
+  }
+  g.worst = std::sqrt(worst);
+  return out_of_range ? 2 : g.worst <= g.limit ? 0 : 4;
+}
+
+}  // namespace int8
+}  // namespace
+#endif

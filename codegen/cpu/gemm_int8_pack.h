@@ -1,0 +1,189 @@
+// Operands of gemm_int8.h: scaled, rounded to integers, and stored as tiles of their digits.
+//
+// A tile is 16 rows of 16 times four digits. Four digits are those of the elements i, i + 16, i + 32 and i + 48 of 64
+// along the dimension that is summed over: then they are a few shifts away from four vectors of floats.
+#pragma once
+#include "gemm_amx.h"
+
+#if defined(HAVE_AMX) && defined(__AMX_INT8__) && defined(__AVX512DQ__)
+#define HAVE_AMX_INT8 1
+namespace {
+namespace int8 {
+
+constexpr int64_t STEP = 64;     // elements of the sum that a tile holds
+constexpr int64_t DEPTH = 256;   // longest sum between two joins, and of one scale: two packed tile columns are 24 KiB
+constexpr int64_t SUM = 1024;    // depth of what is packed at once
+constexpr int64_t HEIGHT = 256;  // rows of A that a thread packs for itself: 768 KiB, in L2 while
+constexpr int64_t BLOCK = 2048;  // columns of B that are packed at once for all threads: 6 MiB
+constexpr int TOGETHER = 4;      // tiles whose lines of memory are neighbours, where elements of a sum are not
+
+// Of rows of A or columns of B over one part of the depth.
+struct Scales {
+  float* inverse;  // 2^8 over the scale; 0: all elements are taken as 0
+  float* energy;   // sum of the squares of the integers
+  double* unit;    // square of what an integer counts
+};
+
+// A packed block of an operand, [part of the depth][tile][step][digit], and its scales.
+struct Packed {
+  uint32_t* base;
+  int64_t parts, depth, sums, tiles;
+
+  // 32-bit words for `sides` rows or columns, `depth` deep. A last part may be shorter than the others, and a pair of
+  // columns reads scales of 32.
+  static int64_t words(int64_t sides, int64_t depth) {
+    const int64_t parts = (depth + DEPTH - 1) / DEPTH, whole = round_up(sides, 32);
+    return whole / SIDE * (depth / STEP + parts) * WORDS + parts * whole * 4;
+  }
+  int64_t depth_of(int64_t part) const { return std::min(depth, sums - part * depth); }
+  int64_t steps(int64_t part) const { return (depth_of(part) + STEP - 1) / STEP; }
+  uint32_t* at(int64_t part, int64_t side) const {
+    return base + (part * tiles * (depth / STEP) + side / SIDE * steps(part)) * WORDS;
+  }
+  Scales scales_of(int64_t part, int64_t side) const {
+    const int64_t whole = round_up(tiles, 2) * SIDE;
+    double* units = reinterpret_cast<double*>(base + tiles * (depth / STEP) * parts * WORDS);
+    float* floats = reinterpret_cast<float*>(units + parts * whole);
+    return {floats + part * whole + side, floats + (parts + part) * whole + side, units + part * whole + side};
+  }
+};
+
+inline Vec sum_of_lanes(Vec (&x)[16]) {  // lane i: of x[i]
+  transpose(x);
+  Vec sum{};
+  for (int i = 0; i < 16; i++) sum += x[i];
+  return sum;
+}
+
+inline Ints magnitude(Vec x) { return (Ints)x & 0x7fffffff; }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+
+// The largest magnitudes, as a float's bits, of `tiles` (at most TOGETHER) tiles of `sums` elements.
+template <bool SUMMED_ACROSS>
+inline void largest(const float* from, int64_t stride, int64_t sides, int64_t sums, int64_t tiles,
+                    Ints (&most)[TOGETHER]) {
+  if constexpr (SUMMED_ACROSS) {
+    Ints row[16];
+    for (int i = 0; i < 16; i++) {
+      const float* x = from + i * stride;
+      Ints two[2] = {};
+      if (i < sides) {
+        int64_t k = 0;
+        for (; k + 32 <= sums; k += 32)
+          for (int n = 0; n < 2; n++) two[n] = larger(two[n], magnitude(load(x + k + n * 16)));
+        for (; k < sums; k += 16) two[0] = larger(two[0], magnitude(load_some(x + k, sums - k)));
+      }
+      row[i] = larger(two[0], two[1]);
+    }
+    transpose(row);
+    most[0] = row[0];
+    for (int i = 1; i < 16; i++) most[0] = larger(most[0], row[i]);
+  } else {
+    for (int t = 0; t < TOGETHER; t++) most[t] = Ints{};
+    if (tiles == TOGETHER && sides >= TOGETHER * SIDE) {
+      for (int64_t k = 0; k < sums; k++)
+        for (int t = 0; t < TOGETHER; t++) most[t] = larger(most[t], magnitude(load(from + k * stride + t * SIDE)));
+    } else {
+      for (int64_t k = 0; k < sums; k++)
+        for (int t = 0; t < tiles; t++)
+          most[t] = larger(most[t], magnitude(load_some(from + k * stride + t * SIDE, sides - t * SIDE)));
+    }
+  }
+}
+
+// Scales of 16 rows or columns: 127 * 2^16 over the largest, cut to four bits, so that few elements lose bits to it.
+// Below 2^-100 everything is taken as 0, which the Guard counts as an error of as much as it can be.
+inline Vec scales(Ints most, const Scales& to, bool& fits) {
+  constexpr int32_t huge = (127 + 100) << 23, tiny = (127 - 100) << 23;
+  if (_mm512_cmpge_epi32_mask((__m512i)most, (__m512i)(Ints{} + huge))) fits = false;
+  const Vec whole = splat(127.0f * 65536.0f) / (Vec)most;
+  const Ints cut = (Ints)whole & int32_t(0xfff00000);
+  const Vec scale = (Vec)(cut & (most >= tiny));
+  const Vec inverse = (Vec)((Ints)(splat(256.0f) / (Vec)cut) & (most >= tiny));
+  store(to.inverse, inverse);
+  for (int i = 0; i < 16; i++) {
+    const double one = double(inverse[i]) * 0x1p-8;
+    to.unit[i] = most[i] >= tiny ? one * one : most[i] ? 0x1p-188 : 0;
+  }
+  return scale;
+}
+
+// One tile of an operand and its digits. SUMMED_ACROSS: the elements that are summed are adjacent in memory (rows of
+// `from`), else its rows are summed over. FLIP: lanes and rows change places. `sums` and `sides` say how many exist. The
+// same part of what follows `ahead` elements later is fetched meanwhile.
+template <bool SUMMED_ACROSS, bool FLIP>
+inline void pack_tile(const float* from, int64_t stride, int64_t ahead, int64_t sides, int64_t sums, Vec scale,
+                      uint32_t* to, Vec (&energy)[16]) {
+  const Ints inner = Ints{} + 0x00ff00ff, lower = Ints{} + 0xffff, upper = Ints{} + int32_t(0xffff0000);
+  Ints packed[3][16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i++) {
+    Ints x[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; n++) {
+      const float* at = SUMMED_ACROSS ? from + i * stride + n * 16 : from + (i + n * 16) * stride;
+      __builtin_prefetch(at + ahead, 0, 2);
+      const Vec value = SUMMED_ACROSS ? load_some(at, i < sides ? sums - n * 16 : 0) * splat(scale[i])
+                                      : load_some(at, i + n * 16 < sums ? sides : 0) * scale;
+      energy[i] += value * value;
+      x[n] = (Ints)_mm512_cvtps_epi32((__m512)value) + 0x808080;  // digits become bytes less 128
+    }
+    const Ints outer01 = (x[0] & inner) | ((x[1] & inner) << 8), outer23 = (x[2] & inner) | ((x[3] & inner) << 8);
+    const Ints middle01 = ((x[0] >> 8) & inner) | (x[1] & ~inner), middle23 = ((x[2] >> 8) & inner) | (x[3] & ~inner);
+    packed[0][i] = (((outer01 >> 16) & lower) | (outer23 & upper)) ^ int32_t(0x80808080);
+    packed[1][i] = ((middle01 & lower) | (middle23 << 16)) ^ int32_t(0x80808080);
+    packed[2][i] = ((outer01 & lower) | (outer23 << 16)) ^ int32_t(0x80808080);
+  }
+  for (int n = 0; n < 3; n++) {
+    if constexpr (FLIP) transpose(packed[n]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) std::memcpy(to + n * TILE_WORDS + i * 16, &packed[n][i], 64);
+  }
+}
+
+// Packs part `thread` of `threads` of a block with `sides` rows (LEFT: of A) or columns (of B) and `sums` elements to
+// sum. `side` and `sum` are the strides, one of them 1. `fits` becomes false where an element is huge or not a number.
+template <bool LEFT>
+Packed pack_block(const float* from, int64_t side, int64_t sum, int64_t sides, int64_t sums, uint32_t* to,
+                  int64_t thread, int64_t threads, bool& fits) {
+  const int64_t tiles = (sides + SIDE - 1) / SIDE, parts = (sums + DEPTH - 1) / DEPTH;
+  const Packed packed{to, parts, round_up((sums + parts - 1) / parts, STEP), sums, tiles};  // parts of equal depth
+  const bool across = sum == 1;
+  const int64_t together = across ? 1 : TOGETHER, groups = (tiles + together - 1) / together;
+  for (int64_t g = groups * thread / threads; g < groups * (thread + 1) / threads; g++)
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t begin = g * together, count = std::min(together, tiles - begin), deep = packed.depth_of(part);
+      const float* block = from + begin * SIDE * side + part * packed.depth * sum;
+      Ints most[TOGETHER];
+      Vec scale[TOGETHER], energy[TOGETHER][16] = {};
+      if (across)
+        largest<true>(block, side, sides - begin * SIDE, deep, count, most);
+      else
+        largest<false>(block, sum, sides - begin * SIDE, deep, count, most);
+      for (int64_t t = 0; t < count; t++)
+        scale[t] = scales(most[t], packed.scales_of(part, (begin + t) * SIDE), fits);
+      for (int64_t s = 0; s < packed.steps(part); s++)
+        for (int64_t t = 0; t < count; t++) {
+          const float* x = block + t * SIDE * side + s * STEP * sum;
+          uint32_t* y = packed.at(part, (begin + t) * SIDE) + s * WORDS;
+          const int64_t exist = sides - (begin + t) * SIDE, rest = deep - s * STEP;
+          if (across)
+            pack_tile<true, !LEFT>(x, side, packed.depth, exist, rest, scale[t], y, energy[t]);
+          else
+            pack_tile<false, LEFT>(x, sum, packed.depth * sum, exist, rest, scale[t], y, energy[t]);
+        }
+      for (int64_t t = 0; t < count; t++) {
+        Vec all{};
+        if (across)
+          all = sum_of_lanes(energy[t]);
+        else
+          for (int i = 0; i < 16; i++) all += energy[t][i];
+        store(packed.scales_of(part, (begin + t) * SIDE).energy, all);
+      }
+    }
+  return packed;
+}
+
+}  // namespace int8
+}  // namespace
+#endif

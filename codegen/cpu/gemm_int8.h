@@ -15,77 +15,88 @@ namespace {
 namespace int8 {
 
 // Sums of products of digits of 16 rows and two times 16 columns on their way to where the thread gathers them, or from
-// there to C. A row at a time is joined between the products that follow, which then hide it.
+// there to C. A row at a time is joined between the products that follow, which hide it as long as it is short: the
+// processor decodes a tile load into so many parts that little room is left.
+template <bool EIGHT>
 class Result {
-  alignas(64) int32_t memory[2][2][5][TILE_WORDS];  // of one column tile: weights 2^32, 2^24, 2^16, and twice 2^8
+  enum class Way { gather_first, gather, put_plain, put };
+  static constexpr int64_t SUMS = EIGHT ? 5 : 3;  // of a column tile: weights 2^32, 2^24, 2^16, and twice 2^8
+  alignas(64) int32_t memory[2][2][SUMS][TILE_WORDS];
   int current = 0;
-  float* gathered = nullptr;  // sums of earlier parts of the depth
-  float* c = nullptr;         // null: gather
+  Way way = Way::gather;
+  int64_t row = 0, rows = 0, c_row = 0, bias_row = 0, bias_column = 0, coming_row = 0;
+  const int32_t* from = nullptr;  // of the row that is next, as the following pointers
+  float* gathered = nullptr;      // sums of earlier parts of the depth
+  float *c = nullptr, *row_squares = nullptr, *column_squares = nullptr;
+  const float *left = nullptr, *right = nullptr, *bias = nullptr;
   const float* coming = nullptr;  // where in C the sums go that are being computed; null: not there
-  int64_t coming_row = 0;
-  const float *bias = nullptr, *left = nullptr;
-  Vec right[2];
-  double *row_squares = nullptr, *column_squares = nullptr;
-  int64_t row = 0, rows = 0, c_row = 0, bias_row = 0, bias_column = 0;
   __mmask16 lanes[2] = {};
-  bool first = true, add = false, eight;
+  bool first = true, add = false;
   float alpha = 1;
 
-  Vec joined(int j, int64_t i) const {
-    const auto sum = [&](int n) {
-      Ints x;
-      std::memcpy(&x, &memory[1 - current][j][n][i * 16], 64);
-      return x;
-    };
-    const Vec high = __builtin_convertvector(sum(0) * 256 + sum(1), Vec);
-    Ints low = sum(2);
-    if (eight) low += (sum(3) + sum(4) + 128) >> 8;
-    return (high * 256.0f + __builtin_convertvector(low, Vec)) * splat(left[i]) * right[j];
+  static Ints ints(const int32_t* p) {
+    Ints x;
+    std::memcpy(&x, p, 64);
+    return x;
+  }
+  Vec joined(int j, Vec of_row) const {
+    const int32_t* s = from + j * SUMS * TILE_WORDS;
+    const Vec high = __builtin_convertvector(ints(s) * 256 + ints(s + TILE_WORDS), Vec);
+    Ints low = ints(s + 2 * TILE_WORDS);
+    if constexpr (EIGHT) low += (ints(s + 3 * TILE_WORDS) + ints(s + 4 * TILE_WORDS) + 128) >> 8;
+    return (high * 256.0f + __builtin_convertvector(low, Vec)) * of_row * load(right + j * 16);
   }
   // Adds the squares of a row's elements to those of the row and of their columns.
-  void square(Vec x, int j, __m512d& of_row) {
-    double* to = column_squares + j * 16;
-    const __m512 all = _mm512_maskz_mov_ps(lanes[j], (__m512)x);
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(all));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1));
-    _mm512_storeu_pd(to, _mm512_fmadd_pd(low, low, _mm512_loadu_pd(to)));
-    _mm512_storeu_pd(to + 8, _mm512_fmadd_pd(high, high, _mm512_loadu_pd(to + 8)));
-    of_row = _mm512_fmadd_pd(low, low, _mm512_fmadd_pd(high, high, of_row));
+  void square(Vec x, Vec y) {
+    store(column_squares, x * x + load(column_squares));
+    store(column_squares + 16, y * y + load(column_squares + 16));
+    store(row_squares, x * x + (y * y + load(row_squares)));
+    row_squares += 16;
   }
-  void write(int64_t i) {
-    const int tiles = lanes[1] ? 2 : 1;
-    __m512d of_row = c ? _mm512_loadu_pd(row_squares + i * 8) : __m512d{};
-    for (int j = 0; j < tiles; j++) {
-      const int64_t at = i * 32 + j * 16;
-      Vec x = joined(j, i);
-      if (!first) x += load(gathered + at);
-      if (!c) {
-        store(gathered + at, x);
-        continue;
-      }
-      square(x, j, of_row);
-      float* to = c + i * c_row + j * 16;
-      x *= splat(alpha);
-      if (add) x += (Vec)_mm512_maskz_loadu_ps(lanes[j], to);
-      if (bias) {
-        const float* from = bias + i * bias_row + j * 16 * bias_column;
-        x += bias_column ? (Vec)_mm512_maskz_loadu_ps(lanes[j], from) : splat(*from);
-      }
-      _mm512_mask_storeu_ps(to, lanes[j], (__m512)x);
+  void put(Vec x, int j) {
+    float* to = c + j * 16;
+    x *= splat(alpha);
+    if (add) x += (Vec)_mm512_maskz_loadu_ps(lanes[j], to);
+    if (bias) {
+      const float* y = bias + j * 16 * bias_column;
+      x += bias_column ? (Vec)_mm512_maskz_loadu_ps(lanes[j], y) : splat(*y);
     }
-    if (c) _mm512_storeu_pd(row_squares + i * 8, of_row);
+    _mm512_mask_storeu_ps(to, lanes[j], (__m512)x);
+  }
+  void write() {
+    const Vec of_row = splat(*left++);
+    Vec x = joined(0, of_row), y = joined(1, of_row);
+    from += 16;
+    if (way == Way::gather_first) {
+      store(gathered, x), store(gathered + 16, y);
+    } else if (way == Way::gather) {
+      store(gathered, x + load(gathered)), store(gathered + 16, y + load(gathered + 16));
+    } else {
+      if (!first) x += load(gathered), y += load(gathered + 16);
+      if (way == Way::put_plain) {
+        square(x, y);
+        store(c, x), store(c + 16, y);
+      } else {
+        square((Vec)_mm512_maskz_mov_ps(lanes[0], (__m512)x), (Vec)_mm512_maskz_mov_ps(lanes[1], (__m512)y));
+        put(x, 0);
+        if (lanes[1]) put(y, 1);
+        bias += bias_row;
+      }
+      c += c_row;
+    }
+    gathered += 32;
   }
 
  public:
-  explicit Result(bool all) : eight(all) {}
   int32_t* sums(int j) { return memory[current][j][0]; }
   void some() {
     if (row < rows) {
       if (coming) {
-        const float* line = coming + row * coming_row;
-        __builtin_prefetch(line, 1, 2), __builtin_prefetch(line + 16, 1, 2);
+        __builtin_prefetch(coming, 1, 2), __builtin_prefetch(coming + 16, 1, 2);
+        coming += coming_row;
       }
-      write(row++);
+      write();
+      row++;
     }
   }
   // The next sums go to C's rows `to`, which are fetched while the ones before are written.
@@ -97,26 +108,28 @@ class Result {
   void take(float* gather, bool is_first, int64_t m, int64_t n, const float* of_rows, const float* of_columns) {
     finish();
     asm volatile("" ::: "memory");  // the compiler does not know that tile stores write memory
+    from = memory[current][0][0];
     current = 1 - current;
-    gathered = gather, first = is_first, c = nullptr;
-    left = of_rows, right[0] = load(of_columns), right[1] = load(of_columns + 16);
+    gathered = gather, first = is_first, way = first ? Way::gather_first : Way::gather;
+    left = of_rows, right = of_columns;
     row = 0, rows = m;
     lanes[0] = n >= 16 ? 0xffff : (1u << n) - 1;
     lanes[1] = n >= 32 ? 0xffff : n <= 16 ? 0 : (1u << (n - 16)) - 1;
   }
   // It is also the last: C's from row i and column j, to which it is added or where it is put, with the bias.
-  void put(const Gemm& g, int64_t batch, int64_t i, int64_t j, bool adds, double* of_row, double* of_column) {
+  void put(const Gemm& g, int64_t batch, int64_t i, int64_t j, bool adds, float* of_row, float* of_column) {
     c = g.c + batch * g.c_batch + i * g.c_row + j, c_row = g.c_row, add = adds, alpha = float(g.alpha);
     bias = g.bias && !adds ? g.bias + i * g.bias_row + j * g.bias_column : nullptr;
-    bias_row = g.bias_row, bias_column = g.bias_column;
+    bias_row = bias ? g.bias_row : 0, bias_column = g.bias_column;
+    way = bias || add || alpha != 1 || lanes[1] != 0xffff ? Way::put : Way::put_plain;
     row_squares = of_row, column_squares = of_column;
   }
 };
 
 // 16 rows and N (1 or 2) times 16 columns, summed over `steps` packed steps. Of the digits' products first those with at
 // least the weight 2^16, in an order that loads 13 tiles for 12 products; an accumulator comes again late enough.
-template <int N>
-inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, bool eight, Result& result, Ahead& ahead) {
+template <int N, bool EIGHT>
+inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result<EIGHT>& result, Ahead& ahead) {
   const uint32_t* other = b + steps * WORDS;
   const auto left = [&](int64_t k, int digit) { _tile_loadd(6, a + k * WORDS + digit * TILE_WORDS, 64); };
   const auto right = [&](int64_t k, int digit) { _tile_loadd(7, b + k * WORDS + digit * TILE_WORDS, 64); };
@@ -181,7 +194,7 @@ inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, bool e
     _tile_stored(4, second + TILE_WORDS, 64);
     _tile_stored(5, second + 2 * TILE_WORDS, 64);
   }
-  if (!eight) return;
+  if constexpr (!EIGHT) return;
   zero();
   for (int64_t k = 0; k < steps; k++) {
     left(k, 1);
@@ -208,16 +221,18 @@ inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, bool e
   }
 }
 
-// What a thread knows of C's rows and columns: squares of the error that is predicted, and of the results. Rows' squares
-// of results are kept in eight parts.
+// What a thread knows of C's rows and columns: squares of the error that is predicted, and of the results (rows' in 16
+// parts); and how many products of an element's sum are not 0, since fp32 adds zeros without error.
 struct Guard {
-  double *row_error, *row_square, *column_error, *column_square;
+  double *row_error, *column_error;
+  float *row_square, *column_square, *row_live, *column_live;
 
-  static int64_t doubles(const Gemm& g) { return 9 * round_up(g.m, 32) + 2 * round_up(g.n, 32); }
-  Guard(const Gemm& g, double* memory) {
+  static int64_t words(const Gemm& g) { return (SIDE + 3) * round_up(g.m, 32) + 4 * round_up(g.n, 32); }
+  Guard(const Gemm& g, uint32_t* memory) {
     const int64_t m = round_up(g.m, 32), n = round_up(g.n, 32);
-    row_error = memory, row_square = row_error + m;
-    column_error = row_square + 8 * m, column_square = column_error + n;
+    row_error = reinterpret_cast<double*>(memory), column_error = row_error + m;
+    row_square = reinterpret_cast<float*>(column_error + n), column_square = row_square + SIDE * m;
+    row_live = column_square + n, column_live = row_live + m;
   }
 
   // Adds the errors of rows [i, i + rows) and columns [j, j + columns), held from `row` and `column` on. An element of
@@ -229,26 +244,29 @@ struct Guard {
     for (int64_t part = 0; part < a.parts; part++) {
       const Scales x = a.scales_of(part, row), y = b.scales_of(part, column);
       const double each = left_out * double(a.depth_of(part));
-      const auto add = [&](const Scales& mine, int64_t count, const Scales& theirs, int64_t others, double* to) {
-        double units = 0, energy = 0;
+      const auto add = [&](const Scales& mine, int64_t count, const Scales& theirs, int64_t others, double* to,
+                           float* to_live) {
+        double units = 0, energy = 0, live = 0;
         for (int64_t n = 0; n < others; n++)
-          units += theirs.unit[n], energy += theirs.unit[n] * double(theirs.energy[n]);
-        for (int64_t n = 0; n < count; n++)
+          units += theirs.unit[n], energy += theirs.unit[n] * double(theirs.energy[n]), live += double(theirs.live[n]);
+        for (int64_t n = 0; n < count; n++) {
           to[n] += mine.unit[n] * ((each + rounding * double(mine.energy[n])) * units + rounding * energy);
+          to_live[n] += mine.live[n] * float(live / double(a.depth_of(part)));
+        }
       };
-      add(x, rows, y, columns, row_error + i);
-      add(y, columns, x, rows, column_error + j);
+      add(x, rows, y, columns, row_error + i, row_live + i);
+      add(y, columns, x, rows, column_error + j, column_live + j);
     }
   }
 };
 
 // One block of C, as multiply_block of gemm_amx.h; A is packed from row `i` on.
+template <bool EIGHT>
 inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int64_t batch, int64_t i, int64_t j,
                            int64_t rows, int64_t column, int64_t columns, bool add, float* gathered, int64_t next,
                            Guard& guard) {
   const int64_t down = (rows + SIDE - 1) / SIDE, pairs = (columns + 31) / 32 * down;
-  const bool eight = g.products == 8;
-  Result result(eight);
+  Result<EIGHT> result;
   asm volatile("" ::: "memory");  // nor that tile loads read it
   for (int64_t part = 0; part < a.parts; part++) {
     const bool last = part + 1 == a.parts;
@@ -259,36 +277,41 @@ inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int6
       const int64_t m = std::min<int64_t>(SIDE, rows - y), n = std::min<int64_t>(32, columns - x);
       result.expect(last ? g.c + batch * g.c_batch + (i + y) * g.c_row + j + x : nullptr, g.c_row);
       if (n > 16)
-        multiply<2>(a.at(part, y), b.at(part, column + x), steps, eight, result, ahead);
+        multiply<2>(a.at(part, y), b.at(part, column + x), steps, result, ahead);
       else
-        multiply<1>(a.at(part, y), b.at(part, column + x), steps, eight, result, ahead);
+        multiply<1>(a.at(part, y), b.at(part, column + x), steps, result, ahead);
       result.take(gathered + p * 512, part == 0, m, n, a.scales_of(part, y).inverse,
                   b.scales_of(part, column + x).inverse);
-      if (last) result.put(g, batch, i + y, j + x, add, guard.row_square + (i + y) * 8, guard.column_square + j + x);
+      if (last) result.put(g, batch, i + y, j + x, add, guard.row_square + (i + y) * SIDE, guard.column_square + j + x);
     }
   }
   result.finish();
   asm volatile("" ::: "memory");
-  guard.expect(a, b, 0, rows, column, columns, i, j, eight);
+  guard.expect(a, b, 0, rows, column, columns, i, j, EIGHT);
 }
 
-// The largest predicted error over result of rows or columns, squared, of those that are this thread's to look at.
-inline double worst_of(const Gemm& g, double* memory, int64_t thread, int64_t threads) {
-  const int64_t all = Guard::doubles(g);
+// The largest predicted error over result of rows or columns, squared, of those that are this thread's to look at. fp32's
+// error is that many times smaller where products are 0. Squares of results beyond fp32's range make it infinite.
+inline double worst_of(const Gemm& g, uint32_t* memory, int64_t thread, int64_t threads) {
   double worst = 0;
-  const auto look = [&](int64_t count, auto error, auto square, int64_t parts) {
+  const auto look = [&](int64_t count, int64_t others, auto error, auto square, auto alive, int64_t parts) {
     for (int64_t n = count * thread / threads; n < count * (thread + 1) / threads; n++) {
-      double predicted = 0, found = 0;
+      double predicted = 0, found = 0, live = 0;
       for (int64_t t = 0; t < threads; t++) {
-        const Guard guard(g, memory + t * all);
-        predicted += error(guard)[n];
+        const Guard guard(g, memory + t * Guard::words(g));
+        predicted += error(guard)[n], live += double(alive(guard)[n]);
         for (int64_t p = 0; p < parts; p++) found += square(guard)[n * parts + p];
       }
-      if (predicted > 0) worst = found > 0 ? std::max(worst, predicted / found) : INFINITY;
+      found *= live / (double(others) * double(g.k));
+      if (predicted > 0) worst = found > 0 && found < INFINITY ? std::max(worst, predicted / found) : INFINITY;
     }
   };
-  look(g.m, [](const Guard& x) { return x.row_error; }, [](const Guard& x) { return x.row_square; }, 8);
-  look(g.n, [](const Guard& x) { return x.column_error; }, [](const Guard& x) { return x.column_square; }, 1);
+  look(
+      g.m, g.n, [](const Guard& x) { return x.row_error; }, [](const Guard& x) { return x.row_square; },
+      [](const Guard& x) { return x.row_live; }, SIDE);
+  look(
+      g.n, g.m, [](const Guard& x) { return x.column_error; }, [](const Guard& x) { return x.column_square; },
+      [](const Guard& x) { return x.column_live; }, 1);
   return worst;
 }
 
@@ -298,11 +321,11 @@ inline int gemm_int8(Gemm& g) {
   const Shares shares(g.m, g.threads);
   const int64_t depth = round_up(std::min(g.k, SUM), STEP), wide = round_up(std::min(g.n, BLOCK), 32);
   const int64_t a_words = Packed::words(shares.height, depth), b_words = Packed::words(wide, depth);
-  const int64_t own = a_words + shares.height * WIDTH, guarded = Guard::doubles(g);
-  Scratch scratch(b_words + g.threads * (own + 2 * guarded));
+  const int64_t own = a_words + shares.height * WIDTH, guarded = Guard::words(g);
+  Scratch scratch(b_words + g.threads * (own + guarded));
   uint32_t* right = scratch.words();
   if (!right) return 1;
-  double* guards = reinterpret_cast<double*>(right + b_words + g.threads * own);
+  uint32_t* guards = right + b_words + g.threads * own;
   std::atomic<bool> out_of_range{false};
   double worst = 0;
 #pragma omp parallel num_threads(g.threads)
@@ -313,8 +336,9 @@ inline int gemm_int8(Gemm& g) {
     Guard guard(g, guards + thread * guarded);
     bool fits = true;
     TileConfig config;
+    const auto block = g.products == 8 ? multiply_block<true> : multiply_block<false>;
     for (int64_t batch = 0; batch < g.batch; batch++) {
-      std::memset(guards + thread * guarded, 0, guarded * sizeof(double));
+      std::memset(guards + thread * guarded, 0, guarded * 4);
       for (int64_t k = 0; k < g.k; k += SUM)
         for (int64_t j = 0; j < g.n; j += BLOCK) {
           const int64_t sums = std::min(SUM, g.k - k), columns = std::min(BLOCK, g.n - j);
@@ -330,7 +354,7 @@ inline int gemm_int8(Gemm& g) {
                                    sums, left, 0, 1, fits);
             const int64_t begin = shares.begin(unit, columns), end = shares.end(unit, columns);
             for (int64_t x = begin; x < end; x += WIDTH)
-              multiply_block(g, a, b, batch, i, j + x, rows, x, std::min(WIDTH, end - x), g.accumulate || k > 0,
+              block(g, a, b, batch, i, j + x, rows, x, std::min(WIDTH, end - x), g.accumulate || k > 0,
                              gathered, x + WIDTH < end ? x + WIDTH : begin, guard);
           }
 #pragma omp barrier

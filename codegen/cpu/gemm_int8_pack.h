@@ -21,6 +21,7 @@ constexpr int TOGETHER = 4;      // tiles whose lines of memory are neighbours, 
 struct Scales {
   float* inverse;  // 2^8 over the scale; 0: all elements are taken as 0
   float* energy;   // sum of the squares of the integers
+  float* live;     // how many elements are not 0
   double* unit;    // square of what an integer counts
 };
 
@@ -33,7 +34,7 @@ struct Packed {
   // columns reads scales of 32.
   static int64_t words(int64_t sides, int64_t depth) {
     const int64_t parts = (depth + DEPTH - 1) / DEPTH, whole = round_up(sides, 32);
-    return whole / SIDE * (depth / STEP + parts) * WORDS + parts * whole * 4;
+    return whole / SIDE * (depth / STEP + parts) * WORDS + parts * whole * 5;
   }
   int64_t depth_of(int64_t part) const { return std::min(depth, sums - part * depth); }
   int64_t steps(int64_t part) const { return (depth_of(part) + STEP - 1) / STEP; }
@@ -44,16 +45,10 @@ struct Packed {
     const int64_t whole = round_up(tiles, 2) * SIDE;
     double* units = reinterpret_cast<double*>(base + tiles * (depth / STEP) * parts * WORDS);
     float* floats = reinterpret_cast<float*>(units + parts * whole);
-    return {floats + part * whole + side, floats + (parts + part) * whole + side, units + part * whole + side};
+    return {floats + part * whole + side, floats + (parts + part) * whole + side,
+            floats + (2 * parts + part) * whole + side, units + part * whole + side};
   }
 };
-
-inline Vec sum_of_lanes(Vec (&x)[16]) {  // lane i: of x[i]
-  transpose(x);
-  Vec sum{};
-  for (int i = 0; i < 16; i++) sum += x[i];
-  return sum;
-}
 
 inline Ints magnitude(Vec x) { return (Ints)x & 0x7fffffff; }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
@@ -91,29 +86,33 @@ inline void largest(const float* from, int64_t stride, int64_t sides, int64_t su
   }
 }
 
-// Scales of 16 rows or columns: 127 * 2^16 over the largest, cut to four bits, so that few elements lose bits to it.
-// Below 2^-100 everything is taken as 0, which the Guard counts as an error of as much as it can be.
+// Scales of 16 rows or columns: 127 * 2^16 over the largest. Below 2^-100 everything is taken as 0, which the Guard counts
+// as an error of as much as it can be.
 inline Vec scales(Ints most, const Scales& to, bool& fits) {
   constexpr int32_t huge = (127 + 100) << 23, tiny = (127 - 100) << 23;
   if (_mm512_cmpge_epi32_mask((__m512i)most, (__m512i)(Ints{} + huge))) fits = false;
-  const Vec whole = splat(127.0f * 65536.0f) / (Vec)most;
-  const Ints cut = (Ints)whole & int32_t(0xfff00000);
-  const Vec scale = (Vec)(cut & (most >= tiny));
-  const Vec inverse = (Vec)((Ints)(splat(256.0f) / (Vec)cut) & (most >= tiny));
+  const Vec scale = splat(127.0f * 65536.0f) / (Vec)most;
+  const Vec inverse = (Vec)((Ints)(splat(256.0f) / scale) & (most >= tiny));
   store(to.inverse, inverse);
   for (int i = 0; i < 16; i++) {
     const double one = double(inverse[i]) * 0x1p-8;
     to.unit[i] = most[i] >= tiny ? one * one : most[i] ? 0x1p-188 : 0;
   }
-  return scale;
+  return (Vec)((Ints)scale & (most >= tiny));
 }
+
+// What is summed of 16 rows or columns while they are packed, still in 16 parts.
+struct Counts {
+  Vec energy[16]{};
+  Ints live[16]{};
+};
 
 // One tile of an operand and its digits. SUMMED_ACROSS: the elements that are summed are adjacent in memory (rows of
 // `from`), else its rows are summed over. FLIP: lanes and rows change places. `sums` and `sides` say how many exist. The
 // same part of what follows `ahead` elements later is fetched meanwhile.
 template <bool SUMMED_ACROSS, bool FLIP>
 inline void pack_tile(const float* from, int64_t stride, int64_t ahead, int64_t sides, int64_t sums, Vec scale,
-                      uint32_t* to, Vec (&energy)[16]) {
+                      uint32_t* to, Counts& counts) {
   const Ints inner = Ints{} + 0x00ff00ff, lower = Ints{} + 0xffff, upper = Ints{} + int32_t(0xffff0000);
   Ints packed[3][16];
 #pragma GCC unroll 4
@@ -125,7 +124,9 @@ inline void pack_tile(const float* from, int64_t stride, int64_t ahead, int64_t 
       __builtin_prefetch(at + ahead, 0, 2);
       const Vec value = SUMMED_ACROSS ? load_some(at, i < sides ? sums - n * 16 : 0) * splat(scale[i])
                                       : load_some(at, i + n * 16 < sums ? sides : 0) * scale;
-      energy[i] += value * value;
+      counts.energy[i] += value * value;
+      counts.live[i] = (Ints)_mm512_mask_add_epi32((__m512i)counts.live[i], _mm512_test_epi32_mask(
+          (__m512i)value, (__m512i)(Ints{} + 0x7fffffff)), (__m512i)counts.live[i], (__m512i)(Ints{} + 1));
       x[n] = (Ints)_mm512_cvtps_epi32((__m512)value) + 0x808080;  // digits become bytes less 128
     }
     const Ints outer01 = (x[0] & inner) | ((x[1] & inner) << 8), outer23 = (x[2] & inner) | ((x[3] & inner) << 8);
@@ -154,8 +155,11 @@ Packed pack_block(const float* from, int64_t side, int64_t sum, int64_t sides, i
     for (int64_t part = 0; part < parts; part++) {
       const int64_t begin = g * together, count = std::min(together, tiles - begin), deep = packed.depth_of(part);
       const float* block = from + begin * SIDE * side + part * packed.depth * sum;
+      const bool last = part + 1 == parts;  // then the next tiles' first part follows
+      const int64_t ahead = last ? together * SIDE * side - part * packed.depth * sum : packed.depth * sum;
       Ints most[TOGETHER];
-      Vec scale[TOGETHER], energy[TOGETHER][16] = {};
+      Vec scale[TOGETHER];
+      Counts counts[TOGETHER];
       if (across)
         largest<true>(block, side, sides - begin * SIDE, deep, count, most);
       else
@@ -168,17 +172,18 @@ Packed pack_block(const float* from, int64_t side, int64_t sum, int64_t sides, i
           uint32_t* y = packed.at(part, (begin + t) * SIDE) + s * WORDS;
           const int64_t exist = sides - (begin + t) * SIDE, rest = deep - s * STEP;
           if (across)
-            pack_tile<true, !LEFT>(x, side, packed.depth, exist, rest, scale[t], y, energy[t]);
+            pack_tile<true, !LEFT>(x, side, ahead, exist, rest, scale[t], y, counts[t]);
           else
-            pack_tile<false, LEFT>(x, sum, packed.depth * sum, exist, rest, scale[t], y, energy[t]);
+            pack_tile<false, LEFT>(x, sum, ahead, exist, rest, scale[t], y, counts[t]);
         }
       for (int64_t t = 0; t < count; t++) {
-        Vec all{};
-        if (across)
-          all = sum_of_lanes(energy[t]);
-        else
-          for (int i = 0; i < 16; i++) all += energy[t][i];
-        store(packed.scales_of(part, (begin + t) * SIDE).energy, all);
+        const Scales of = packed.scales_of(part, (begin + t) * SIDE);
+        if (across) transpose(counts[t].energy), transpose(counts[t].live);
+        Vec energy{};
+        Ints live{};
+        for (int i = 0; i < 16; i++) energy += counts[t].energy[i], live += counts[t].live[i];
+        store(of.energy, energy);
+        store(of.live, __builtin_convertvector(live, Vec));
       }
     }
   return packed;

@@ -1,13 +1,15 @@
-"""The compiled fp32 matrix product on AMX tiles as a Python function on tensors."""
+"""The compiled fp32 matrix products on AMX tiles as Python functions on tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from dscompile.codegen.cpu.gemm_sites import PRODUCTS, Site, limit
 
 log = logging.getLogger("dscompile")
 
@@ -29,15 +31,25 @@ class _Gemm(ctypes.Structure):
         ("threads", ctypes.c_int64),
         ("accumulate", ctypes.c_int64),
         ("alpha", ctypes.c_double),
+        ("products", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("limit", "worst")),
     )
 
 
 @dataclass
 class GemmKernel:
-    """A loaded library. ``refused`` counts products whose operands left the range that tiles represent."""
+    """A loaded library.
+
+    Attributes:
+        integers: the machine also has tiles of 8-bit integers.
+        refused: how many products' operands left the range that tiles represent; PyTorch's product ran.
+        sites: what the integer kernel refused, by call site.
+    """
 
     library: ctypes.CDLL
+    integers: bool = False
     refused: int = 0
+    sites: dict[int, Site] = field(default_factory=dict)
 
     @staticmethod
     def load(path: str) -> GemmKernel:
@@ -49,10 +61,25 @@ class GemmKernel:
         library = ctypes.CDLL(path)
         if not library.gemm_has_tiles():
             raise NoTiles("this processor or system has no AMX tiles of bf16")
-        return GemmKernel(library)
+        return GemmKernel(library, bool(library.gemm_has_int8()))
+
+    def site(self, number: int) -> Site | None:
+        """The call site of this number; None where there are no integer tiles, or the number is negative."""
+        return self.sites.setdefault(number, Site()) if self.integers and number >= 0 else None
+
+    def lines(self) -> list[str]:
+        """A line for each call site: what runs it now, and what the integer kernel refused there."""
+        return [str(site) for site in self.sites.values()]
 
     def product(
-        self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float = 1.0, accumulate: bool = False
+        self,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+        site: Site | None = None,
     ) -> bool:
         """``out = alpha * a @ b (+ bias)``, or False where the operands need PyTorch's product.
 
@@ -65,6 +92,7 @@ class GemmKernel:
             out: fp32 of the result's shape, rows of adjacent elements.
             alpha: what the product is multiplied with, in fp32.
             accumulate: add to what ``out`` holds; without ``bias``.
+            site: multiply integers first, as this call site's operands allow; not where it is added.
         """
         if out.dim() == 2:
             a, b, out = a.unsqueeze(0), b.unsqueeze(0), out.unsqueeze(0)
@@ -83,6 +111,8 @@ class GemmKernel:
             *(out.data_ptr(), *out.stride()[:2], torch.get_num_threads()),
             *(accumulate, alpha),
         )
+        if site is not None and not accumulate and self._multiply_integers(problem, site):
+            return True
         failed = self.library.gemm_f32(ctypes.byref(problem))
         if failed == _NO_MEMORY:
             raise MemoryError("matrix product on AMX tiles: no memory for packed operands")
@@ -95,6 +125,23 @@ class GemmKernel:
                     *(m, k, k, n),
                 )
         return not failed
+
+    def _multiply_integers(self, problem: _Gemm, site: Site) -> bool:
+        """Whether products of digits computed it; then ``worst`` of ``problem`` is the error predicted of a row."""
+        if not site.shape:
+            site.shape = f"[{problem.m}, {problem.k}] @ [{problem.k}, {problem.n}]"
+        problem.limit = limit(problem.k)
+        for level in range(site.begin(), len(PRODUCTS)):
+            problem.products = PRODUCTS[level]
+            failed = self.library.gemm_f32_int8(ctypes.byref(problem))
+            if failed == _NO_MEMORY:
+                raise MemoryError("matrix product on AMX tiles of integers: no memory for packed operands")
+            if not failed:
+                site.passed(level)
+                return True
+            site.refuse(level)
+            log.info("%s: would err by %.1f x what is allowed", site, problem.worst / max(problem.limit, 1e-30))
+        return False
 
 
 class NoTiles(Exception):  # noqa: N818  (a reason, not an error a user meets)

@@ -6,7 +6,8 @@
 // the nine products of digits six are computed, or eight. Results are joined in fp32 with what earlier parts summed to.
 //
 // The error is proportional to the largest elements, not to each element, as fp32's is. So it is predicted from scales
-// and squares (Guard), and the result is refused where rows or columns of it are too small beside the prediction.
+// and squares (Guard), and rows and columns of the result that are too small beside the prediction are named: they are to
+// be computed otherwise.
 #pragma once
 #include "gemm_int8_pack.h"
 
@@ -221,41 +222,46 @@ inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result
   }
 }
 
-// What a thread knows of C's rows and columns: squares of the error that is predicted, and of the results (rows' in 16
-// parts); and how many products of an element's sum are not 0, since fp32 adds zeros without error.
+// What a thread knows of C's rows (and then of its columns): squares of the error that is predicted and of the norm that
+// is expected if signs are random; how many products of an element's sum are not 0; squares of results, rows' in 16 parts.
 struct Guard {
-  double *row_error, *column_error;
-  float *row_square, *column_square, *row_live, *column_live;
+  struct Side {
+    double *error, *norm;
+    float *live, *square;
+  } row, column;
 
-  static int64_t words(const Gemm& g) { return (SIDE + 3) * round_up(g.m, 32) + 4 * round_up(g.n, 32); }
+  static int64_t words(const Gemm& g) { return (5 + SIDE) * round_up(g.m, 32) + 6 * round_up(g.n, 32); }
   Guard(const Gemm& g, uint32_t* memory) {
     const int64_t m = round_up(g.m, 32), n = round_up(g.n, 32);
-    row_error = reinterpret_cast<double*>(memory), column_error = row_error + m;
-    row_square = reinterpret_cast<float*>(column_error + n), column_square = row_square + SIDE * m;
-    row_live = column_square + n, column_live = row_live + m;
+    double* doubles = reinterpret_cast<double*>(memory);
+    float* floats = reinterpret_cast<float*>(doubles + 2 * (m + n));
+    row = {doubles, doubles + m, floats, floats + m};
+    column = {doubles + 2 * m, doubles + 2 * m + n, floats + (1 + SIDE) * m, floats + (1 + SIDE) * m + n};
   }
 
-  // Adds the errors of rows [i, i + rows) and columns [j, j + columns), held from `row` and `column` on. An element of
+  // Adds what rows [i, i + rows) and columns [j, j + columns) give, held from `of_row` and `of_column` on. An element of
   // the sum errs by the digits' products that are left out (uniform digits: 74^2 each) and by its operands' rounding.
-  void expect(const Packed& a, const Packed& b, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t i,
-              int64_t j, bool eight) {
+  void expect(const Packed& a, const Packed& b, int64_t of_row, int64_t rows, int64_t of_column, int64_t columns,
+              int64_t i, int64_t j, bool eight) {
     constexpr double digits = 74.0 * 74.0, rounding = 1.0 / 12;
     const double left_out = eight ? digits * digits : 2 * digits * digits * 65536;
     for (int64_t part = 0; part < a.parts; part++) {
-      const Scales x = a.scales_of(part, row), y = b.scales_of(part, column);
-      const double each = left_out * double(a.depth_of(part));
-      const auto add = [&](const Scales& mine, int64_t count, const Scales& theirs, int64_t others, double* to,
-                           float* to_live) {
+      const Scales x = a.scales_of(part, of_row), y = b.scales_of(part, of_column);
+      const double deep = double(a.depth_of(part)), each = left_out * deep;
+      const auto add = [&](const Scales& mine, int64_t count, const Scales& theirs, int64_t others, const Side& to,
+                           int64_t at) {
         double units = 0, energy = 0, live = 0;
         for (int64_t n = 0; n < others; n++)
           units += theirs.unit[n], energy += theirs.unit[n] * double(theirs.energy[n]), live += double(theirs.live[n]);
         for (int64_t n = 0; n < count; n++) {
-          to[n] += mine.unit[n] * ((each + rounding * double(mine.energy[n])) * units + rounding * energy);
-          to_live[n] += mine.live[n] * float(live / double(a.depth_of(part)));
+          const double own = double(mine.energy[n]);
+          to.error[at + n] += mine.unit[n] * ((each + rounding * own) * units + rounding * energy);
+          to.norm[at + n] += mine.unit[n] * own * energy / deep;
+          to.live[at + n] += mine.live[n] * float(live / deep);
         }
       };
-      add(x, rows, y, columns, row_error + i, row_live + i);
-      add(y, columns, x, rows, column_error + j, column_live + j);
+      add(x, rows, y, columns, row, i);
+      add(y, columns, x, rows, column, j);
     }
   }
 };
@@ -282,7 +288,7 @@ inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int6
         multiply<1>(a.at(part, y), b.at(part, column + x), steps, result, ahead);
       result.take(gathered + p * 512, part == 0, m, n, a.scales_of(part, y).inverse,
                   b.scales_of(part, column + x).inverse);
-      if (last) result.put(g, batch, i + y, j + x, add, guard.row_square + (i + y) * SIDE, guard.column_square + j + x);
+      if (last) result.put(g, batch, i + y, j + x, add, guard.row.square + (i + y) * SIDE, guard.column.square + j + x);
     }
   }
   result.finish();
@@ -290,33 +296,31 @@ inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int6
   guard.expect(a, b, 0, rows, column, columns, i, j, EIGHT);
 }
 
-// The largest predicted error over result of rows or columns, squared, of those that are this thread's to look at. fp32's
-// error is that many times smaller where products are 0. Squares of results beyond fp32's range make it infinite.
-inline double worst_of(const Gemm& g, uint32_t* memory, int64_t thread, int64_t threads) {
-  double worst = 0;
-  const auto look = [&](int64_t count, int64_t others, auto error, auto square, auto alive, int64_t parts) {
-    for (int64_t n = count * thread / threads; n < count * (thread + 1) / threads; n++) {
-      double predicted = 0, found = 0, live = 0;
+// Looks at this thread's part of the rows and columns: names those whose predicted error is beyond the limit, and counts
+// them. fp32's own error is proportional to the norm of the result where that is larger than random signs give (sums that
+// grow), and to the mean of the two where it is smaller (measured: MKL); and to the root of the number of products that
+// are not 0. Squares of results beyond fp32's range are beyond the limit.
+inline void look(const Gemm& g, uint32_t* memory, int64_t thread, int64_t threads, int64_t (&beyond)[2], double& worst) {
+  const int64_t counts[] = {g.m, g.n}, parts[] = {SIDE, 1};
+  for (int side = 0; side < 2; side++)
+    for (int64_t n = counts[side] * thread / threads; n < counts[side] * (thread + 1) / threads; n++) {
+      double error = 0, norm = 0, square = 0, live = 0;
       for (int64_t t = 0; t < threads; t++) {
         const Guard guard(g, memory + t * Guard::words(g));
-        predicted += error(guard)[n], live += double(alive(guard)[n]);
-        for (int64_t p = 0; p < parts; p++) found += square(guard)[n * parts + p];
+        const Guard::Side& of = side ? guard.column : guard.row;
+        error += of.error[n], norm += of.norm[n], live += double(of.live[n]);
+        for (int64_t p = 0; p < parts[side]; p++) square += double(of.square[n * parts[side] + p]);
       }
-      found *= live / (double(others) * double(g.k));
-      if (predicted > 0) worst = found > 0 && found < INFINITY ? std::max(worst, predicted / found) : INFINITY;
+      const double counted = (square < norm ? std::sqrt(square * norm) : square) * live / double(counts[1 - side] * g.k);
+      const bool fits = error == 0 || (error <= g.limit * g.limit * counted && square < INFINITY);
+      g.beyond[side * g.m + n] = !fits;
+      beyond[side] += !fits;
+      if (error > 0) worst = std::max(worst, counted > 0 ? std::sqrt(error / counted) : INFINITY);
     }
-  };
-  look(
-      g.m, g.n, [](const Guard& x) { return x.row_error; }, [](const Guard& x) { return x.row_square; },
-      [](const Guard& x) { return x.row_live; }, SIDE);
-  look(
-      g.n, g.m, [](const Guard& x) { return x.column_error; }, [](const Guard& x) { return x.column_square; },
-      [](const Guard& x) { return x.column_live; }, 1);
-  return worst;
 }
 
-// 0; 1: no memory; 2: the operands need fp32's range; 4: they are too unequal for the digits. If not 0, C is to be
-// computed otherwise. The parts of `g` that are results are written.
+// 0; 1: no memory; 2: the operands need fp32's range; 4: some rows or columns are too unequal for the digits (of some
+// batch, if there are several), and those of C to be computed otherwise. The parts of `g` that are results are written.
 inline int gemm_int8(Gemm& g) {
   const Shares shares(g.m, g.threads);
   const int64_t depth = round_up(std::min(g.k, SUM), STEP), wide = round_up(std::min(g.n, BLOCK), 32);
@@ -327,7 +331,7 @@ inline int gemm_int8(Gemm& g) {
   if (!right) return 1;
   uint32_t* guards = right + b_words + g.threads * own;
   std::atomic<bool> out_of_range{false};
-  double worst = 0;
+  g.worst = 0, g.rows = 0, g.columns = 0;
 #pragma omp parallel num_threads(g.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -359,15 +363,16 @@ inline int gemm_int8(Gemm& g) {
           }
 #pragma omp barrier
         }
-      const double mine = worst_of(g, guards, thread, threads);
+      int64_t beyond[2] = {};
+      double worst = 0;
+      look(g, guards, thread, threads, beyond, worst);
 #pragma omp critical
-      worst = std::max(worst, mine);
+      g.worst = std::max(g.worst, worst), g.rows += beyond[0], g.columns += beyond[1];
 #pragma omp barrier
     }
     if (!fits) out_of_range = true;
   }
-  g.worst = std::sqrt(worst);
-  return out_of_range ? 2 : g.worst <= g.limit ? 0 : 4;
+  return out_of_range ? 2 : g.rows || g.columns ? 4 : 0;
 }
 
 }  // namespace int8

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dscompile.codegen.cpu.gemm_sites import PRODUCTS, Site, limit
+from dscompile.codegen.cpu.gemm_sites import MOST_AGAIN, PRODUCTS, Site, limit
 
 log = logging.getLogger("dscompile")
 
-_NO_MEMORY = 1
-"""What the entry returns without memory for packed operands."""
+_NO_MEMORY, _RANGE, _UNEQUAL = 1, 2, 4
+"""What the entries return: no memory for packed operands, elements out of range, rows or columns too unequal."""
+
+FEW = 64
+"""Fewer rows or columns are computed again by PyTorch's product, which packs less."""
 
 _MATRIX = ("batch", "row", "column")
 
@@ -32,7 +35,9 @@ class _Gemm(ctypes.Structure):
         ("accumulate", ctypes.c_int64),
         ("alpha", ctypes.c_double),
         ("products", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("limit", "worst")),
+        ("limit", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("beyond_data", "rows", "columns")),
+        ("worst", ctypes.c_double),
     )
 
 
@@ -111,8 +116,10 @@ class GemmKernel:
             *(out.data_ptr(), *out.stride()[:2], torch.get_num_threads()),
             *(accumulate, alpha),
         )
-        if site is not None and not accumulate and self._multiply_integers(problem, site):
-            return True
+        if site is not None and not accumulate:
+            done = self._multiply_integers(problem, site, a, b, bias, out)
+            if done is not None:
+                return done
         failed = self.library.gemm_f32(ctypes.byref(problem))
         if failed == _NO_MEMORY:
             raise MemoryError("matrix product on AMX tiles: no memory for packed operands")
@@ -126,22 +133,55 @@ class GemmKernel:
                 )
         return not failed
 
-    def _multiply_integers(self, problem: _Gemm, site: Site) -> bool:
-        """Whether products of digits computed it; then ``worst`` of ``problem`` is the error predicted of a row."""
+    def _multiply_integers(
+        self, problem: _Gemm, site: Site, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor
+    ) -> bool | None:
+        """As :meth:`product`; None where the tiles of bf16 are to compute it all. Operands have a dimension of batches."""
         if not site.shape:
             site.shape = f"[{problem.m}, {problem.k}] @ [{problem.k}, {problem.n}]"
-        problem.limit = limit(problem.k)
+        beyond = torch.empty(problem.m + problem.n, dtype=torch.bool)
+        problem.beyond_data, problem.limit = beyond.data_ptr(), limit(problem.k)
         for level in range(site.begin(), len(PRODUCTS)):
             problem.products = PRODUCTS[level]
             failed = self.library.gemm_f32_int8(ctypes.byref(problem))
             if failed == _NO_MEMORY:
                 raise MemoryError("matrix product on AMX tiles of integers: no memory for packed operands")
-            if not failed:
-                site.passed(level)
-                return True
+            if failed == _RANGE:
+                site.refuse(len(PRODUCTS) - 1)
+                return None
+            share = problem.rows / problem.m + problem.columns / problem.n
+            if not failed or (share <= MOST_AGAIN and problem.batch == 1):
+                site.passed(level, share)
+                return not failed or self._again(a[0], b[0], bias, out[0], problem.m, beyond, problem.alpha)
             site.refuse(level)
-            log.info("%s: would err by %.1f x what is allowed", site, problem.worst / max(problem.limit, 1e-30))
-        return False
+            log.info("%s: errors up to %.1f x the limit", site, problem.worst / max(problem.limit, 1e-30))
+        return None
+
+    def _again(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, m: int, beyond: Tensor, alpha: float
+    ) -> bool:
+        """Compute the rows and columns of ``out`` that are ``beyond``, on the tiles of bf16 where they are many."""
+        spread = None if bias is None else bias.expand(out.shape)
+        for dim, which in enumerate((beyond[:m], beyond[m:])):
+            where = which.nonzero().squeeze(1)
+            if not len(where):
+                continue
+            left, right = (_rows(a, where), b) if dim == 0 else (a, _rows(b.t(), where).t())
+            added = None if spread is None else spread.index_select(dim, where)
+            part = out.new_empty((len(left), right.shape[1]))
+            if len(where) < FEW:
+                torch.mm(left, right, out=part)
+                part = part if alpha == 1 else part * alpha
+                part = part if added is None else part + added
+            elif not self.product(left, right, added, part, alpha):
+                return False
+            out.index_copy_(dim, where, part)
+        return True
+
+
+def _rows(x: Tensor, where: Tensor) -> Tensor:
+    """Some rows; ``index_select`` is slow on a matrix that lies transposed."""
+    return x.index_select(0, where) if x.stride(1) == 1 else x.t().index_select(1, where).t()
 
 
 class NoTiles(Exception):  # noqa: N818  (a reason, not an error a user meets)

@@ -1,8 +1,9 @@
 """How many products of digits a call site's operands need, learnt from what the integer kernel refused before.
 
-The kernel (``gemm_int8.h``) predicts its error and refuses operands whose rows or columns are too unequal for six
-products of digits, or for eight; the tiles of bf16 then compute the product. A site that was refused (the gradient of
-logits: rows with one spike) starts where it last succeeded, and tries one level lower now and then.
+The kernel (``gemm_int8.h``) predicts its error and names rows and columns that are too unequal for six products of
+digits, or for eight. Few of them are computed again on the tiles of bf16; where they are many, the next level computes
+the whole product. A site of which that is known (the gradient of logits: rows with one spike) starts at the level that
+served it, and tries one lower now and then.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from dscompile.torch_compat import no_autocast, no_modes
 PRODUCTS = (6, 8)
 """Products of digits at each level; after the last, the tiles of bf16."""
 
-MARGIN = 1.6
+MARGIN = 1.7
 """The error predicted of a row or column may be this many times PyTorch's: what is measured stays below twice."""
+
+MOST_AGAIN = 0.25
+"""Rows and columns that are computed again, as a share of all; with more, the whole product is."""
+
+WORTH = 0.12
+"""With a larger share, on average, the next level is faster, and the site's next call starts there."""
+
+RECENT = 16
+"""Calls over which the share is averaged."""
 
 FIRST_WAIT = 32
 """Calls of a refused site before it tries a lower level again; doubled at every refusal of such a trial."""
@@ -32,13 +42,30 @@ LARGEST = 8.0
 
 @dataclass
 class Site:
-    """One call site: its level (an index into :data:`PRODUCTS`, or past it), and what was refused at each level."""
+    """One call site.
+
+    Attributes:
+        shape: of its products, for people.
+        level: an index into :data:`PRODUCTS`, or past it: where calls start.
+        wait: calls until a lower level is tried.
+        patience: what ``wait`` starts from.
+        calls: how many were computed at each level.
+        again: the sum of the shares of rows and columns that were computed again, at each level.
+        refused: how many calls had too many of them, at each level.
+        share: the average share at this level, refused calls with 1.
+        seen: how many calls it was averaged over.
+    """
 
     shape: str = ""
     level: int = 0
     wait: int = 0
     patience: int = FIRST_WAIT
+    calls: list[int] = field(default_factory=lambda: [0] * len(PRODUCTS))
+    again: list[float] = field(default_factory=lambda: [0.0] * len(PRODUCTS))
     refused: list[int] = field(default_factory=lambda: [0] * len(PRODUCTS))
+
+    share: float = 0.0
+    seen: int = 0
 
     def begin(self) -> int:
         """The level at which this call starts."""
@@ -47,23 +74,45 @@ class Site:
         self.wait -= 1
         return self.level - 1 if self.wait <= 0 else self.level
 
-    def passed(self, level: int) -> None:
-        """``level`` computed the product."""
-        if level < self.level:
-            self.level, self.wait, self.patience = level, FIRST_WAIT, FIRST_WAIT
+    def passed(self, level: int, share: float) -> None:
+        """``level`` computed the product, but for a share of rows and columns."""
+        self.calls[level] += 1
+        self.again[level] += share
+        self._learn(level, share)
 
     def refuse(self, level: int) -> None:
         """``level`` did not."""
         self.refused[level] += 1
-        if level < self.level:  # a trial
-            self.patience = min(2 * self.patience, LONGEST_WAIT)
-        self.level, self.wait = level + 1, self.patience
+        self._learn(level, 1.0)
+
+    def _learn(self, level: int, share: float) -> None:
+        if level < self.level:  # a trial: one call decides, and a failure makes the next one rarer
+            if share > WORTH:
+                self.patience = min(2 * self.patience, LONGEST_WAIT)
+                self.wait = self.patience
+            else:
+                self._start(level)
+                self.patience = FIRST_WAIT
+            return
+        if level > self.level:  # this call only
+            return
+        self.seen += 1
+        self.share += (share - self.share) / min(self.seen, RECENT)
+        if self.share > WORTH:
+            self._start(level + 1)
+
+    def _start(self, level: int) -> None:
+        self.level, self.share, self.seen, self.wait = level, 0.0, 0, self.patience
 
     def __str__(self) -> str:
-        """As ``[1024, 512] @ [512, 64]: 8 products of digits (refused: 3 x 6)``."""
+        """As ``[1024, 512] @ [512, 64]: 8 products of digits (6: 9 calls, 2.1 % computed again, 1 refused)``."""
         now = f"{PRODUCTS[self.level]} products of digits" if self.level < len(PRODUCTS) else "tiles of bf16"
-        refused = ", ".join(f"{n} x {products}" for n, products in zip(self.refused, PRODUCTS, strict=True) if n)
-        return f"{self.shape}: {now}{f' (refused: {refused})' if refused else ''}"
+        parts = [
+            f"{products}: {calls} calls, {again / max(calls, 1):.1%} computed again, {refused} refused"
+            for products, calls, again, refused in zip(PRODUCTS, self.calls, self.again, self.refused, strict=True)
+            if calls or refused
+        ]
+        return f"{self.shape}: {now} ({'; '.join(parts)})"
 
 
 def limit(k: int) -> float:

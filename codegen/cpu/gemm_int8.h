@@ -299,7 +299,8 @@ inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int6
 // Looks at this thread's part of the rows and columns: names those whose predicted error is beyond the limit, and counts
 // them. fp32's own error is proportional to the norm of the result where that is larger than random signs give (sums that
 // grow), and to the mean of the two where it is smaller (measured: MKL); and to the root of the number of products that
-// are not 0. Squares of results beyond fp32's range are beyond the limit.
+// are not 0. Columns whose terms cancel may err by 1.4 times as much: they are small beside the rest of every row, whose
+// norm is what is promised. Squares of results beyond fp32's range are beyond the limit.
 inline void look(const Gemm& g, uint32_t* memory, int64_t thread, int64_t threads, int64_t (&beyond)[2], double& worst) {
   const int64_t counts[] = {g.m, g.n}, parts[] = {SIDE, 1};
   for (int side = 0; side < 2; side++)
@@ -311,7 +312,8 @@ inline void look(const Gemm& g, uint32_t* memory, int64_t thread, int64_t thread
         error += of.error[n], norm += of.norm[n], live += double(of.live[n]);
         for (int64_t p = 0; p < parts[side]; p++) square += double(of.square[n * parts[side] + p]);
       }
-      const double counted = (square < norm ? std::sqrt(square * norm) : square) * live / double(counts[1 - side] * g.k);
+      double counted = (square < norm ? std::sqrt(square * norm) : square) * live / double(counts[1 - side] * g.k);
+      if (side && square < 0.8 * norm) counted *= 2;
       const bool fits = error == 0 || (error <= g.limit * g.limit * counted && square < INFINITY);
       g.beyond[side * g.m + n] = !fits;
       beyond[side] += !fits;

@@ -53,37 +53,38 @@ struct Packed {
 inline Ints magnitude(Vec x) { return (Ints)x & 0x7fffffff; }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 
-// The largest magnitudes, as a float's bits, of `tiles` (at most TOGETHER) tiles of `sums` elements.
-template <bool SUMMED_ACROSS>
-inline void largest(const float* from, int64_t stride, int64_t sides, int64_t sums, int64_t tiles,
-                    Ints (&most)[TOGETHER]) {
-  if constexpr (SUMMED_ACROSS) {
-    Ints row[16];
-    for (int i = 0; i < 16; i++) {
-      const float* x = from + i * stride;
-      Ints two[2] = {};
-      if (i < sides) {
-        int64_t k = 0;
-        for (; k + 32 <= sums; k += 32)
-          for (int n = 0; n < 2; n++) two[n] = larger(two[n], magnitude(load(x + k + n * 16)));
-        for (; k < sums; k += 16) two[0] = larger(two[0], magnitude(load_some(x + k, sums - k)));
-      }
-      row[i] = larger(two[0], two[1]);
+// The largest magnitudes, as a float's bits, of 16 rows of `sums` adjacent elements.
+inline Ints largest_of_rows(const float* from, int64_t stride, int64_t sides, int64_t sums) {
+  Ints row[16];
+  for (int i = 0; i < 16; i++) {
+    const float* x = from + i * stride;
+    Ints two[2] = {};
+    if (i < sides) {
+      int64_t k = 0;
+      for (; k + 32 <= sums; k += 32)
+        for (int n = 0; n < 2; n++) two[n] = larger(two[n], magnitude(load(x + k + n * 16)));
+      for (; k < sums; k += 16) two[0] = larger(two[0], magnitude(load_some(x + k, sums - k)));
     }
-    transpose(row);
-    most[0] = row[0];
-    for (int i = 1; i < 16; i++) most[0] = larger(most[0], row[i]);
-  } else {
-    for (int t = 0; t < TOGETHER; t++) most[t] = Ints{};
-    if (tiles == TOGETHER && sides >= TOGETHER * SIDE) {
-      for (int64_t k = 0; k < sums; k++)
-        for (int t = 0; t < TOGETHER; t++) most[t] = larger(most[t], magnitude(load(from + k * stride + t * SIDE)));
-    } else {
-      for (int64_t k = 0; k < sums; k++)
-        for (int t = 0; t < tiles; t++)
-          most[t] = larger(most[t], magnitude(load_some(from + k * stride + t * SIDE, sides - t * SIDE)));
-    }
+    row[i] = larger(two[0], two[1]);
   }
+  transpose(row);
+  for (int i = 1; i < 16; i++) row[0] = larger(row[0], row[i]);
+  return row[0];
+}
+
+// The same of TOGETHER tiles whose elements of a sum are `stride` apart. They are copied to `to` [sums][TOGETHER][16]: at
+// strides of powers of two caches hold few of them, and they are read again soon.
+inline void largest_of_columns(const float* from, int64_t stride, int64_t sides, int64_t sums, float* to,
+                               Ints (&most)[TOGETHER]) {
+  constexpr int64_t soon = 24;  // rows that are fetched meanwhile
+  for (int t = 0; t < TOGETHER; t++) most[t] = Ints{};
+  for (int64_t k = 0; k < sums; k++, from += stride, to += TOGETHER * SIDE)
+    for (int t = 0; t < TOGETHER; t++) {
+      __builtin_prefetch(from + soon * stride + t * SIDE, 0, 3);
+      const Vec x = sides >= (t + 1) * SIDE ? load(from + t * SIDE) : load_some(from + t * SIDE, sides - t * SIDE);
+      most[t] = larger(most[t], magnitude(x));
+      store(to + t * SIDE, x);
+    }
 }
 
 // Scales of 16 rows or columns: 127 * 2^16 over the largest. Below 2^-100 everything is taken as 0, which the Guard counts
@@ -121,7 +122,7 @@ inline void pack_tile(const float* from, int64_t stride, int64_t ahead, int64_t 
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) {
       const float* at = SUMMED_ACROSS ? from + i * stride + n * 16 : from + (i + n * 16) * stride;
-      __builtin_prefetch(at + ahead, 0, 2);
+      if constexpr (SUMMED_ACROSS) __builtin_prefetch(at + ahead, 0, 2);
       const Vec value = SUMMED_ACROSS ? load_some(at, i < sides ? sums - n * 16 : 0) * splat(scale[i])
                                       : load_some(at, i + n * 16 < sums ? sides : 0) * scale;
       counts.energy[i] += value * value;
@@ -150,20 +151,20 @@ Packed pack_block(const float* from, int64_t side, int64_t sum, int64_t sides, i
   const int64_t tiles = (sides + SIDE - 1) / SIDE, parts = (sums + DEPTH - 1) / DEPTH;
   const Packed packed{to, parts, round_up((sums + parts - 1) / parts, STEP), sums, tiles};  // parts of equal depth
   const bool across = sum == 1;
+  alignas(64) float copy[DEPTH * TOGETHER * SIDE];
   const int64_t together = across ? 1 : TOGETHER, groups = (tiles + together - 1) / together;
   for (int64_t g = groups * thread / threads; g < groups * (thread + 1) / threads; g++)
     for (int64_t part = 0; part < parts; part++) {
       const int64_t begin = g * together, count = std::min(together, tiles - begin), deep = packed.depth_of(part);
       const float* block = from + begin * SIDE * side + part * packed.depth * sum;
-      const bool last = part + 1 == parts;  // then the next tiles' first part follows
-      const int64_t ahead = last ? together * SIDE * side - part * packed.depth * sum : packed.depth * sum;
+      const int64_t ahead = part + 1 < parts ? packed.depth : SIDE * side - part * packed.depth;
       Ints most[TOGETHER];
       Vec scale[TOGETHER];
       Counts counts[TOGETHER];
       if (across)
-        largest<true>(block, side, sides - begin * SIDE, deep, count, most);
+        most[0] = largest_of_rows(block, side, sides - begin * SIDE, deep);
       else
-        largest<false>(block, sum, sides - begin * SIDE, deep, count, most);
+        largest_of_columns(block, sum, sides - begin * SIDE, deep, copy, most);
       for (int64_t t = 0; t < count; t++)
         scale[t] = scales(most[t], packed.scales_of(part, (begin + t) * SIDE), fits);
       for (int64_t s = 0; s < packed.steps(part); s++)
@@ -174,7 +175,8 @@ Packed pack_block(const float* from, int64_t side, int64_t sum, int64_t sides, i
           if (across)
             pack_tile<true, !LEFT>(x, side, ahead, exist, rest, scale[t], y, counts[t]);
           else
-            pack_tile<false, LEFT>(x, sum, ahead, exist, rest, scale[t], y, counts[t]);
+            pack_tile<false, LEFT>(copy + (s * STEP * TOGETHER + t) * SIDE, TOGETHER * SIDE, 0, exist, rest, scale[t], y,
+                                   counts[t]);
         }
       for (int64_t t = 0; t < count; t++) {
         const Scales of = packed.scales_of(part, (begin + t) * SIDE);

@@ -24,11 +24,14 @@ MARGIN = 1.7
 MOST_AGAIN = 0.25
 """Rows and columns that are computed again, as a share of all; with more, the whole product is."""
 
-WORTH = 0.12
-"""With a larger share, on average, the next level is faster, and the site's next call starts there."""
+ANY_AGAIN, AGAIN, REFUSED = 0.35, 1.5, 1.3
+"""What computing some again costs, in calls: for a start, for all rows or columns, and for a call that was in vain."""
+
+NEXT = 0.26
+"""What the next level costs more (measured: six to eight products, and eight to bf16)."""
 
 RECENT = 16
-"""Calls over which the share is averaged."""
+"""Calls over which the cost is averaged."""
 
 FIRST_WAIT = 32
 """Calls of a refused site before it tries a lower level again; doubled at every refusal of such a trial."""
@@ -52,7 +55,7 @@ class Site:
         calls: how many were computed at each level.
         again: the sum of the shares of rows and columns that were computed again, at each level.
         refused: how many calls had too many of them, at each level.
-        share: the average share at this level, refused calls with 1.
+        cost: what computing again cost on average at this level, in calls.
         seen: how many calls it was averaged over.
     """
 
@@ -64,7 +67,7 @@ class Site:
     again: list[float] = field(default_factory=lambda: [0.0] * len(PRODUCTS))
     refused: list[int] = field(default_factory=lambda: [0] * len(PRODUCTS))
 
-    share: float = 0.0
+    cost: float = 0.0
     seen: int = 0
 
     def begin(self) -> int:
@@ -78,16 +81,16 @@ class Site:
         """``level`` computed the product, but for a share of rows and columns."""
         self.calls[level] += 1
         self.again[level] += share
-        self._learn(level, share)
+        self._learn(level, ANY_AGAIN + AGAIN * share if share else 0.0)
 
     def refuse(self, level: int) -> None:
         """``level`` did not."""
         self.refused[level] += 1
-        self._learn(level, 1.0)
+        self._learn(level, REFUSED)
 
-    def _learn(self, level: int, share: float) -> None:
+    def _learn(self, level: int, cost: float) -> None:
         if level < self.level:  # a trial: one call decides, and a failure makes the next one rarer
-            if share > WORTH:
+            if cost > NEXT:
                 self.patience = min(2 * self.patience, LONGEST_WAIT)
                 self.wait = self.patience
             else:
@@ -97,12 +100,12 @@ class Site:
         if level > self.level:  # this call only
             return
         self.seen += 1
-        self.share += (share - self.share) / min(self.seen, RECENT)
-        if self.share > WORTH:
+        self.cost += (cost - self.cost) / min(self.seen, RECENT)
+        if self.cost > NEXT and (self.seen >= RECENT // 2 or cost == REFUSED):
             self._start(level + 1)
 
     def _start(self, level: int) -> None:
-        self.level, self.share, self.seen, self.wait = level, 0.0, 0, self.patience
+        self.level, self.cost, self.seen, self.wait = level, 0.0, 0, self.patience
 
     def __str__(self) -> str:
         """As ``[1024, 512] @ [512, 64]: 8 products of digits (6: 9 calls, 2.1 % computed again, 1 refused)``."""

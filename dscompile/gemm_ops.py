@@ -22,9 +22,7 @@ log = logging.getLogger("dscompile")
 aten = torch.ops.aten
 
 _LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
-_LIBRARY.define(
-    "matmul(Tensor a, Tensor b, Tensor? bias, int site=-1) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+_LIBRARY.define("matmul(Tensor a, Tensor b, Tensor? bias, int site=-1) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("matmul.out(Tensor a, Tensor b, Tensor? bias, int site=-1, *, Tensor(a!) out) -> Tensor(a!)")
 
 

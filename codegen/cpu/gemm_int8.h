@@ -9,7 +9,7 @@
 // and squares (Guard), and rows and columns of the result that are too small beside the prediction are named: they are to
 // be computed otherwise.
 #pragma once
-#include "gemm_int8_pack.h"
+#include "gemm_int8_guard.h"
 
 #ifdef HAVE_AMX_INT8
 namespace {
@@ -29,7 +29,7 @@ class Result {
   const int32_t* from = nullptr;  // of the row that is next, as the following pointers
   float* gathered = nullptr;      // sums of earlier parts of the depth
   float *c = nullptr, *row_squares = nullptr, *column_squares = nullptr;
-  const float *left = nullptr, *right = nullptr, *bias = nullptr;
+  const float *left = nullptr, *right = nullptr, *left_weight = nullptr, *right_weight = nullptr, *bias = nullptr;
   const float* coming = nullptr;  // where in C the sums go that are being computed; null: not there
   __mmask16 lanes[2] = {};
   bool first = true, add = false;
@@ -47,8 +47,14 @@ class Result {
     if constexpr (EIGHT) low += (ints(s + 3 * TILE_WORDS) + ints(s + 4 * TILE_WORDS) + 128) >> 8;
     return (high * 256.0f + __builtin_convertvector(low, Vec)) * of_row * load(right + j * 16);
   }
-  // Adds the squares of a row's elements to those of the row and of their columns.
+  // Adds the squares of a row's elements, over the norms of their operands, to those of the row and of their columns.
   void square(Vec x, Vec y) {
+    const Vec of_row = splat(*left_weight++);
+    x *= of_row * load(right_weight), y *= of_row * load(right_weight + 16);
+    if (way == Way::put) {
+      x = (Vec)_mm512_maskz_mov_ps(lanes[0], (__m512)x);
+      y = (Vec)_mm512_maskz_mov_ps(lanes[1], (__m512)y);
+    }
     store(column_squares, x * x + load(column_squares));
     store(column_squares + 16, y * y + load(column_squares + 16));
     store(row_squares, x * x + (y * y + load(row_squares)));
@@ -74,11 +80,10 @@ class Result {
       store(gathered, x + load(gathered)), store(gathered + 16, y + load(gathered + 16));
     } else {
       if (!first) x += load(gathered), y += load(gathered + 16);
+      square(x, y);
       if (way == Way::put_plain) {
-        square(x, y);
         store(c, x), store(c + 16, y);
       } else {
-        square((Vec)_mm512_maskz_mov_ps(lanes[0], (__m512)x), (Vec)_mm512_maskz_mov_ps(lanes[1], (__m512)y));
         put(x, 0);
         if (lanes[1]) put(y, 1);
         bias += bias_row;
@@ -118,12 +123,14 @@ class Result {
     lanes[1] = n >= 32 ? 0xffff : n <= 16 ? 0 : (1u << (n - 16)) - 1;
   }
   // It is also the last: C's from row i and column j, to which it is added or where it is put, with the bias.
-  void put(const Gemm& g, int64_t batch, int64_t i, int64_t j, bool adds, float* of_row, float* of_column) {
+  void put(const Gemm& g, int64_t batch, int64_t i, int64_t j, bool adds, const float* of_rows, const float* of_columns,
+           float* squares_of_rows, float* squares_of_columns) {
     c = g.c + batch * g.c_batch + i * g.c_row + j, c_row = g.c_row, add = adds, alpha = float(g.alpha);
     bias = g.bias && !adds ? g.bias + i * g.bias_row + j * g.bias_column : nullptr;
     bias_row = bias ? g.bias_row : 0, bias_column = g.bias_column;
     way = bias || add || alpha != 1 || lanes[1] != 0xffff ? Way::put : Way::put_plain;
-    row_squares = of_row, column_squares = of_column;
+    left_weight = of_rows, right_weight = of_columns;
+    row_squares = squares_of_rows, column_squares = squares_of_columns;
   }
 };
 
@@ -222,50 +229,6 @@ inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result
   }
 }
 
-// What a thread knows of C's rows (and then of its columns): squares of the error that is predicted and of the norm that
-// is expected if signs are random; how many products of an element's sum are not 0; squares of results, rows' in 16 parts.
-struct Guard {
-  struct Side {
-    double *error, *norm;
-    float *live, *square;
-  } row, column;
-
-  static int64_t words(const Gemm& g) { return (5 + SIDE) * round_up(g.m, 32) + 6 * round_up(g.n, 32); }
-  Guard(const Gemm& g, uint32_t* memory) {
-    const int64_t m = round_up(g.m, 32), n = round_up(g.n, 32);
-    double* doubles = reinterpret_cast<double*>(memory);
-    float* floats = reinterpret_cast<float*>(doubles + 2 * (m + n));
-    row = {doubles, doubles + m, floats, floats + m};
-    column = {doubles + 2 * m, doubles + 2 * m + n, floats + (1 + SIDE) * m, floats + (1 + SIDE) * m + n};
-  }
-
-  // Adds what rows [i, i + rows) and columns [j, j + columns) give, held from `of_row` and `of_column` on. An element of
-  // the sum errs by the digits' products that are left out (uniform digits: 74^2 each) and by its operands' rounding.
-  void expect(const Packed& a, const Packed& b, int64_t of_row, int64_t rows, int64_t of_column, int64_t columns,
-              int64_t i, int64_t j, bool eight) {
-    constexpr double digits = 74.0 * 74.0, rounding = 1.0 / 12;
-    const double left_out = eight ? digits * digits : 2 * digits * digits * 65536;
-    for (int64_t part = 0; part < a.parts; part++) {
-      const Scales x = a.scales_of(part, of_row), y = b.scales_of(part, of_column);
-      const double deep = double(a.depth_of(part)), each = left_out * deep;
-      const auto add = [&](const Scales& mine, int64_t count, const Scales& theirs, int64_t others, const Side& to,
-                           int64_t at) {
-        double units = 0, energy = 0, live = 0;
-        for (int64_t n = 0; n < others; n++)
-          units += theirs.unit[n], energy += theirs.unit[n] * double(theirs.energy[n]), live += double(theirs.live[n]);
-        for (int64_t n = 0; n < count; n++) {
-          const double own = double(mine.energy[n]);
-          to.error[at + n] += mine.unit[n] * ((each + rounding * own) * units + rounding * energy);
-          to.norm[at + n] += mine.unit[n] * own * energy / deep;
-          to.live[at + n] += mine.live[n] * float(live / deep);
-        }
-      };
-      add(x, rows, y, columns, row, i);
-      add(y, columns, x, rows, column, j);
-    }
-  }
-};
-
 // One block of C, as multiply_block of gemm_amx.h; A is packed from row `i` on.
 template <bool EIGHT>
 inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int64_t batch, int64_t i, int64_t j,
@@ -288,37 +251,12 @@ inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int6
         multiply<1>(a.at(part, y), b.at(part, column + x), steps, result, ahead);
       result.take(gathered + p * 512, part == 0, m, n, a.scales_of(part, y).inverse,
                   b.scales_of(part, column + x).inverse);
-      if (last) result.put(g, batch, i + y, j + x, add, guard.row.square + (i + y) * SIDE, guard.column.square + j + x);
+      if (last) result.put(g, batch, i + y, j + x, add, a.weights + y, b.weights + column + x, guard.row.square + (i + y) * SIDE, guard.column.square + j + x);
     }
   }
   result.finish();
   asm volatile("" ::: "memory");
   guard.expect(a, b, 0, rows, column, columns, i, j, EIGHT);
-}
-
-// Looks at this thread's part of the rows and columns: names those whose predicted error is beyond the limit, and counts
-// them. fp32's own error is proportional to the norm of the result where that is larger than random signs give (sums that
-// grow), and to the mean of the two where it is smaller (measured: MKL); and to the root of the number of products that
-// are not 0. Columns whose terms cancel may err by 1.4 times as much: they are small beside the rest of every row, whose
-// norm is what is promised. Squares of results beyond fp32's range are beyond the limit.
-inline void look(const Gemm& g, uint32_t* memory, int64_t thread, int64_t threads, int64_t (&beyond)[2], double& worst) {
-  const int64_t counts[] = {g.m, g.n}, parts[] = {SIDE, 1};
-  for (int side = 0; side < 2; side++)
-    for (int64_t n = counts[side] * thread / threads; n < counts[side] * (thread + 1) / threads; n++) {
-      double error = 0, norm = 0, square = 0, live = 0;
-      for (int64_t t = 0; t < threads; t++) {
-        const Guard guard(g, memory + t * Guard::words(g));
-        const Guard::Side& of = side ? guard.column : guard.row;
-        error += of.error[n], norm += of.norm[n], live += double(of.live[n]);
-        for (int64_t p = 0; p < parts[side]; p++) square += double(of.square[n * parts[side] + p]);
-      }
-      double counted = (square < norm ? std::sqrt(square * norm) : square) * live / double(counts[1 - side] * g.k);
-      if (side && square < 0.8 * norm) counted *= 2;
-      const bool fits = error == 0 || (error <= g.limit * g.limit * counted && square < INFINITY);
-      g.beyond[side * g.m + n] = !fits;
-      beyond[side] += !fits;
-      if (error > 0) worst = std::max(worst, counted > 0 ? std::sqrt(error / counted) : INFINITY);
-    }
 }
 
 // 0; 1: no memory; 2: the operands need fp32's range; 4: some rows or columns are too unequal for the digits (of some
@@ -328,10 +266,13 @@ inline int gemm_int8(Gemm& g) {
   const int64_t depth = round_up(std::min(g.k, SUM), STEP), wide = round_up(std::min(g.n, BLOCK), 32);
   const int64_t a_words = Packed::words(shares.height, depth), b_words = Packed::words(wide, depth);
   const int64_t own = a_words + shares.height * WIDTH, guarded = Guard::words(g);
-  Scratch scratch(b_words + g.threads * (own + guarded));
+  const int64_t weights = round_up(g.m, 32) + round_up(g.n, 32);
+  Scratch scratch(b_words + g.threads * (own + guarded) + weights);
   uint32_t* right = scratch.words();
   if (!right) return 1;
   uint32_t* guards = right + b_words + g.threads * own;
+  float* weights_of_a = reinterpret_cast<float*>(guards + g.threads * guarded);
+  float* weights_of_b = weights_of_a + round_up(g.m, 32);
   std::atomic<bool> out_of_range{false};
   g.worst = 0, g.rows = 0, g.columns = 0;
 #pragma omp parallel num_threads(g.threads)
@@ -349,7 +290,7 @@ inline int gemm_int8(Gemm& g) {
         for (int64_t j = 0; j < g.n; j += BLOCK) {
           const int64_t sums = std::min(SUM, g.k - k), columns = std::min(BLOCK, g.n - j);
           const Packed b = pack_block<false>(g.b + batch * g.b_batch + k * g.b_row + j * g.b_column, g.b_column,
-                                             g.b_row, columns, sums, right, thread, threads, fits);
+                                             g.b_row, columns, sums, right, weights_of_b + j, k == 0, thread, threads, fits);
 #pragma omp barrier
           const int64_t first = shares.units() * thread / threads, last = shares.units() * (thread + 1) / threads;
           Packed a{};
@@ -357,7 +298,7 @@ inline int gemm_int8(Gemm& g) {
             const int64_t i = shares.row(unit), rows = std::min(shares.height, g.m - i);
             if (unit == first || i != shares.row(unit - 1))
               a = pack_block<true>(g.a + batch * g.a_batch + i * g.a_row + k * g.a_column, g.a_row, g.a_column, rows,
-                                   sums, left, 0, 1, fits);
+                                   sums, left, weights_of_a + i, k == 0, 0, 1, fits);
             const int64_t begin = shares.begin(unit, columns), end = shares.end(unit, columns);
             for (int64_t x = begin; x < end; x += WIDTH)
               block(g, a, b, batch, i, j + x, rows, x, std::min(WIDTH, end - x), g.accumulate || k > 0,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dscompile.codegen.cpu.gemm_sites import MOST_AGAIN, PRODUCTS, Site, limit
+from dscompile.codegen.cpu.gemm_sites import MOST_AGAIN, PRODUCTS, SHORTEST, SMALLEST_SIDE, Site, limit
 
 log = logging.getLogger("dscompile")
 
@@ -97,7 +97,8 @@ class GemmKernel:
             out: fp32 of the result's shape, rows of adjacent elements.
             alpha: what the product is multiplied with, in fp32.
             accumulate: add to what ``out`` holds; without ``bias``.
-            site: multiply integers first, as this call site's operands allow; not where it is added.
+            site: multiply integers first, as this call site's operands allow; not where it is added, sums are short
+                or sides small.
         """
         if out.dim() == 2:
             a, b, out = a.unsqueeze(0), b.unsqueeze(0), out.unsqueeze(0)
@@ -116,7 +117,7 @@ class GemmKernel:
             *(out.data_ptr(), *out.stride()[:2], torch.get_num_threads()),
             *(accumulate, alpha),
         )
-        if site is not None and not accumulate:
+        if site is not None and not accumulate and k >= SHORTEST and min(m, n) >= SMALLEST_SIDE:
             done = self._multiply_integers(problem, site, a, b, bias, out)
             if done is not None:
                 return done

@@ -18,8 +18,14 @@ from dscompile.torch_compat import no_autocast, no_modes
 PRODUCTS = (6, 8)
 """Products of digits at each level; after the last, the tiles of bf16."""
 
-MARGIN = 1.7
+MARGIN = 1.65
 """The error predicted of a row or column may be this many times PyTorch's: what is measured stays below twice."""
+
+SHORTEST = 256
+"""Shorter sums are left to bf16: PyTorch's error is small there, and a few elements decide it."""
+
+SMALLEST_SIDE = 32
+"""Results with fewer rows or columns are left to bf16: norms of few elements say little."""
 
 MOST_AGAIN = 0.25
 """Rows and columns that are computed again, as a share of all; with more, the whole product is."""
@@ -119,12 +125,8 @@ class Site:
 
 
 def limit(k: int) -> float:
-    """The largest error, over the norm of a row or column of the result, that may be predicted of sums of ``k``.
-
-    What joining rounds (2^-24) is not predicted, and left room for.
-    """
-    allowed = MARGIN * min(pytorch_error(1 << (k.bit_length() - 1)), LARGEST * 2**-24, EXPECTED * k**0.5 * 2**-24)
-    return max(allowed**2 - 2.0**-48, 0.0) ** 0.5
+    """The largest error, over the norm of a row or column of the result, that may be predicted of sums of ``k``."""
+    return MARGIN * min(pytorch_error(1 << (k.bit_length() - 1)), LARGEST * 2**-24, EXPECTED * k**0.5 * 2**-24)
 
 
 @functools.cache

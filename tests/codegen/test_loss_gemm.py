@@ -157,7 +157,9 @@ def graph_of(rows: int, gradients: bool) -> tuple[fx.GraphModule, fx.Node]:
 def test_auto_measures_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a chunk, at most 1,024 long; where one is not faster, the others still are."""
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(GemmKernel))  # type: ignore[arg-type]
-    monkeypatch.setattr(gemm_choice, "measured", lambda shape, *_: (Route.PYTORCH if shape.a_transposed else Route.TILES, "measured"))
+    monkeypatch.setattr(
+        gemm_choice, "measured", lambda shape, *_: (Route.PYTORCH if shape.a_transposed else Route.TILES, "measured")
+    )
     module, call = graph_of(4096, True)
     assert choose_gemm(module, Config()) == [
         "1 x [1024, 512] @ [1024, 512]^T, logits in the fused loss: AMX tiles (measured)",

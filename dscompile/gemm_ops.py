@@ -54,9 +54,10 @@ def _out_cpu(a: Tensor, b: Tensor, bias: Tensor | None, site: int = -1, *, out: 
     kernel = built.kernel
     if kernel is None:
         _warn(built.reason)
-    elif a.shape[-1] and out.numel() and out.stride(-1) == 1:
-        if kernel.product(a, b, bias, out, site=kernel.site(site)):
-            return out
+    elif not (a.shape[-1] and out.numel() and out.stride(-1) == 1):
+        pass
+    elif kernel.product(a, b, bias, out, site=kernel.site(site)):
+        return out
     return plain_product(a, b, bias, out)
 
 

@@ -1,4 +1,4 @@
-"""Products of integers on AMX tiles: accuracy for operands of all kinds, what is computed again or refused, and learning.
+"""Products of integers on AMX tiles: accuracy for operands of all kinds, what is computed again, refused and learnt.
 
 All expected values are fp64's. What needs tiles of integers is skipped on a CPU without them; learning runs everywhere.
 """
@@ -168,7 +168,7 @@ def test_operands_of_spikes_are_refused(kind: str) -> None:
 @integers
 @pytest.mark.parametrize("powers", [1, 6])
 def test_elements_that_grow_along_the_sum(powers: int) -> None:
-    """PyTorch errs little where the large elements come last, and more in the other order, which we do not depend on."""
+    """PyTorch errs little where the large elements come last, and more in the other order; we do not depend on it."""
     a, b = normal(ROWS, 512) * 10.0 ** torch.linspace(0, powers, 512), normal(512, COLUMNS, seed=1)
     rows, columns, largest = ratios(product(a, b)[0], a, b)
     assert max(rows, columns) <= 4

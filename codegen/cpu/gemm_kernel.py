@@ -137,7 +137,7 @@ class GemmKernel:
     def _multiply_integers(
         self, problem: _Gemm, site: Site, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor
     ) -> bool | None:
-        """As :meth:`product`; None where the tiles of bf16 are to compute it all. Operands have a dimension of batches."""
+        """As :meth:`product` (operands have a dimension of batches); None where the tiles of bf16 are to compute it."""
         if not site.shape:
             site.shape = f"[{problem.m}, {problem.k}] @ [{problem.k}, {problem.n}]"
         beyond = torch.empty(problem.m + problem.n, dtype=torch.bool)

@@ -9,6 +9,7 @@ served it, and tries one lower now and then.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -126,7 +127,7 @@ class Site:
 
 def limit(k: int) -> float:
     """The largest error, over the norm of a row or column of the result, that may be predicted of sums of ``k``."""
-    return MARGIN * min(pytorch_error(1 << (k.bit_length() - 1)), LARGEST * 2**-24, EXPECTED * k**0.5 * 2**-24)
+    return MARGIN * min(pytorch_error(1 << (k.bit_length() - 1)), LARGEST * 2**-24, EXPECTED * math.sqrt(k) * 2**-24)
 
 
 @functools.cache

@@ -81,7 +81,7 @@ inline void look(const Gemm& g, uint32_t* memory, int64_t thread, int64_t thread
       constexpr double joins = 0x1p-48;  // what rounding errs when sums are joined
       constexpr double unequal = 36;  // squares of the largest element over the mean square: normal numbers have 10 to 20
       double counted = square * live / double(counts[1 - side] * g.k);
-      if (square < norm) counted *= std::min(std::sqrt(norm / square), side ? 2.2 : 1.5);
+      if (square < norm) counted *= std::min(std::sqrt(norm / square), side ? 1.6 : 1.5);
       if (most > unequal * norm) counted *= unequal * norm / most;
       if (side && square < 0.8 * norm) counted *= 2;
       if (error > 0) error += joins * square;

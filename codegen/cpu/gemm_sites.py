@@ -19,7 +19,7 @@ from dscompile.torch_compat import no_autocast, no_modes
 PRODUCTS = (6, 8)
 """Products of digits at each level; after the last, the tiles of bf16."""
 
-MARGIN = 1.65
+MARGIN = 1.6
 """The error predicted of a row or column may be this many times PyTorch's: what is measured stays below twice."""
 
 SHORTEST = 256

@@ -65,7 +65,7 @@ struct Guard {
 // Looks at this thread's part of the rows and columns: names those whose predicted error is beyond the limit, and counts
 // them. fp32's own error is proportional to the norm of the result, less so where terms cancel (measured: MKL); and to the
 // root of the number of products that are not 0. Where few elements are much larger than the others, it depends on where
-// they stand and can be small: these are judged as if it were. Columns whose terms cancel may err by 1.4 times as much:
+// they stand and can be small: these are judged as if it were. Columns whose terms cancel may err by twice as much:
 // they are small beside the rest of every row, whose norm is what is promised.
 inline void look(const Gemm& g, uint32_t* memory, int64_t thread, int64_t threads, int64_t (&beyond)[2], double& worst) {
   const int64_t counts[] = {g.m, g.n}, parts[] = {SIDE, 1};
@@ -83,7 +83,7 @@ inline void look(const Gemm& g, uint32_t* memory, int64_t thread, int64_t thread
       double counted = square * live / double(counts[1 - side] * g.k);
       if (square < norm) counted *= std::min(std::sqrt(norm / square), side ? 1.6 : 1.5);
       if (most > unequal * norm) counted *= unequal * norm / most;
-      if (side && square < 0.8 * norm) counted *= 2;
+      if (side && square < 0.8 * norm) counted *= 4;
       if (error > 0) error += joins * square;
       const bool fits = error == 0 || error <= g.limit * g.limit * counted;
       g.beyond[side * g.m + n] = !fits;

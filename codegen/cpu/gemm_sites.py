@@ -31,7 +31,7 @@ SMALLEST_SIDE = 32
 MOST_AGAIN = 0.25
 """Rows and columns that are computed again, as a share of all; with more, the whole product is."""
 
-ANY_AGAIN, AGAIN, REFUSED = 0.35, 1.5, 1.3
+ANY_AGAIN, AGAIN, REFUSED = 0.16, 1.5, 1.3
 """What computing some again costs, in calls: for a start, for all rows or columns, and for a call that was in vain."""
 
 NEXT = 0.26

@@ -305,6 +305,37 @@ def test_zeros_stay_zero_and_sums_into_what_is_there_are_bf16s() -> None:
     assert not sum(site.calls)
 
 
+@integers
+@pytest.mark.parametrize("regions", ["auto", "whole"])
+def test_a_compiled_model_has_gradients_as_accurate_as_eagers(regions: str) -> None:
+    """All five products have sums and sides of 256 at least; each is a call site of its own."""
+    assert KERNEL is not None
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(264, 400), torch.nn.GELU(), torch.nn.Linear(400, 272))
+    x = normal(320, 264)
+
+    def gradients(call: Callable[[Tensor], Tensor], at: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        call(at).square().mean().backward()
+        return [p.grad.double() for p in model.parameters() if p.grad is not None]
+
+    KERNEL.sites.clear()
+    options = {"gemm": "amx_int8", "regions": regions, "cache": False}
+    mine = gradients(torch.compile(model, backend="dscompile", options=options), x)
+    theirs = gradients(model, x)
+    model.double()
+    exact = gradients(model, x.double())
+    assert len(KERNEL.lines()) == len(KERNEL.sites) == 5
+    assert all(sum(site.calls) == 1 for site in KERNEL.sites.values())
+    for got, eager, want in zip(mine, theirs, exact, strict=True):
+        assert (got - want).norm() <= 2 * (eager - want).norm()
+
+
+@integers
+def test_the_operator_is_registered_right_with_a_site() -> None:
+    torch.library.opcheck(torch.ops.dscompile.matmul.default, (normal(64, 300), normal(300, 70), None, 7))
+
+
 # -- learning --------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""fp32 matrix products of a GPT step: PyTorch's (MKL), ours on AMX tiles, and PyTorch's at precision 'medium'.
+"""fp32 matrix products of a GPT step: PyTorch's (MKL), ours on AMX tiles (bf16, int8), and PyTorch's at 'medium'.
 
 ``python -m benchmarks.gemm``: CPU seconds, the least of interleaved rounds, and largest errors against fp64. 'medium'
 may round to bf16 on CPUs that have such units: its error says so.
@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.results import save, table
 from dscompile.codegen.cpu.builder import gemm_kernel
+from dscompile.codegen.cpu.gemm_sites import Site
 from dscompile.tools.gpt import SIZES
 
 
@@ -34,6 +35,7 @@ def measure(a: Tensor, b: Tensor, rounds: int) -> dict[str, dict[str, float]]:
     """CPU seconds (least of ``rounds``) and largest error of each way to multiply."""
     kernel = gemm_kernel().kernel
     assert kernel is not None
+    site = Site() if kernel.integers else None  # without tiles of integers: bf16 once more
     out = torch.empty(a.shape[0], b.shape[1])
     exact = a.double() @ b.double()
 
@@ -45,6 +47,7 @@ def measure(a: Tensor, b: Tensor, rounds: int) -> dict[str, dict[str, float]]:
     ways: dict[str, Callable[[], Any]] = {
         "mkl": lambda: torch.mm(a, b, out=out),
         "amx": lambda: kernel.product(a, b, None, out),
+        "amx_int8": lambda: kernel.product(a, b, None, out, site=site),
         "medium": medium,
     }
     found = {name: {"cpu": float("inf"), "error": 0.0} for name in ways}
@@ -79,13 +82,19 @@ def main(arguments: list[str] | None = None) -> Path:
     lines = []
     for row in results:
         ways = row["ways"]
-        gain = ways["mkl"]["cpu"] / ways["amx"]["cpu"]
-        error = ways["amx"]["error"] / ways["mkl"]["error"]
+        theirs, others = ways["mkl"], [name for name in ways if name != "mkl"]
         place = f"{row['rows']} x {row['inside']} x {row['outside']} {row['form']}"
         lines.append(
-            [place, *(ways[n]["cpu"] * 1e3 for n in ways), gain, error, ways["medium"]["error"] / ways["mkl"]["error"]]
+            [
+                place,
+                *(ways[n]["cpu"] * 1e3 for n in ways),
+                *(theirs["cpu"] / ways[n]["cpu"] for n in ("amx", "amx_int8")),
+                *(ways[n]["error"] / theirs["error"] for n in others),
+            ]
         )
-    header = ["product", "MKL ms", "AMX ms", "medium ms", "MKL / AMX", "error AMX / MKL", "error medium / MKL"]
+    names = ("bf16", "int8", "medium")
+    header = ["product", "MKL ms", *(f"{n} ms" for n in names), "MKL / bf16", "MKL / int8"]
+    header += [f"error {n} / MKL" for n in names]
     print(table(f"fp32 products of {given.model}, {torch.get_num_threads()} threads, CPU time", header, lines))
     load = machine.describe()["load_1_5_15_min"]
     path = save(f"gemm-{given.model}", {"machine": described, "results": results, "load_after": load})

@@ -130,10 +130,11 @@ class Config(BaseModel):
         "auto",
         description="On a GPU: 'auto' runs our Triton kernels in regions where they move fewer bytes than Inductor's.",
     )
-    gemm: Literal["auto", "amx", "onednn", "default"] = Field(
+    gemm: Literal["auto", "amx_int8", "amx", "onednn", "default"] = Field(
         "auto",
-        description="fp32 matrix products on CPU: 'auto' takes our kernel on AMX tiles or oneDNN where that was "
-        "measured faster at fp32 accuracy; 'amx' takes our kernel for every product.",
+        description="fp32 matrix products on CPU: 'auto' takes one of our kernels on AMX tiles or oneDNN where that "
+        "was measured faster at fp32 accuracy; 'amx' takes our kernel of bf16 for every product, 'amx_int8' the one of "
+        "8-bit integers.",
     )
     attention: Literal["auto", "kernel", "aten"] = Field(
         "auto",

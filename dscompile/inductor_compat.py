@@ -86,14 +86,14 @@ class InductorFailure(Exception):  # noqa: N818  (a fallback's reason, not an er
 
 
 @register_lowering(torch.ops.dscompile.matmul.default, type_promotion_kind=None)
-def _lower_matmul(a: Any, b: Any, bias: Any) -> Any:
+def _lower_matmul(a: Any, b: Any, bias: Any, site: int = -1) -> Any:
     """``dscompile::matmul`` into a buffer that Inductor plans, as its own products. Stands on ``ExternKernelOut``."""
     inputs = [inductor_ir.ExternKernel.realize_input(x) for x in (a, b, bias) if x is not None]
     size = [*a.get_size()[:-1], b.get_size()[-1]]
     node = inductor_ir.ExternKernelOut(
         inductor_ir.FixedLayout(device=a.get_device(), dtype=a.get_dtype(), size=size),
         inputs,
-        constant_args=() if bias is not None else (None,),
+        constant_args=(site,) if bias is not None else (None, site),
         python_kernel_name="torch.ops.dscompile.matmul.out",
         op_overload=torch.ops.dscompile.matmul.out,
     )

@@ -37,7 +37,11 @@ class GemmChoice:
     @staticmethod
     def of(option: str) -> GemmChoice:
         """Decide for ``Config.gemm``: ``auto`` probes once a process; ``onednn`` still refuses bf16 accuracy."""
-        if option in ("default", "amx"):  # our own kernel is chosen product by product, when regions are lowered
+        if option in (
+            "default",
+            "amx",
+            "amx_int8",
+        ):  # our kernels are chosen product by product, as regions are lowered
             return GemmChoice(False, f"gemm={option!r}")
         accurate, gain, error = _probe()
         if not gain:

@@ -26,6 +26,11 @@ extern "C" struct Gemm {  // C[batch, m, n] = (C +) alpha A[batch, m, k] B[batch
   int64_t threads;
   int64_t accumulate;  // add to what C holds; without bias
   double alpha;        // of fp32
+  int64_t products;    // of integer digits: 6 or 8; this and what follows is gemm_int8.h's
+  double limit;        // largest error that may be predicted of a row or column, over what its norm counts as
+  uint8_t* beyond;     // result: which of C's m rows and n columns exceed it
+  int64_t rows, columns;  // result: how many
+  double worst;        // result: the largest prediction
 };
 
 namespace {

@@ -1,9 +1,11 @@
-"""fp32 matrix products on CPU: our kernel on AMX tiles or PyTorch's, whichever a measurement here favours."""
+"""fp32 matrix products on CPU: our kernels on AMX tiles or PyTorch's, whichever a measurement here favours."""
 
 from __future__ import annotations
 
+import enum
 import functools
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,6 +14,8 @@ from torch import Tensor, fx
 
 from dscompile.codegen.cpu.builder import gemm_kernel
 from dscompile.codegen.cpu.choice import gain
+from dscompile.codegen.cpu.gemm_kernel import GemmKernel
+from dscompile.codegen.cpu.gemm_sites import Site
 from dscompile.config import Config
 from dscompile.effects import argument
 from dscompile.gemm_ops import plain_product
@@ -35,10 +39,18 @@ CHECKED = 256
 """Sides of at most this length are compared with fp64."""
 
 GAIN = 1.1
-"""How much faster the kernel must be for ``auto`` to choose it."""
+"""How much faster a kernel must be than PyTorch's product for ``auto`` to choose it."""
 
 ACCURACY = 2.0
 """The kernel's largest error may be this many times that of PyTorch's product (against fp64)."""
+
+
+class Route(enum.Enum):
+    """What runs a product, as the report names it."""
+
+    PYTORCH = "PyTorch"
+    TILES = "AMX tiles"
+    INTEGERS = "AMX tiles of int8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +88,10 @@ def choose_gemm(module: fx.GraphModule, config: Config) -> list[str]:
         a, b, bias = values
         shape = _shape(a, b, bias)
         scaled = any(argument(node, i, name, 1) != 1 for i, name in ((3, "beta"), (4, "alpha")))
-        kernel, reason = (False, "it is scaled") if scaled else _choice(shape, config.gemm)
-        lines[f"{shape or 'symbolic'}: {'AMX tiles' if kernel else 'PyTorch'} ({reason})"] += 1
-        if kernel:
-            _replace(node)
+        route, reason = (Route.PYTORCH, "it is scaled") if scaled else _choice(shape, config.gemm)
+        lines[f"{shape or 'symbolic'}: {route.value} ({reason})"] += 1
+        if route is not Route.PYTORCH:
+            _replace(node, _site(node) if route is Route.INTEGERS else -1)
     module.recompile()
     return [f"{count} x {line}" for line, count in lines.items()]
 
@@ -126,59 +138,80 @@ def _choose_loss(node: fx.Node, option: str) -> list[str]:
             _shape(gradient.t(), chunk, None),
         ]
     needed = len(shapes) if argument(node, 6, "gradients") else 1
-    choices = [_choice(shape, option) for shape in shapes[:needed]]
-    tiles = [kernel for kernel, _ in choices] + [False] * (len(shapes) - needed)
+    choices = [_choice(shape, option, integers=False) for shape in shapes[:needed]]
+    tiles = [route is Route.TILES for route, _ in choices] + [False] * (len(shapes) - needed)
     node.kwargs = {**node.kwargs, "tiles": tiles}
     return [
-        f"{shape or 'symbolic'}, {name} in the fused loss: {'AMX tiles' if kernel else 'PyTorch'} ({reason})"
-        for name, shape, (kernel, reason) in zip(LOSS_PRODUCTS, shapes, choices, strict=False)
+        f"{shape or 'symbolic'}, {name} in the fused loss: {route.value} ({reason})"
+        for name, shape, (route, reason) in zip(LOSS_PRODUCTS, shapes, choices, strict=False)
     ]
 
 
-def _choice(shape: Shape | None, option: str) -> tuple[bool, str]:
-    """(whether our kernel runs a product, why)."""
+def _choice(shape: Shape | None, option: str, integers: bool = True) -> tuple[Route, str]:
+    """(what runs a product, why). ``integers``: the kernel of integers can be told to."""
     if option in ("default", "onednn"):
-        return False, f"gemm={option!r}"
+        return Route.PYTORCH, f"gemm={option!r}"
     if option == "auto" and shape is None:
-        return False, "its shape is symbolic"
+        return Route.PYTORCH, "its shape is symbolic"
     if option == "auto" and shape is not None and shape.batch * shape.m * shape.k * shape.n < SMALLEST:
-        return False, "small"
-    if reason := gemm_kernel().reason:
-        return False, reason
-    if option == "amx" or shape is None:
-        return True, "gemm='amx'"
-    return measured(shape, torch.get_num_threads())
+        return Route.PYTORCH, "small"
+    build = gemm_kernel()
+    if build.kernel is None:
+        return Route.PYTORCH, build.reason
+    if option == "amx_int8" and integers:
+        if build.kernel.integers:
+            return Route.INTEGERS, "gemm='amx_int8'"
+        return Route.TILES, "gemm='amx_int8', but this processor has no AMX tiles of int8"
+    if option != "auto" or shape is None:
+        return Route.TILES, f"gemm={option!r}"
+    return measured(shape, torch.get_num_threads(), integers and build.kernel.integers)
 
 
-def _replace(node: fx.Node) -> None:
+def _site(node: fx.Node) -> int:
+    """A number for a call site, the same in every process."""
+    return zlib.crc32(f"{node.graph}{node.name}".encode())
+
+
+def _replace(node: fx.Node, site: int) -> None:
     """Put our operator in the place of PyTorch's."""
     target: OpOverload = ours.matmul.default
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(target, _operands(node))
+        new = node.graph.call_function(target, (*_operands(node), site))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
 @functools.cache
-def measured(shape: Shape, threads: int) -> tuple[bool, str]:
-    """Whether the kernel is fp32-accurate and faster for a class; ``threads`` is part of what was measured."""
+def measured(shape: Shape, threads: int, integers: bool) -> tuple[Route, str]:
+    """Which kernel is fp32-accurate and fastest for a class; ``threads`` is part of what was measured."""
     kernel = gemm_kernel().kernel
     assert kernel is not None, "the caller saw one"
+    routes = (Route.INTEGERS, Route.TILES) if integers else (Route.TILES,)
     with no_modes(), torch.no_grad(), no_autocast():
-        a, b, bias, out = _example(shape, CHECKED)
-        exact = torch.matmul(a.double(), b.double()) + (0 if bias is None else bias.double())
-        if not kernel.product(a, b, bias, out):
-            return False, "the kernel refused the probe"
-        error = float((out - exact).abs().max())
-        theirs = float((plain_product(a, b, bias, out) - exact).abs().max())
-        if error > ACCURACY * max(theirs, 1e-30):
-            return False, f"not fp32-accurate here: error {error / max(theirs, 1e-30):.1f} x PyTorch's"
-        a, b, bias, out = _example(shape, LONGEST)
-        # CPU seconds: both use all threads alike, and wall time would vary with whatever else the machine does
-        plain, tiles = (lambda: plain_product(a, b, bias, out)), (lambda: kernel.product(a, b, bias, out))
-        faster = gain(plain, tiles, time.process_time)
-    return faster >= GAIN, f"the kernel runs at {faster:.2f} x PyTorch's speed"
+        found = {route: _speed(kernel, shape, route) for route in routes}
+    best = max(found, key=lambda route: found[route][0])
+    reason = "; ".join(reason if route is best else f"{route.value}: {reason}" for route, (_, reason) in found.items())
+    return best if found[best][0] >= GAIN else Route.PYTORCH, reason
+
+
+def _speed(kernel: GemmKernel, shape: Shape, route: Route) -> tuple[float, str]:
+    """(a kernel's speed over PyTorch's, or 0 where it is not accurate; the same in words)."""
+    site = Site() if route is Route.INTEGERS else None
+    a, b, bias, out = _example(shape, CHECKED)
+    exact = torch.matmul(a.double(), b.double()) + (0 if bias is None else bias.double())
+    if not kernel.product(a, b, bias, out, site=site) or (site and not sum(site.calls)):
+        return 0.0, "the kernel refused the probe"
+    error = float((out - exact).abs().max())
+    theirs = float((plain_product(a, b, bias, out) - exact).abs().max())
+    if error > ACCURACY * max(theirs, 1e-30):
+        return 0.0, f"not fp32-accurate here: error {error / max(theirs, 1e-30):.1f} x PyTorch's"
+    a, b, bias, out = _example(shape, LONGEST)
+    site = Site() if route is Route.INTEGERS else None
+    # CPU seconds: both use all threads alike, and wall time would vary with whatever else the machine does
+    plain, tiles = (lambda: plain_product(a, b, bias, out)), (lambda: kernel.product(a, b, bias, out, site=site))
+    faster = gain(plain, tiles, time.process_time)
+    return faster, f"the kernel runs at {faster:.2f} x PyTorch's speed"
 
 
 def _example(shape: Shape, longest: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

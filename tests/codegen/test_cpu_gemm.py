@@ -18,6 +18,7 @@ from dscompile.codegen.cpu import builder, gemm_choice
 from dscompile.codegen.cpu.builder import GemmBuild, build_gemm, gemm_kernel
 from dscompile.codegen.cpu.gemm_choice import choose_gemm, measured
 from dscompile.codegen.cpu.gemm_kernel import GemmKernel
+from dscompile.codegen.cpu.gemm_sites import Site
 from dscompile.config import Config
 from dscompile.report import REPORTS
 
@@ -244,8 +245,10 @@ def test_without_a_kernel_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("gain", "chosen"), [(gemm_choice.GAIN, True), (gemm_choice.GAIN - 0.01, False)])
 def test_auto_needs_a_gain(monkeypatch: pytest.MonkeyPatch, gain: float, chosen: bool) -> None:
     class Exact:
+        integers = False
+
         @staticmethod
-        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, site: None) -> bool:
             out.copy_(a.double() @ b.double())
             return True
 
@@ -261,8 +264,10 @@ def test_auto_needs_a_gain(monkeypatch: pytest.MonkeyPatch, gain: float, chosen:
 
 def test_auto_refuses_what_is_not_fp32_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
     class Half:
+        integers = False
+
         @staticmethod
-        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, site: None) -> bool:
             out.copy_(a.bfloat16() @ b.bfloat16())
             return True
 
@@ -305,14 +310,16 @@ def test_without_a_kernel_the_operator_is_pytorchs_and_says_so(monkeypatch: pyte
 
 
 @tiles
-@pytest.mark.parametrize("regions", ["auto", "whole"])
-def test_a_compiled_model_trains_the_same(regions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("regions", "gemm"), [("auto", "amx"), ("whole", "amx"), ("auto", "amx_int8")])
+def test_a_compiled_model_trains_the_same(regions: str, gemm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
     product = GemmKernel.product
 
-    def counting(self: GemmKernel, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+    def counting(
+        self: GemmKernel, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, site: Site | None = None
+    ) -> bool:
         products.append(tuple(out.shape))
-        return product(self, a, b, bias, out)
+        return product(self, a, b, bias, out, site=site)
 
     monkeypatch.setattr(GemmKernel, "product", counting)
     torch.manual_seed(0)
@@ -327,9 +334,10 @@ def test_a_compiled_model_trains_the_same(regions: str, monkeypatch: pytest.Monk
     expected = gradients(model)
     assert not products
     REPORTS.clear()
-    compiled = torch.compile(model, backend="dscompile", options={"gemm": "amx", "regions": regions, "cache": False})
+    compiled = torch.compile(model, backend="dscompile", options={"gemm": gemm, "regions": regions, "cache": False})
     torch.testing.assert_close(gradients(compiled), expected)
     assert len(products) == 5  # two forward, two weight gradients, one input gradient
     lines = [line for report in dscompile.last_report() for line in report.facts["products"]]
     assert lines
-    assert all("AMX tiles (gemm='amx')" in line for line in lines)
+    name = "AMX tiles of int8" if gemm == "amx_int8" else "AMX tiles"
+    assert all(f"{name} (gemm={gemm!r})" in line for line in lines)

@@ -13,7 +13,7 @@ import dscompile
 from dscompile import gemm_ops, loss_ops
 from dscompile.codegen.cpu import builder, gemm_choice
 from dscompile.codegen.cpu.builder import GemmBuild, gemm_kernel
-from dscompile.codegen.cpu.gemm_choice import choose_gemm
+from dscompile.codegen.cpu.gemm_choice import Route, choose_gemm
 from dscompile.codegen.cpu.gemm_kernel import GemmKernel
 from dscompile.config import Config
 from dscompile.report import REPORTS
@@ -157,7 +157,9 @@ def graph_of(rows: int, gradients: bool) -> tuple[fx.GraphModule, fx.Node]:
 def test_auto_measures_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a chunk, at most 1,024 long; where one is not faster, the others still are."""
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(GemmKernel))  # type: ignore[arg-type]
-    monkeypatch.setattr(gemm_choice, "measured", lambda shape, threads: (not shape.a_transposed, "measured"))
+    monkeypatch.setattr(
+        gemm_choice, "measured", lambda shape, *_: (Route.PYTORCH if shape.a_transposed else Route.TILES, "measured")
+    )
     module, call = graph_of(4096, True)
     assert choose_gemm(module, Config()) == [
         "1 x [1024, 512] @ [1024, 512]^T, logits in the fused loss: AMX tiles (measured)",

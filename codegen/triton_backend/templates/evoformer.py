@@ -253,7 +253,7 @@ def _kernel(use: Evoformer, what: str, sizes: Sizes | None) -> Kernel:
         ideal=0 if sizes is None else int(at(ideal)),
         nodes=(name,),
         kind="matrix",
-        registers=_registers(use),
+        registers=_registers(use, tile),
     )  # fmt: skip
 
 
@@ -268,9 +268,9 @@ def _warps(use: Evoformer, tile: int) -> int:
     return tile // 16 * (2 if power(use.dim) > 64 else 1)
 
 
-def _registers(use: Evoformer) -> int:
-    """All that there are in fp32, where ptxas left to itself spills a few for one program more."""
-    return MOST_REGISTERS if use.dtype is torch.float32 and use.precision == "ieee" else 0
+def _registers(use: Evoformer, tile: int) -> int:
+    """All that there are, where ptxas left to itself spills some for one program more; eight warps must share them."""
+    return MOST_REGISTERS if _warps(use, tile) == 4 else 0
 
 
 def _stages(use: Evoformer, what: str) -> int:

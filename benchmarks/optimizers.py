@@ -3,8 +3,8 @@
 ``adamw`` is ``torch.optim.AdamW(fused=True)``; ``lamb`` our LAMB with its C++ kernel, ``lamb_foreach`` without it, both
 with a weight decay. ``host`` is our AdamW of 16-bit training given fp32 gradients, ``host_bf16`` given bf16 ones, as
 that training gives it. Fused AdamW moves 28 bytes a parameter (reads x, g, m, v; writes x, m, v). LAMB cannot apply a
-direction before it has the norm of all of it: 24 and then 16 bytes, 1.43 times as many, unless a tensor stays in the
-cache between its two sweeps.
+direction before it has the norm of all of it: 24 and then 16 bytes, 1.43 times as many, but for what stays in a core's
+cache between the two sweeps.
 """
 
 from __future__ import annotations

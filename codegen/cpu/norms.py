@@ -1,8 +1,8 @@
 """Gradients of LayerNorm and RMSNorm on CPU: our one sweep or Inductor's two kernels, as a measurement here says.
 
 Ours is measured against PyTorch's LayerNorm, which takes no compilation and keeps the column sums in a buffer as ours
-does. RMSNorm's stay with Inductor unless asked for: with our two-step column sums its kernels were measured at least as
-fast as ours, which read the normalised input, too, where that was saved (figures: docs/cpu_kernels.md).
+does. RMSNorm's, and LayerNorm's of 16 bits, stay with Inductor unless asked for: with our two-step column sums its
+kernels were measured at least as fast as ours (figures: docs/cpu_kernels.md).
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def _choice(given: list[Any], option: str, *, rms: bool = False) -> Choice:
         return Choice(False, reason)
     if option == "kernel":
         return Choice(True, "norm_backward='kernel'")
-    if rms:
-        return Choice(False, "Inductor's kernels for RMSNorm, with our column sums, were measured at least as fast")
+    if rms or values[1].dtype is not torch.float32:
+        what = "RMSNorm" if rms else "LayerNorm of 16 bits"
+        return Choice(False, f"Inductor's kernels for {what}, with our column sums, were measured at least as fast")
     if values[1].numel() < SMALLEST:
         return Choice(False, f"fewer than {SMALLEST} elements")
     columns = values[-1].numel()
-    measured = _gain(values[1].dtype, min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
+    measured = _gain(min(values[1].numel() // columns, MOST_ROWS), columns, torch.get_num_threads())
     return Choice(measured >= GAIN, f"the kernel runs at {measured:.2f} x the speed of PyTorch's LayerNorm")
 
 
@@ -115,8 +116,8 @@ def _replace_rms_norm(norm: RmsNorm) -> str:
     value, wanted = norm.dx.meta["val"], norm.dweight.meta["val"]
     with graph.inserting_before(place):
         target = torch.ops.dscompile.rms_norm_backward.default
-        operands = (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken)
-        both = graph.call_function(target, operands, {"dtype": value.dtype})
+        given = (norm.grad, norm.x, norm.rstd, norm.weight, norm.normal, taken)
+        both = graph.call_function(target, given, {"dtype": value.dtype})
         dx, dweight = (graph.call_function(operator.getitem, (both, part)) for part in range(2))
         down = graph.call_function(aten.view.default, (dweight, list(wanted.shape)))
         dweight.meta["val"] = norm.weight.meta["val"].float()
@@ -163,14 +164,14 @@ def _addition(node: fx.Node, dx: fx.Node | None) -> fx.Node | None:
 
 
 @functools.cache
-def _gain(dtype: torch.dtype, rows: int, columns: int, threads: int) -> float:
+def _gain(rows: int, columns: int, threads: int) -> float:
     """The kernel's speed over PyTorch's, with a residual added; ``threads`` is part of what was measured."""
     kernel = norm_kernel()[0]
     assert kernel is not None, "norm_kernel() gave no reason against it"
     generator = torch.Generator().manual_seed(0)
     with no_modes(), torch.no_grad(), no_autocast():
-        grad, x, residual = (torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3))
-        mean, rstd, weight = (t.to(dtype) for t in (torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(columns)))
+        grad, x, residual = (torch.randn(rows, columns, generator=generator) for _ in range(3))
+        mean, rstd, weight = torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(columns)
 
         def theirs() -> Tensor:
             arguments = (grad, x, [columns], mean, rstd, weight, weight, [True, True, True])

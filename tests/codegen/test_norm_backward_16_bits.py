@@ -108,6 +108,12 @@ def test_a_gradient_that_is_rounded_is_written_in_16_bits_though_the_input_is_wi
         torch.testing.assert_close(value, right, rtol=2e-2, atol=2e-2)
 
 
+def test_inductor_keeps_layer_norm_of_16_bits_unless_asked() -> None:
+    module = trace(Residual().bfloat16(), torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)).module
+    (text,) = choose_norms(module, Config.load({}))
+    assert "Inductor (Inductor's kernels for LayerNorm of 16 bits" in text
+
+
 def test_inductor_keeps_rms_norm_unless_asked() -> None:
     (text,) = choose_norms(backward(kept=True), Config.load({}))
     assert "Inductor (Inductor's kernels for RMSNorm" in text

@@ -223,11 +223,17 @@ def _as_table(tile: Tile) -> Space | None:
         rows = tile.space.cols / length
         enough = length.is_Integer and rows.is_Integer and (length <= PERSISTENT or rows >= PROGRAMS)
         fits = enough and length >= _SHORT
-        once = any(COL in load.index.free_symbols and COL not in load.index.subs(Div(COL, length), 0).free_symbols
-                   for load in tile.loads())  # fmt: skip
+        once = any(COL in load.index.free_symbols and _by_row(load.index, length) for load in tile.loads())
         if alone and fits and once:
             return Space(SpaceKind.ROWS, rows, length)
     return None
+
+
+def _by_row(index: sympy.Expr, length: sympy.Expr) -> bool:
+    """Whether an index depends on the place by its row of ``length`` alone."""
+    if index == COL or (isinstance(index, Div) and index.args == (COL, length)):
+        return index != COL
+    return all(_by_row(a, length) for a in index.args)
 
 
 def _results(found: Reduction) -> sympy.Expr:

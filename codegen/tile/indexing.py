@@ -175,9 +175,9 @@ def _merge(expr: sympy.Expr) -> sympy.Expr:
             if found is not None and found == Div(a, b) and times == factor * b:
                 return expr - rem - other + factor * a
             whole = found.args[0] if found is not None else None
-            if isinstance(whole, Rem) and whole.args[0] == a and (whole.args[1] / b).is_integer:
-                if found == Div(whole, b) and times == factor * b:
-                    return expr - rem - other + factor * whole
+            nested = isinstance(whole, Rem) and whole.args[0] == a and (whole.args[1] / b).is_integer
+            if nested and found == Div(whole, b) and times == factor * b:
+                return expr - rem - other + factor * whole
             times, found = _factored(other, Rem)
             if found is not None and found.args[0] == Div(a, b) and times == factor * b:
                 return expr - rem - other + factor * Rem(a, b * found.args[1])

@@ -29,6 +29,7 @@ from dscompile.codegen.tile.ir import (
     Scan,
     Through,
 )
+from dscompile.errors import UnsupportedError
 
 TYPES = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.bool: "tl.int1",
@@ -70,6 +71,11 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
     def _print_Pow(self, expr: sympy.Expr) -> str:  # noqa: N802
         return "*".join([_atom(self, expr.base)] * int(expr.exp))
+
+    def _print_LatticeOp(self, expr: sympy.Expr) -> str:  # noqa: N802
+        raise UnsupportedError(f"the symbolic size {expr} is no sum of products, which a kernel's index must be")
+
+    _print_Max = _print_Min = _print_LatticeOp  # noqa: N815
 
     def _print_Mul(self, expr: sympy.Expr) -> str:  # noqa: N802
         return "*".join(_atom(self, a) for a in expr.args)

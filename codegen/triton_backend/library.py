@@ -103,7 +103,7 @@ def embedding_backward(grad: Tensor, ids: Tensor, vocabulary: int = VOCABULARY) 
 def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_variance: Tensor
 ) -> tuple[Tensor, ...]:
-    """Batch norm in training over ``[N, C, H, W]``, and ReLU: result, mean, 1 / deviation, and the new running statistics.
+    """Batch norm in training over ``[N, C, H, W]``, and ReLU: result, mean, 1 / deviation, new running statistics.
 
     Weight, bias and statistics are fp32 ``[C]``.
     """
@@ -316,13 +316,14 @@ def _heads(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
 
 
 def _channels(*extra: str) -> Callable[[torch.dtype, int, int], tuple[Any, ...]]:
-    """``x [8, rows / 8, H, W]``, where H * W is cols and W 32 if it can be, and: another one; ``c`` fp32 per channel."""
+    """``x [8, rows / 8, H, W]``, where H * W is cols and W 32 if it can be; ``c``: fp32 per channel."""
 
     def make(dtype: torch.dtype, rows: int, cols: int) -> tuple[Any, ...]:
         channels, width = max(rows // 8, 1), 32 if cols % 32 == 0 else cols
         kinds: dict[str, Callable[[], Tensor]] = {
-            "x": lambda: torch.empty(8, channels, cols // width, width, dtype=dtype), "c": lambda: torch.empty(channels),
-        }  # fmt: skip
+            "x": lambda: torch.empty(8, channels, cols // width, width, dtype=dtype),
+            "c": lambda: torch.empty(channels),
+        }
         return tuple(kinds[e]() for e in extra)
 
     return make

@@ -19,6 +19,7 @@ from dscompile.codegen.tile.schedule import PROGRAMS
 from dscompile.codegen.tile.trace import traced
 from dscompile.codegen.triton_backend.body import index_text
 from dscompile.codegen.triton_backend.library import entries, example
+from dscompile.errors import UnsupportedError
 
 # -- index arithmetic --------------------------------------------------------------------------------------------------
 
@@ -79,6 +80,12 @@ def test_what_is_printed_rounds_towards_zero_as_triton_does(a: int, shift: int, 
         text = index_text(function(a * n * ROW + COL - shift, sympy.Integer(n)))
         found = eval(text, {"r": Truncated(r), "c": Truncated(c)})
         assert place < 0 or int(found) == wanted, text
+
+
+def test_a_size_that_is_a_maximum_is_no_index() -> None:
+    """Of a pool whose input's size is a symbol: the region is Inductor's, with that reason."""
+    with pytest.raises(UnsupportedError, match=r"the symbolic size .*s0.* is no sum of products"):
+        index_text(COL * sympy.Max(1, sympy.Symbol("s0", integer=True)))
 
 
 class Truncated(int):
@@ -305,7 +312,7 @@ def test_a_batch_norm_whose_channels_fit_is_one_kernel_that_reads_everything_onc
 
 
 def test_inductors_batch_norm_reads_its_operands_again() -> None:
-    """What ``count_kernels library/batch_norm`` counts: 50,376,704 and 83,927,040 bytes; ours are 33.6 and 50.4 million.
+    """What ``count_kernels library/batch_norm`` counts: 50,376,704 and 83,927,040 bytes; ours: 33.6 and 50.4 million.
 
     Our fusion with the sums apart stores one value more in backward than Inductor does.
     """

@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from dscompile.codegen.cpu.builder import gemm_kernel
 from dscompile.codegen.cpu.choice import gain
 from dscompile.codegen.cpu.gemm_kernel import GemmKernel
-from dscompile.codegen.cpu.gemm_sites import Site
 from dscompile.config import Config
 from dscompile.effects import argument
 from dscompile.gemm_ops import plain_product
@@ -164,7 +163,7 @@ def _choice(shape: Shape | None, option: str, integers: bool = True) -> tuple[Ro
         return Route.TILES, "gemm='amx_int8', but this processor has no AMX tiles of int8"
     if option != "auto" or shape is None:
         return Route.TILES, f"gemm={option!r}"
-    return measured(shape, torch.get_num_threads(), integers and build.kernel.integers)
+    return measured(shape, torch.get_num_threads())
 
 
 def _site(node: fx.Node) -> int:
@@ -183,33 +182,32 @@ def _replace(node: fx.Node, site: int) -> None:
 
 
 @functools.cache
-def measured(shape: Shape, threads: int, integers: bool) -> tuple[Route, str]:
-    """Which kernel is fp32-accurate and fastest for a class; ``threads`` is part of what was measured."""
+def measured(shape: Shape, threads: int) -> tuple[Route, str]:
+    """Whether the tiles are fp32-accurate and faster for a class; ``threads`` is part of what was measured.
+
+    The tiles of int8, faster still, are not among what is chosen here: their bits depend on what a site met before, so
+    a resumed run would not go on with the same losses, and they are exact by norms of rows and columns, not by elements.
+    """
     kernel = gemm_kernel().kernel
     assert kernel is not None, "the caller saw one"
-    routes = (Route.INTEGERS, Route.TILES) if integers else (Route.TILES,)
     with no_modes(), torch.no_grad(), no_autocast():
-        found = {route: _speed(kernel, shape, route) for route in routes}
-    best = max(found, key=lambda route: found[route][0])
-    reason = "; ".join(reason if route is best else f"{route.value}: {reason}" for route, (_, reason) in found.items())
-    return best if found[best][0] >= GAIN else Route.PYTORCH, reason
+        faster, reason = _speed(kernel, shape)
+    return Route.TILES if faster >= GAIN else Route.PYTORCH, reason
 
 
-def _speed(kernel: GemmKernel, shape: Shape, route: Route) -> tuple[float, str]:
-    """(a kernel's speed over PyTorch's, or 0 where it is not accurate; the same in words)."""
-    site = Site() if route is Route.INTEGERS else None
+def _speed(kernel: GemmKernel, shape: Shape) -> tuple[float, str]:
+    """(the kernel's speed over PyTorch's, or 0 where it is not accurate; the same in words)."""
     a, b, bias, out = _example(shape, CHECKED)
     exact = torch.matmul(a.double(), b.double()) + (0 if bias is None else bias.double())
-    if not kernel.product(a, b, bias, out, site=site) or (site and not sum(site.calls)):
+    if not kernel.product(a, b, bias, out):
         return 0.0, "the kernel refused the probe"
     error = float((out - exact).abs().max())
     theirs = float((plain_product(a, b, bias, out) - exact).abs().max())
     if error > ACCURACY * max(theirs, 1e-30):
         return 0.0, f"not fp32-accurate here: error {error / max(theirs, 1e-30):.1f} x PyTorch's"
     a, b, bias, out = _example(shape, LONGEST)
-    site = Site() if route is Route.INTEGERS else None
     # CPU seconds: both use all threads alike, and wall time would vary with whatever else the machine does
-    plain, tiles = (lambda: plain_product(a, b, bias, out)), (lambda: kernel.product(a, b, bias, out, site=site))
+    plain, tiles = (lambda: plain_product(a, b, bias, out)), (lambda: kernel.product(a, b, bias, out))
     faster = gain(plain, tiles, time.process_time)
     return faster, f"the kernel runs at {faster:.2f} x PyTorch's speed"
 

@@ -248,7 +248,7 @@ def test_auto_needs_a_gain(monkeypatch: pytest.MonkeyPatch, gain: float, chosen:
         integers = False
 
         @staticmethod
-        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, site: None) -> bool:
+        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
             out.copy_(a.double() @ b.double())
             return True
 
@@ -267,7 +267,7 @@ def test_auto_refuses_what_is_not_fp32_accurate(monkeypatch: pytest.MonkeyPatch)
         integers = False
 
         @staticmethod
-        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, site: None) -> bool:
+        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
             out.copy_(a.bfloat16() @ b.bfloat16())
             return True
 

@@ -374,29 +374,23 @@ def test_what_pytorch_errs_is_bounded_by_what_fp32_can(monkeypatch: pytest.Monke
     assert gemm_sites.limit(2048) <= gemm_sites.MARGIN * 8 * 2**-24
 
 
-@pytest.mark.parametrize(
-    ("gains", "route"), [((2.0, 1.5), Route.INTEGERS), ((1.3, 1.5), Route.TILES), ((1.0, 1.0), Route.PYTORCH)]
-)
-def test_auto_takes_the_fastest(gains: tuple[float, float], route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_never_takes_the_tiles_of_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bits depend on what a site met before: a resumed run would not go on with the same losses."""
+
     class Exact:
         integers = True
 
         @staticmethod
-        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, site: Site | None) -> bool:
+        def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
             out.copy_(a.double() @ b.double())
-            if site:
-                site.passed(0, 0.0)
             return True
 
     monkeypatch.setattr(gemm_choice, "gemm_kernel", lambda: GemmBuild(Exact))  # type: ignore[arg-type]
-    speeds = iter(gains)
-    monkeypatch.setattr(gemm_choice, "gain", lambda *_: next(speeds))
+    monkeypatch.setattr(gemm_choice, "gain", lambda *_: 9.0)
     measured.cache_clear()
-    shape = gemm_choice.Shape(1, 512, 512, 512, False, False, False)
-    found, reason = gemm_choice._choice(shape, "auto")
+    route, _ = gemm_choice._choice(gemm_choice.Shape(1, 512, 512, 512, False, False, False), "auto")
     measured.cache_clear()
-    assert found is route
-    assert all(f"{gain:.2f} x PyTorch's speed" in reason for gain in gains)
+    assert route is Route.TILES
 
 
 def test_without_tiles_of_integers_the_option_takes_bf16_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,9 +132,9 @@ class Config(BaseModel):
     )
     gemm: Literal["auto", "amx_int8", "amx", "onednn", "default"] = Field(
         "auto",
-        description="fp32 matrix products on CPU: 'auto' takes our kernel on AMX tiles of bf16 or oneDNN where that was "
-        "measured faster at fp32 accuracy; 'amx' takes our kernel for every product, 'amx_int8' the one on tiles of "
-        "integers, whose last bits may differ in a resumed run.",
+        description="fp32 matrix products on CPU: 'auto' takes our kernel on AMX tiles of bf16 or oneDNN where that "
+        "was measured faster at fp32 accuracy; 'amx' takes our kernel for every product, 'amx_int8' the one on tiles "
+        "of integers, whose last bits may differ in a resumed run.",
     )
     attention: Literal["auto", "kernel", "aten"] = Field(
         "auto",

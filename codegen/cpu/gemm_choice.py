@@ -185,8 +185,8 @@ def _replace(node: fx.Node, site: int) -> None:
 def measured(shape: Shape, threads: int) -> tuple[Route, str]:
     """Whether the tiles are fp32-accurate and faster for a class; ``threads`` is part of what was measured.
 
-    The tiles of int8, faster still, are not among what is chosen here: their bits depend on what a site met before, so
-    a resumed run would not go on with the same losses, and they are exact by norms of rows and columns, not by elements.
+    The tiles of int8, faster still, are not chosen here: their bits depend on what a site met before, so a resumed run
+    would not go on with the same losses, and they are exact by norms of rows and columns, not by elements.
     """
     kernel = gemm_kernel().kernel
     assert kernel is not None, "the caller saw one"

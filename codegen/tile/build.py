@@ -231,8 +231,10 @@ def _as_table(tile: Tile) -> Space | None:
 
 def _by_row(index: sympy.Expr, length: sympy.Expr) -> bool:
     """Whether an index depends on the place by its row of ``length`` alone."""
-    if index == COL or (isinstance(index, Div) and index.args == (COL, length)):
-        return index != COL
+    if index == COL:
+        return False
+    if isinstance(index, Div) and index.args == (COL, length):
+        return True
     return all(_by_row(a, length) for a in index.args)
 
 

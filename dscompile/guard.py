@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dscompile.errors import ShardingError
-from dscompile.torch_compat import without_torch_function
+from dscompile.torch_compat import never_a_frame, without_torch_function
 
 
 class Gathered(Tensor):
@@ -40,6 +40,9 @@ class Gathered(Tensor):
         if _name(func) == "numpy":
             result.flags.writeable = False
         return result
+
+
+never_a_frame(Gathered.__torch_function__.__func__)
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -24,6 +24,7 @@ from dscompile.guard import Gathered
 from dscompile.ops import unshard
 from dscompile.placement import ShardSpec
 from dscompile.slots import Slot, attribute_keys, slot_of
+from dscompile.torch_compat import never_a_frame
 from dscompile.world import World
 
 STATE = "_dscompile"
@@ -241,6 +242,7 @@ def _property(name: str, tail: Tail, sync: Sync) -> property:
             "(weight_norm, ...) before distribute()."
         )
 
+    never_a_frame(reduce, local, boundary, _read)
     return property({Sync.REDUCE: reduce, Sync.LOCAL: local, Sync.BOUNDARY: boundary}[sync], refuse)
 
 

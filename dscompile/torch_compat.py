@@ -18,7 +18,9 @@ from torch import fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.backends.common import aot_autograd as aot_autograd
+from torch._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._functorch.partitioners import _extract_fwd_bwd_modules as _extract_fwd_bwd_modules
@@ -245,6 +247,15 @@ def static(tensor: torch.Tensor) -> torch.Tensor:
     """
     torch._dynamo.mark_static(tensor)
     return tensor
+
+
+def never_a_frame(*functions: Any) -> None:
+    """Let ``torch.compile`` begin at none of these functions, nor at what they call; it still traces through them.
+
+    Else Dynamo compiles our own code that runs eagerly after a graph break. Stands on ``set_code_exec_strategy``.
+    """
+    for function in functions:
+        set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
 def wrap_like(tensor: DTensor, local: torch.Tensor) -> DTensor:

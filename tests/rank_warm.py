@@ -34,3 +34,4 @@ torch_key()
 CacheBase.get_system()
 options = {"regions": "aten", "cache": False, "summary": False}
 torch.compile(Warm(), backend=dscompile.backend.dscompile, options=options)(torch.ones(2, 4))
+torch._dynamo.utils.counters.clear()  # tests count from 0

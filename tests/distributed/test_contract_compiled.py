@@ -75,6 +75,23 @@ def check_graph_breaks(rank: int, world: int) -> None:
     assert dscompile.access_count(model) == 2  # the uncompiled region's
 
 
+class Recurrent(nn.Module):
+    """Dynamo leaves an LSTM to eager execution: its weights, of many shapes, are read there one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.out = nn.LSTM(6, 8, num_layers=2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.cells(x)[0]))
+
+
+def check_recurrent_layers(rank: int, world: int) -> None:
+    torch.compiler.reset()
+    model, _ = parity(Recurrent, square((4, 5, 6)), rank, world, run=compiled)
+    assert dscompile.access_count(model) >= 8  # the LSTM's
+
+
 def check_inference(rank: int, world: int) -> None:
     model, reference = dscompile.distribute(seeded(Odd)), seeded(Odd)
     run = compiled(model, fullgraph=True)

@@ -42,7 +42,7 @@ class Gathered(Tensor):
         return result
 
 
-never_a_frame(Gathered.__torch_function__.__func__)
+never_a_frame(Gathered.__torch_function__)
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
@@ -98,13 +98,23 @@ def _rank(begun: Path, work: Callable[..., int], arguments: tuple[Any, ...]) -> 
         traceback.print_exc()
         status = 1
     _ignore_signals()
+    if status > 128:
+        _end(status)
     if status != 0:
         sys.exit(status)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     _ignore_signals()
-    sys.exit(128 + number)
+    _end(128 + number)
+
+
+def _end(status: int) -> NoReturn:
+    """Exit after a signal. It may have broken off a collective, of which PyTorch would warn while Python ends."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, RuntimeError, ValueError):  # closed, or the signal came while it was written
+            stream.flush()
+    os._exit(status)
 
 
 def _ignore_signals() -> None:

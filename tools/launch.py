@@ -5,6 +5,7 @@ Under ``torchrun`` itself (many machines) nothing of this runs: its workers come
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -110,7 +111,8 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _end(status: int) -> NoReturn:
-    """Exit after a signal. It may have broken off a collective, of which PyTorch would warn while Python ends."""
+    """Exit after a signal, which may have broken off a collective: PyTorch would warn of it as it is unloaded."""
+    atexit._run_exitfuncs()  # goodbyes, unfinished saves
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, RuntimeError, ValueError):  # closed, or the signal came while it was written
             stream.flush()

@@ -1,6 +1,7 @@
 """The private parts of PyTorch that compile and cache: TorchInductor and AOTAutograd's cache.
 
-With :mod:`dscompile.torch_compat` and :mod:`dscompile.cache_compat` the only files that name private parts of PyTorch.
+With :mod:`dscompile.torch_compat`, :mod:`dscompile.cache_compat` and :mod:`dscompile.cpp_compat` the only files that
+name private parts of PyTorch.
 Apart, because loading Inductor takes seconds and memory that a process pays only when it compiles. Each helper says
 which private name it stands on.
 """
@@ -15,7 +16,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -37,8 +38,6 @@ from torch._inductor import config as inductor_config
 from torch._inductor import inductor_prims as inductor_prims  # registers its operators
 from torch._inductor import ir as inductor_ir
 from torch._inductor.codecache import CppCodeCache, FxGraphCache
-from torch._inductor.codegen import cpp as inductor_cpp
-from torch._inductor.codegen.common import device_codegens, init_backend_registration
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -62,6 +61,7 @@ from torch.utils._filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from dscompile import gemm_ops as gemm_ops  # registers its operator
+from dscompile.cpp_compat import corrected_cpu_codegen
 from dscompile.torch_compat import no_autocast
 
 
@@ -126,7 +126,7 @@ def inductor_compile(
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     options = {"fallback_random": not fused_rng, "keep_output_stride": True}  # both choose decompositions too
     try:
-        with torch.no_grad(), no_autocast(), inductor_config.patch(options), _corrected_cpu_codegen():
+        with torch.no_grad(), no_autocast(), inductor_config.patch(options), corrected_cpu_codegen():
             decomposed = _decompose(module, inputs, {**select_decomp_table(), **decompositions})
             result = decomposed.graph.output_node()
             result.meta["original_output_strides"] = output.meta["original_output_strides"]
@@ -187,62 +187,6 @@ def triton_kernels(module: fx.GraphModule, decompositions: Mapping[OpOverload, C
             called = [getattr(n.node, "python_kernel_name", None) for n in nodes if n.is_extern()]
             others = tuple(str(name) for name in called if name)  # a result among several has no name
             return TritonFigures(metrics.generated_kernel_count - before, int(moved), others, source.value)
-
-
-class _Tile2D(inductor_cpp.CppTile2DKernel):
-    """Inductor's 2-D tile with the right address for a parallel scatter.
-
-    torch 2.13 moves the index of a store to the tile's inner row, and its vectorised ``atomic_add`` (an accumulating
-    ``index_put`` on more than one thread) then moves it a second time: row ``k`` is added to row ``2 * k``, possibly
-    past the buffer's end. Falcon's fused query/key/value gradient is wrong by 2 % so. Here the index is moved once.
-    """
-
-    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
-        """Emit ``name[index] = value``, or the accumulating form."""
-        parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
-        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):  # type: ignore[no-untyped-call]
-            inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
-        else:
-            super().store(name, index, value, mode)  # type: ignore[no-untyped-call]
-
-
-class _KernelProxy(inductor_cpp.CppKernelProxy):
-    tile2d_kernel_cls = _Tile2D
-
-
-class _CpuScheduling(inductor_cpp.CppScheduling):
-    """Inductor's scheduling of CPU loops, keeping a reader behind the in-place kernel whose result it reads.
-
-    To fuse loops of different ranks, torch 2.13 computes a node's loads again and forgets that they are of the buffer
-    *after* a mutation (a scatter): the reader may then be fused with a producer of the scattered values, in front of
-    the scatter. Here the loads keep the names that the scheduler gave them.
-    """
-
-    kernel_proxy_cls = _KernelProxy
-
-    def _align_compatible_range_nodes(self, node1: Any, node2: Any) -> bool:
-        aligned = bool(super()._align_compatible_range_nodes(node1, node2))  # type: ignore[no-untyped-call]
-        for node in (*node1.get_nodes(), *node2.get_nodes()):
-            node.set_read_writes(node.read_writes.rename(node.mutation_renames))
-        return aligned
-
-
-@contextlib.contextmanager
-def _corrected_cpu_codegen() -> Iterator[None]:
-    """Have Inductor generate CPU kernels through our subclasses while a region compiles; restored on the way out.
-
-    Stands on ``CppScheduling.kernel_proxy_cls`` and ``CppKernelProxy.tile2d_kernel_cls``, made for subclasses, and on
-    the table behind ``register_backend_for_device``. A CPU backend that the user chose or registered is left alone.
-    """
-    init_backend_registration()
-    stock = device_codegens["cpu"]
-    ours = isinstance(stock.scheduling(None), inductor_cpp.CppScheduling) and inductor_config.cpu_backend == "cpp"
-    if ours:
-        device_codegens["cpu"] = replace(stock, scheduling=_CpuScheduling)
-    try:
-        yield
-    finally:
-        device_codegens["cpu"] = stock
 
 
 def _decompose(module: fx.GraphModule, inputs: list[Any], table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:

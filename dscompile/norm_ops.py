@@ -122,6 +122,16 @@ inline void store(const Arrays& a, int64_t start, int64_t n, const float* from) 
   }
 }
 
+// Fetches what the rows from element `start` on read and write: they come cold from memory.
+inline void fetch(const Arrays& a, int64_t start, int64_t n) {
+  for (int array = 0; array < ARRAYS; array++) {
+    const int64_t width = a.type[array] ? 2 : 4;
+    if (a.at[array])
+      for (int64_t byte = 0; byte < n * width; byte += 64)
+        __builtin_prefetch((const char*)a.at[array] + start * width + byte, 0, 2);
+  }
+}
+
 // CENTRED: LayerNorm, which subtracts the mean and has a bias. KEPT: weight's gradient multiplies by NORMAL.
 template <bool CENTRED, bool KEPT, int N>
 void group(const Arrays& a, int64_t row, int64_t tile, float* __restrict__ dgamma, float* __restrict__ dbeta,
@@ -136,6 +146,7 @@ void group(const Arrays& a, int64_t row, int64_t tile, float* __restrict__ dgamm
     float product = 0, sum = 0;
     for (int64_t from = 0; from < n; from += tile) {
       const int64_t start = (row + k) * n + from, length = std::min(tile, n - from);
+      fetch(a, start + N * n, length);
       const float* g = load(a, GRAD, start, length, buffers[k][GRAD]);
       const float* x = load(a, X, start, length, buffers[k][X]);
       const float* weight = w + from;

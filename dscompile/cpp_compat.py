@@ -57,7 +57,7 @@ class _Vec(inductor_cpp.CppVecKernel):
 
     def load(self, name: str, index: Any) -> Any:
         """Emit a vector of ``name`` from ``index`` on."""
-        value = super().load(name, index)  # type: ignore[no-untyped-call]
+        value = super().load(name, index)
         self._fetch(self.loads, name, self.args.input(name), index, write=False)
         return value
 
@@ -70,7 +70,7 @@ class _Vec(inductor_cpp.CppVecKernel):
     def _fetch(self, code: Any, name: str, pointer: str, index: Any, *, write: bool) -> None:
         index = self.rename_indexing(index)
         inner = self.itervars[-1]
-        if self.tiling_idx != len(self.itervars) - 1 or self._try_get_const_stride(index, inner) != 1:  # type: ignore[no-untyped-call]
+        if self.tiling_idx != len(self.itervars) - 1 or self._try_get_const_stride(index, inner) != 1:
             return  # an outer loop is vectorised, or lanes are gathered: what comes next is not adjacent
         buffer = V.graph.try_get_buffer(name)
         if buffer is None or sys.platform == "win32":  # a thread's scratch; MSVC has no such builtin

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ("dscompile", "passes", "codegen", "runtime", "tools")
-COMPAT = ("dscompile/torch_compat.py", "dscompile/inductor_compat.py", "dscompile/cache_compat.py", "dscompile/cpp_compat.py")
+COMPAT = tuple(f"dscompile/{part}_compat.py" for part in ("torch", "inductor", "cache", "cpp"))
 REGISTRIES = {("dscompile/manager.py", "REGISTRY")}
 """The documented tables that are filled after import."""
 

@@ -19,7 +19,7 @@ FETCH = re.compile(r"__builtin_prefetch\((\w+) \+ (.*) \+ (\d+), ([01]), 2\);")
 
 
 def fetches(function: Callable[..., Tensor], *inputs: Tensor) -> list[tuple[str, ...]]:
-    """Pointer, index, distance in elements and read (0) or write (1) of each fetch in the C++ of a function's region."""
+    """Pointer, index, distance in elements and read (0) or write (1) of each fetch in a function's C++."""
     with torch.no_grad():
         graph = trace(function, *inputs)
     (region,) = (r for r in cut(graph, Config.load({"regions": "whole"})) if not r.inline)

@@ -2,10 +2,10 @@
 
 ``linear_cross_entropy`` is ``cross_entropy(input @ weight.T + bias, target)``. A chunk's logits become its loss, then
 in place its gradient, and with that its part of the gradients of ``input`` and ``weight``, before the next chunk
-starts: so the peak is two chunks and the gradients, in place of three tensors of all logits. The gradients are those
-for a loss gradient of 1; backward only scales them. No product is computed twice, and rows that do not count (masked
-language models) are not projected at all. Each of the three products can be told to run on AMX tiles (``tiles``, in
-the order of :data:`PRODUCTS`); code generation tells them.
+starts: so the peak is two chunks (one where the compiled kernel runs, ``codegen/cpu/loss_rows.cpp``) and the gradients,
+in place of three tensors of all logits. The gradients are those for a loss gradient of 1; backward only scales them. No
+product is computed twice, and rows that do not count (masked language models) are not projected at all. Each of the
+three products can be told to run on AMX tiles (``tiles``, in the order of :data:`PRODUCTS`); code generation tells them.
 
 The idea of taking the loss's gradient in forward, chunk by chunk, is that of Liger-Kernel (arXiv:2410.10989); Cut
 Cross-Entropy (arXiv:2411.09009) recomputes the logits instead.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,15 @@ from torch import Tensor
 from dscompile import gemm_ops
 from dscompile.ops import LIBRARY
 
+if TYPE_CHECKING:
+    from dscompile.codegen.cpu.loss_kernel import LossKernel
+
 MEAN, SUM = 1, 2
 """``reduction`` as aten counts it."""
 
-CHUNK_BYTES = 32 << 20
-"""A chunk's logits: large enough for the matrix products to run at full speed, small beside a batch's."""
+CHUNK_BYTES = 31 << 20
+"""A chunk's logits: large enough for the matrix products to run at full speed, small beside a batch's, and less than
+the 32 MiB from which on the C library maps fresh pages at every step (``mallopt(3)``, ``M_MMAP_THRESHOLD``)."""
 
 PRODUCTS = ("logits", "gradient of the input", "gradient of the weight")
 """The products of a chunk."""
@@ -164,8 +168,18 @@ def _check_classes(target: Tensor, counted: Tensor, vocabulary: int) -> None:
         raise IndexError(f"linear_cross_entropy: target {int(wrong[0])} is out of bounds for {vocabulary} classes.")
 
 
+def _rows_kernel(input: Tensor) -> LossKernel | None:
+    """The compiled loss of rows, where it takes logits like ``input``."""
+    if input.device.type != "cpu" or input.dtype is torch.float64:
+        return None
+    from dscompile.codegen.cpu.builder import loss_kernel
+
+    kernel = loss_kernel().kernel
+    return kernel if kernel is not None and kernel.takes(input.dtype) else None
+
+
 class _Work:
-    """The buffers of one call: a chunk's logits and probabilities, and the gradients that grow chunk by chunk."""
+    """The buffers of one call: a chunk's logits (and probabilities), and the gradients that grow chunk by chunk."""
 
     scale = 1.0
     """What the gradients are multiplied with."""
@@ -186,7 +200,9 @@ class _Work:
         vocabulary = weight.shape[0]
         self.rows = rows_of_chunk(count, vocabulary, self.exact.itemsize)
         self.logits = input.new_empty((self.rows, vocabulary))
-        self.probabilities = torch.empty((self.rows, vocabulary), dtype=self.exact, device=input.device)
+        self.kernel = _rows_kernel(input)  # needs no probabilities: the gradient takes the place of the logits
+        kept = 0 if self.kernel is not None else self.rows
+        self.probabilities = torch.empty((kept, vocabulary), dtype=self.exact, device=input.device)
         fresh = torch.empty_like if count == input.shape[0] else torch.zeros_like
         self.grad_input = fresh(input, memory_format=torch.contiguous_format) if gradients else None
         # sums over chunks are kept in the exact dtype: one rounding to 16 bits, as of one product
@@ -199,9 +215,21 @@ class _Work:
         ``part`` says where the rows are in the input; ``counted`` which of them count, None that all do.
         """
         input = self.input[part]
-        logits, probabilities = self.logits[: len(input)], self.probabilities[: len(input)]
+        logits = self.logits[: len(input)]
         self._multiply(self.tiles[0], input, self.weight.t(), self.bias, logits)
-        index = (target if counted is None else target.where(counted, 0)).unsqueeze(1)
+        index = target if counted is None else target.where(counted, 0)
+        if self.kernel is None:
+            losses, gradient = self._loss_and_gradient(logits, index, counted)
+        else:
+            losses = self.kernel.rows(logits, index, counted, gradient=self.grad_input is not None)
+            gradient = logits
+        if self.grad_input is not None:
+            self._add_gradients(part, input, gradient)
+        return losses.sum(dtype=torch.float64)
+
+    def _loss_and_gradient(self, logits: Tensor, index: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each row's loss and, where it is wanted, the gradient of ``logits``, which may lie in their place."""
+        probabilities, index = self.probabilities[: len(logits)], index.unsqueeze(1)
         exact = logits.to(self.exact)
         largest, where = exact.max(dim=1, keepdim=True)
         chosen = exact.gather(1, index)
@@ -214,13 +242,10 @@ class _Work:
             probabilities.scatter_add_(1, index, torch.full_like(chosen, -1.0))
             if counted is not None:
                 probabilities.mul_(counted.unsqueeze(1))
-            self._add_gradients(part, input, logits, probabilities)
-        return losses.sum(dtype=torch.float64)
+        return losses, probabilities if logits.dtype is self.exact else logits.copy_(probabilities)
 
-    def _add_gradients(self, part: slice | Tensor, input: Tensor, logits: Tensor, probabilities: Tensor) -> None:
+    def _add_gradients(self, part: slice | Tensor, input: Tensor, gradient: Tensor) -> None:
         assert self.grad_input is not None
-        same = logits.dtype is self.exact
-        gradient = probabilities if same else logits.copy_(probabilities)
         rows = self.grad_input[part] if isinstance(part, slice) else torch.empty_like(input)
         self._multiply(self.tiles[1], gradient, self.weight, None, rows)
         if self.scale != 1.0:
@@ -230,12 +255,12 @@ class _Work:
         if self.tiles[2]:
             if not gemm_ops.add_product(self.grad_weight, gradient.t(), input, self.scale):
                 raise _OutOfRangeError
-        elif same:
+        elif gradient.dtype is self.exact:
             self.grad_weight.addmm_(gradient.t(), input, alpha=self.scale)
         else:
             self.grad_weight.add_(gradient.t() @ input, alpha=self.scale)
         if self.bias is not None:
-            self.grad_bias.add_(probabilities.sum(0), alpha=self.scale)
+            self.grad_bias.add_(gradient.sum(0, dtype=self.exact), alpha=self.scale)
 
     @staticmethod
     def _multiply(on_tiles: bool, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:

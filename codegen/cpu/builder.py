@@ -1,4 +1,4 @@
-"""Builds the C++ kernels of attention and of matrix products once, keeps them on disk, and says why where that fails.
+"""Builds the C++ kernels of attention, products and losses once, keeps them on disk, and says why where that fails.
 
 A library is called after the SHA-256 of everything it depends on: sources, flags, compiler, PyTorch and the CPU's
 features. It is written under a temporary name and renamed, under a lock that the system releases when its holder dies:
@@ -25,12 +25,14 @@ from filelock import FileLock
 
 from dscompile.codegen.cpu.gemm_kernel import GemmKernel, NoTiles
 from dscompile.codegen.cpu.kernels import AttentionKernels
+from dscompile.codegen.cpu.loss_kernel import LossKernel
 from dscompile.torch_compat import kernel_cache_directory
 
 log = logging.getLogger("dscompile")
 
 SOURCE = "block_sparse_attention.cpp"
 GEMM_SOURCE = "gemm.cpp"
+LOSS_SOURCE = "loss_rows.cpp"
 """The translation units, in this folder with the headers they include."""
 
 FLAGS = (
@@ -90,6 +92,34 @@ def build_gemm(folder: Path, environment: Mapping[str, str]) -> GemmBuild:
         return GemmBuild(None, str(error))
     except (OSError, AttributeError) as error:
         return GemmBuild(None, _damaged(path, error))
+
+
+@dataclass(frozen=True)
+class LossBuild:
+    """The cross-entropy of rows of logits, or the reason why there is none."""
+
+    kernel: LossKernel | None
+    reason: str = ""
+
+
+@functools.cache
+def loss_kernel() -> LossBuild:
+    """The loss of this machine, built at the first call of a process; a failure is warned of once."""
+    build = build_loss(Path(kernel_cache_directory()), os.environ)
+    if build.kernel is None:
+        log.warning("fused cross-entropy on CPU runs on PyTorch's kernels, slower: %s", build.reason)
+    return build
+
+
+def build_loss(folder: Path, environment: Mapping[str, str]) -> LossBuild:
+    """As :func:`build_kernels`."""
+    path, reason = _library(folder, environment, LOSS_SOURCE, "loss")
+    if path is None:
+        return LossBuild(None, reason)
+    try:
+        return LossBuild(LossKernel.load(str(path)))
+    except (OSError, AttributeError) as error:
+        return LossBuild(None, _damaged(path, error))
 
 
 def build_kernels(folder: Path, environment: Mapping[str, str]) -> Build:

@@ -89,6 +89,13 @@ inline bf16 narrow(float x, bf16) {
 }
 
 #ifdef HAVE_FP16
+#if defined(__AVX512F__)  // GCC converts these vectors one element at a time
+inline Vec load(const fp16* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store(fp16* p, Vec v) {  // to nearest, ties to even; past 65504 infinite
+  const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+}
+#else
 inline Vec load(const fp16* p) {
   Fp16s h;
   std::memcpy(&h, p, sizeof h);
@@ -98,6 +105,7 @@ inline void store(fp16* p, Vec v) {  // to nearest, ties to even; past 65504 inf
   const Fp16s h = __builtin_convertvector(v, Fp16s);
   std::memcpy(p, &h, sizeof h);
 }
+#endif
 inline float widen(fp16 x) { return x; }
 inline fp16 narrow(float x, fp16) { return fp16(x); }
 #endif

@@ -160,6 +160,7 @@ def test_auto_measures_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gemm_choice, "measured", lambda shape, *_: (Route.PYTORCH if shape.a_transposed else Route.TILES, "measured")
     )
+    monkeypatch.setattr(loss_ops, "CHUNK_BYTES", 32 << 20)
     module, call = graph_of(4096, True)
     assert choose_gemm(module, Config()) == [
         "1 x [1024, 512] @ [1024, 512]^T, logits in the fused loss: AMX tiles (measured)",

@@ -5,7 +5,7 @@ in place its gradient, and with that its part of the gradients of ``input`` and 
 starts: so the peak is two chunks (one where the compiled kernel runs, ``codegen/cpu/loss_rows.cpp``) and the gradients,
 in place of three tensors of all logits. The gradients are those for a loss gradient of 1; backward only scales them. No
 product is computed twice, and rows that do not count (masked language models) are not projected at all. Each of the
-three products can be told to run on AMX tiles (``tiles``, in the order of :data:`PRODUCTS`); code generation tells them.
+three products can be told to run on AMX tiles (``tiles``, in the order of :data:`PRODUCTS`) by code generation.
 
 The idea of taking the loss's gradient in forward, chunk by chunk, is that of Liger-Kernel (arXiv:2410.10989); Cut
 Cross-Entropy (arXiv:2411.09009) recomputes the logits instead.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dscompile.codegen import activations
 from dscompile.torch_compat import OpOverload
@@ -41,7 +41,24 @@ def nll_loss_backward(
         ignore_index: the target value that has no gradient.
         total_weight: ``[]``, the weights summed over the targets.
     """
-    channel = 0 if self.dim() < 2 else 1
+    chosen, gradients = _chosen(grad_output, self, target, reduction, ignore_index, total_weight)
+    if weight is not None:
+        shape = [1] * self.dim()
+        shape[_channel(self)] = -1
+        gradients = gradients * weight.view(shape)
+    return chosen * gradients
+
+
+def _channel(scores: Tensor) -> int:
+    """The dimension of classes."""
+    return 0 if scores.dim() < 2 else 1
+
+
+def _chosen(
+    grad_output: Tensor, self: Tensor, target: Tensor, reduction: int, ignore_index: int, total_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-1 at each target's class, else 0; and each target's gradient without weights, 0 where it is ignored."""
+    channel = _channel(self)
     if reduction == _MEAN:
         grad_output = grad_output / total_weight
     if self.dim() == 1 and target.dim() > 0:
@@ -54,9 +71,48 @@ def nll_loss_backward(
     chosen = torch.where(torch.where(used, target, 0) == classes, -1.0, 0.0).to(self.dtype)
     if self.dim() > grad_output.dim() > 0:
         grad_output = grad_output.unsqueeze(channel)
-    if weight is not None:
-        grad_output = grad_output * weight.view(shape)
-    return chosen * torch.where(used, grad_output, 0)
+    return chosen, torch.where(used, grad_output, 0)
+
+
+def cross_entropy_backward(
+    grad_output: Tensor,
+    self: Tensor,
+    target: Tensor,
+    reduction: int,
+    ignore_index: int,
+    total_weight: Tensor,
+) -> Tensor:
+    """Gradient of an unweighted ``nll_loss`` of a log-softmax to that one's input.
+
+    The gradient of ``nll_loss`` sums to minus each target's gradient over classes, exactly, since all others are 0:
+    nothing has to be added up. The arguments are those of :func:`nll_loss_backward`; ``self`` is the log-softmax.
+    """
+    chosen, gradients = _chosen(grad_output, self, target, reduction, ignore_index, total_weight)
+    return chosen * gradients + torch.exp(self) * gradients
+
+
+def join_cross_entropy(module: fx.GraphModule) -> None:
+    """Put :func:`cross_entropy_backward` in the place of the two gradients that it joins, in a region's module."""
+    aten = torch.ops.aten
+    for node in module.graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default):
+        loss, output, dim, dtype = node.args
+        if not isinstance(loss, fx.Node) or loss.target not in _NLL_BACKWARD or list(loss.users) != [node]:
+            continue
+        value: Tensor = output.meta["val"]
+        grad, scores, target, weight, *rest = loss.args
+        same = value.dtype is dtype and dtype in (torch.float32, torch.float64)
+        if not same or scores is not output or weight is not None or dim % value.dim() != _channel(value):
+            continue
+        with module.graph.inserting_before(node):
+            joined = module.graph.call_function(cross_entropy_backward, (grad, scores, target, *rest))
+        joined.meta = dict(node.meta)
+        node.replace_all_uses_with(joined)
+        module.graph.erase_node(node)
+        module.graph.erase_node(loss)
+    module.recompile()
+
+
+_NLL_BACKWARD = (torch.ops.aten.nll_loss_backward.default, torch.ops.aten.nll_loss2d_backward.default)
 
 
 def index_put(

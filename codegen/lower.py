@@ -14,7 +14,7 @@ from torch import fx
 from dscompile.codegen.cpu.choice import choose_attention
 from dscompile.codegen.cpu.gemm_choice import choose_gemm
 from dscompile.codegen.cpu.norms import choose_norms
-from dscompile.codegen.decompositions import decompositions
+from dscompile.codegen.decompositions import decompositions, join_cross_entropy
 from dscompile.codegen.emit import emit_aten
 from dscompile.codegen.gpu import TritonRegion, choose, on_gpu
 from dscompile.codegen.regions import Region, region_module
@@ -61,6 +61,7 @@ def lower_region(region: Region, config: Config) -> RegionCode:
             )
     attention += choose_norms(module, config)
     products = choose_gemm(module, config)
+    join_cross_entropy(module)
     try:
         artifact = inductor_compile(
             module, donated=region.donated, fused_rng=config.rng == "fused", decompositions=decompositions()

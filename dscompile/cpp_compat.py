@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import sympy
 from torch._inductor import config as inductor_config
 from torch._inductor.codegen import cpp as inductor_cpp
 from torch._inductor.codegen.common import DeferredLine, device_codegens, init_backend_registration
+from torch._inductor.cpu_vec_isa import invalid_vec_isa
 from torch._inductor.virtualized import V
 
 
@@ -91,15 +93,62 @@ class _KernelProxy(inductor_cpp.CppKernelProxy):
     tile2d_kernel_cls = _Tile2D
 
 
+_LONG = 64
+"""Elements of a row from which on what is computed once a row costs little without vectors."""
+
+
+def _members(node: Any) -> list[Sequence[Any]]:
+    """The nodes of each loop that may be joined."""
+    return [part.get_nodes() for part in node.get_outer_nodes()]
+
+
+def _ranges(nodes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The outer sizes and the reduced sizes of nodes that share their loops."""
+    _, (sizes, reduced) = max(nodes, key=lambda node: int(node.is_reduction())).group
+    return list(sizes), list(reduced)
+
+
+class _RowProxy(_KernelProxy):
+    """A loop of several that are to become one over rows: what is computed once a row is not vectorised.
+
+    Inductor joins loops over rows only if all step alike, and a vectorised value of rows (the ``rsqrt`` of a norm, the
+    ``log`` of a log-softmax) takes 8 or 16 rows a step: then the matrix comes from memory once for each loop.
+    """
+
+    depth = 0
+    """How many outer loops are shared."""
+
+    def codegen_nodes(self, nodes: list[Any]) -> None:
+        """Generate the loop of ``nodes``. Stands on ``picked_vec_isa``."""
+        sizes, reduced = _ranges(nodes)
+        # Inductor switches this off when it has given up joining, and generates every loop again
+        if len(sizes) == self.depth and not reduced and inductor_config.inplace_buffers:
+            self.picked_vec_isa = invalid_vec_isa
+        super().codegen_nodes(nodes)  # type: ignore[no-untyped-call]
+
+
 class _CpuScheduling(inductor_cpp.CppScheduling):
-    """Inductor's scheduling of CPU loops, keeping a reader behind the in-place kernel whose result it reads.
+    """Inductor's scheduling of CPU loops, joining loops over long rows, and keeping readers behind in-place kernels.
 
     To fuse loops of different ranks, torch 2.13 computes a node's loads again and forgets that they are of the buffer
     *after* a mutation (a scatter): the reader may then be fused with a producer of the scattered values, in front of
     the scatter. Here the loads keep the names that the scheduler gave them.
     """
 
-    kernel_proxy_cls = _KernelProxy
+    kernel_proxy_cls: type[inductor_cpp.CppKernelProxy] = _KernelProxy
+
+    def codegen_outer_loop_node(self, node: Any) -> None:
+        """Generate loops that may be joined over their outer ones. Stands on ``get_outer_nodes`` and ``group``."""
+        depth = node.outer_loop_fusion_depth
+        inner = [prod(sizes[depth:] + reduced) for sizes, reduced in map(_ranges, _members(node))]
+        lengths = [size for size in inner if size != 1]
+        long = lengths and all(isinstance(size, (int, sympy.Integer)) and size >= _LONG for size in lengths)
+        if long:
+            self.kernel_proxy_cls = type("_Rows", (_RowProxy,), {"depth": depth})
+        try:
+            super().codegen_outer_loop_node(node)  # type: ignore[no-untyped-call]
+        finally:
+            self.kernel_proxy_cls = _KernelProxy
 
     def _align_compatible_range_nodes(self, node1: Any, node2: Any) -> bool:
         aligned = bool(super()._align_compatible_range_nodes(node1, node2))  # type: ignore[no-untyped-call]

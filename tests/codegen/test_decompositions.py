@@ -6,10 +6,19 @@ import itertools
 
 import pytest
 import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from benchmarks.memory import allocation_peak
-from dscompile.codegen.decompositions import nll_loss_backward, sum_columns
+from dscompile.codegen.decompositions import (
+    cross_entropy_backward,
+    join_cross_entropy,
+    nll_loss_backward,
+    sum_columns,
+)
+
+aten = torch.ops.aten
 
 
 @pytest.mark.parametrize(
@@ -33,6 +42,52 @@ def test_nll_loss_backward_equals_the_kernel(shape: tuple[int, ...], reduction: 
     found = nll_loss_backward(gradient, scores, target, weight, reduction, -100, total)
     assert torch.equal(found, expected)
     assert found.dtype is expected.dtype
+
+
+def softmax_and_loss_backward(shape: tuple[int, ...], reduction: int, weight: torch.Tensor | None) -> fx.GraphModule:
+    """Both gradients of a cross-entropy with an ignored target; its input are log-probabilities and the upstream."""
+    generator = torch.Generator().manual_seed(0)
+    channel = 0 if len(shape) == 1 else 1
+    scores = torch.randn(shape, generator=generator).log_softmax(channel)
+    target = torch.randint(7, [n for i, n in enumerate(shape) if i != channel], generator=generator)
+    if target.dim():
+        target.view(-1)[0] = -100
+    forward, backward = aten.nll_loss_forward.default, aten.nll_loss_backward.default
+    if len(shape) == 4:
+        forward, backward = aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default
+    loss, total = forward(scores, target, weight, reduction, -100)
+
+    def gradient(scores: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+        of_scores = backward(upstream, scores, target, weight, reduction, -100, total)
+        return aten._log_softmax_backward_data.default(of_scores, scores, channel - len(shape), torch.float32)
+
+    upstream = torch.randn(loss.shape, generator=generator)
+    module = make_fx(gradient)(scores, upstream)
+    for node in module.graph.find_nodes(op="placeholder"):
+        node.meta["val"] = scores if node.name.startswith("scores") else upstream
+    return module
+
+
+def targets_of(module: fx.GraphModule) -> set[object]:
+    return {node.target for node in module.graph.nodes}
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 7, 3, 4)])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_the_gradient_of_a_cross_entropy_adds_nothing_up(shape: tuple[int, ...], reduction: int) -> None:
+    module = softmax_and_loss_backward(shape, reduction, None)
+    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    expected = module(*inputs)
+    join_cross_entropy(module)
+    assert cross_entropy_backward in targets_of(module)
+    assert aten._log_softmax_backward_data.default not in targets_of(module)
+    torch.testing.assert_close(module(*inputs), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_gradient_of_a_weighted_cross_entropy_is_left() -> None:
+    module = softmax_and_loss_backward((5, 7), 1, torch.rand(7))
+    join_cross_entropy(module)
+    assert aten._log_softmax_backward_data.default in targets_of(module)
 
 
 def test_a_compiled_cross_entropy_needs_one_buffer_of_the_scores_size() -> None:

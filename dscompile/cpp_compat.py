@@ -124,7 +124,7 @@ class _RowProxy(_KernelProxy):
         # Inductor switches this off when it has given up joining, and generates every loop again
         if len(sizes) == self.depth and not reduced and inductor_config.inplace_buffers:
             self.picked_vec_isa = invalid_vec_isa
-        super().codegen_nodes(nodes)  # type: ignore[no-untyped-call]
+        super().codegen_nodes(nodes)
 
 
 class _CpuScheduling(inductor_cpp.CppScheduling):
@@ -146,7 +146,7 @@ class _CpuScheduling(inductor_cpp.CppScheduling):
         if long:
             self.kernel_proxy_cls = type("_Rows", (_RowProxy,), {"depth": depth})
         try:
-            super().codegen_outer_loop_node(node)  # type: ignore[no-untyped-call]
+            super().codegen_outer_loop_node(node)
         finally:
             self.kernel_proxy_cls = _KernelProxy
 

@@ -14,6 +14,7 @@ the last :data:`ROUNDS` rounds reached go back to the system.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import mmap
 import os
@@ -60,6 +61,32 @@ class PoolUse:
     refused: int
 
 
+class _Lease(weakref.ref[memoryview]):
+    """What calls back when nothing refers to a buffer any more; it must be kept alive until then.
+
+    ``weakref.finalize`` would do, in three times the time.
+    """
+
+    __slots__ = ("place",)
+    place: tuple[int, int]
+
+    def __hash__(self) -> int:
+        """By identity: views of equal contents are different buffers."""
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        """By identity."""
+        return self is other
+
+
+@functools.lru_cache(maxsize=4096)
+def _elements(size: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> int:
+    """How many elements a large tensor spans; 0 for one that the pool leaves to PyTorch."""
+    if prod(size) * itemsize < SMALLEST:
+        return 0
+    return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+
+
 class BufferPool:
     """One arena, reserved at the first large request. Several threads may use it.
 
@@ -75,6 +102,7 @@ class BufferPool:
         # A garbage collection may kill tensors at any moment, even in a thread that holds the lock: what they return
         # waits here, lock-free, until the next request.
         self._returned: deque[tuple[int, int]] = deque()
+        self._leases: set[_Lease] = set()
         self._tops: deque[int] = deque([0], maxlen=ROUNDS)  # highest address of each round, the current one last
         self._owned = self._used = self._peak = self._reused = self._grown = self._refused = 0
         self.renew_lock()
@@ -91,10 +119,8 @@ class BufferPool:
 
     def empty_strided(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised CPU tensor, as ``torch.empty_strided``; from the arena if it is large."""
-        if prod(size) * dtype.itemsize < SMALLEST:
-            return empty_strided_cpu(size, stride, dtype)
-        count = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-        lease = self._take(count * dtype.itemsize)
+        count = _elements(tuple(size), tuple(stride), dtype.itemsize)
+        lease = self._take(count * dtype.itemsize) if count else None
         if lease is None:
             return empty_strided_cpu(size, stride, dtype)
         return reinterpret(torch.frombuffer(lease, dtype=dtype, count=count), size, stride)
@@ -115,14 +141,16 @@ class BufferPool:
                 self._reserve()
             self._collect()
             needed = -(-size // _ALIGN) * _ALIGN
-            fits = [(stop - start, start, index) for index, (start, stop) in enumerate(self._free)]
-            best = min((fit for fit in fits if fit[0] >= needed), default=None)
-            if self._arena is None or best is None:
+            best, index = 0, -1  # the smallest hole that is large enough, the first of several
+            for place, (start, stop) in enumerate(self._free):
+                if stop - start >= needed and (index < 0 or stop - start < best):
+                    best, index = stop - start, place
+            if self._arena is None or index < 0:
                 self._refused += 1
                 return None
-            _, start, index = best
+            start, hole_stop = self._free[index]
             stop = start + needed
-            self._free[index : index + 1] = [(stop, self._free[index][1])] if stop < self._free[index][1] else []
+            self._free[index : index + 1] = [(stop, hole_stop)] if stop < hole_stop else []
             self._used += needed
             self._peak = max(self._peak, self._used)
             self._tops[-1] = max(self._tops[-1], stop)
@@ -132,8 +160,14 @@ class BufferPool:
             else:
                 self._reused += 1
             lease = memoryview(self._arena)[start : start + size]
-        weakref.finalize(lease, self._returned.append, (start, stop)).atexit = False
+        end = _Lease(lease, self._return)
+        end.place = start, stop
+        self._leases.add(end)
         return lease
+
+    def _return(self, lease: _Lease) -> None:
+        self._leases.discard(lease)
+        self._returned.append(lease.place)
 
     def _reserve(self) -> None:
         """Reserve the addresses, once: where that is forbidden (``ulimit -v``), every request is refused."""

@@ -287,17 +287,25 @@ def _take_over(graph: StepGraph, ctx: PassContext, old: fx.Node, new: fx.Node, *
     for result, value in before.items():
         result.meta["val"] = new.meta["val"][result.args[1]]
         graph.touched.add(result)
-        if result.meta["val"].dim() == 4 and result.meta["val"].stride() != value.stride():
-            _lay_out(graph, ctx, result, value)
+        if result.meta["val"].dim() != 4:
+            continue
+        alike = _steps(result.meta["val"]) == _steps(value)
+        # The stride of a dimension of 1 may still differ, and views show it.
+        graph.refresh_readers(result if alike else _lay_out(graph, ctx, result, value))
 
 
-def _lay_out(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) -> None:
-    """A copy of ``result`` that lies in memory as ``like`` does, for all its readers."""
+def _steps(value: Tensor) -> list[str]:
+    """The strides that matter, those of dimensions with more than one element; text, as symbolic ones may be there."""
+    return ["" if str(n) == "1" else str(step) for n, step in zip(value.shape, value.stride(), strict=True)]
+
+
+def _lay_out(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) -> fx.Node:
+    """A copy of ``result`` that lies in memory as ``like`` does, for all its readers; returns it."""
     strides = like.stride()
     order = sorted(range(like.dim()), key=lambda d: -strides[d])
     readers = list(result.users)
     if not readers:
-        return
+        return result
 
     def add(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = graph.insert_call(before, target, args, kwargs, like=result)
@@ -311,6 +319,7 @@ def _lay_out(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) 
     for reader in readers:
         reader.replace_input_with(result, final)
         graph.touched.add(reader)
+    return final
 
 
 def _padding(graph: StepGraph, site: Site) -> fx.Node | None:

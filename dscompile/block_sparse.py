@@ -29,8 +29,9 @@ def sparse_attention(
     Args:
         q: queries ``[batch, heads, seq, head_dim]``, fp32, bf16, fp16 or fp64 (the autocast dtype under autocast);
             ``head_dim`` a multiple of 8. ``seq`` need not be a multiple of the block.
-        k: keys, like ``q``.
-        v: values, like ``q``.
+        k: keys, like ``q``; or with fewer heads, each read by as many consecutive heads of ``q`` (grouped-query
+            attention).
+        v: values, like ``k``.
         layout: ``[heads, blocks, blocks]`` or ``[blocks, blocks]`` of zeros and ones with
             ``blocks = ceil(seq / block)``, or a :class:`~dscompile.block_layout.BlockLayout` built once of one.
         block: tokens of a block's side, a multiple of 16 up to 128; may be left out with a ``BlockLayout``.
@@ -46,10 +47,10 @@ def sparse_attention(
         ConfigError: a layout or block that does not fit the sequence.
         UnsupportedError: a dtype, head size or mask that no kernel takes.
     """
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+    if q.dim() != 4 or k.dim() != 4 or k.shape[2:] != q.shape[2:] or v.shape != k.shape:
         raise UnsupportedError(
-            f"sparse attention: q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; expected one "
-            "shape [batch, heads, seq, head_dim] (self-attention; repeat grouped key and value heads)."
+            f"sparse attention: q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; expected "
+            "[batch, heads, seq, head_dim] with one seq (self-attention) and head_dim, and v like k."
         )
     if isinstance(layout, BlockLayout):
         if block not in (None, layout.block):

@@ -232,6 +232,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ConfigError,
         r"the layout is a FixedSparsityConfig; .* its make_layout\(seq_len\)",
     ),
+    "a block of 16.0": ({"block": 16.0}, ConfigError, r"block 16\.0 is not one of 16, 32"),
+    "no head size": ({name: torch.ones(2, 2, 96, 0) for name in "qkv"}, UnsupportedError, "head size 0 is not"),
     "block in quotes": ({"block": "16"}, ConfigError, "block '16' is not one of 16, 32"),
     "no block": ({"block": None}, ConfigError, "needs its block"),
     "another block": ({"layout": BlockLayout.of(ONES, 16), "block": 32}, ConfigError, "built for 16"),
@@ -265,7 +267,35 @@ def test_what_deepspeeds_module_refuses() -> None:
         module(*qkv, attn_mask=torch.ones(96, 96))
     with pytest.raises(UnsupportedError, match="other than 0"):
         module(*qkv, key_padding_mask=torch.full((2, 96), -1.0))
+    with pytest.raises(UnsupportedError, match=r"has shape \[2, 1, 96, 96\]; expected \[batch, seq\]"):
+        module(*qkv, key_padding_mask=torch.zeros(2, 1, 96, 96))
+    with pytest.raises(ConfigError, match="sparsity_config is a dict; expected a class of"):
+        SparseSelfAttention({"mode": "fixed"})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_seq_length is 128"):
         module(*(torch.ones(1, HEADS, 160, SIZE) for _ in range(3)))
     with pytest.raises(ConfigError, match="'add' or 'mul', got 'plus'"):
         SparseSelfAttention(FixedSparsityConfig(HEADS), key_padding_mask_mode="plus")
+
+
+def test_values_are_checked_in_a_compiled_graph_too() -> None:
+    """There they are known at run time; else an added mask of -1 keeps its key, a layout of twos its block."""
+    torch.compiler.reset()
+    qkv, _ = inputs(96)
+    module = SparseSelfAttention(FixedSparsityConfig(HEADS), max_seq_length=128)
+
+    def attend(mask: Tensor, layout: Tensor) -> Tensor:
+        return module(*qkv, key_padding_mask=mask) + dscompile.sparse_attention(*qkv, layout, 16)
+
+    run = torch.compile(attend, backend="dscompile", fullgraph=True, options={"regions": "aten", "cache": False})
+    masks = torch.zeros(2, 1, 1, 96)
+    masks[0, ..., 60:] = -10000
+    torch.testing.assert_close(run(masks, ONES.long()), attend(masks, ONES.long()))
+    with pytest.raises(UnsupportedError, match="values other than 0"):
+        run(masks - 1, ONES.long())
+    with pytest.raises(ConfigError, match="other than 0 and 1"):
+        run(masks, ONES.long() * 2)
+
+
+def test_shapes_on_the_meta_device() -> None:
+    qkv = [x.to("meta") for x in inputs(96)[0]]
+    assert dscompile.sparse_attention(*qkv, ONES, 16).shape == qkv[0].shape

@@ -1,7 +1,8 @@
 """Block-sparse attention as operators: ``dscompile::block_sparse_attention`` and its backward.
 
 ``q``, ``k``, ``v`` are ``[batch, heads, seq, head_dim]`` of one floating dtype, in any layout; keys may be longer or
-shorter than queries. The layout says which blocks of ``block`` queries see which blocks of ``block`` keys, as CSR with
+shorter than queries, and may have fewer heads, each read by as many consecutive heads of queries (grouped-query
+attention). The layout says which blocks of ``block`` queries see which blocks of ``block`` keys, as CSR with
 absolute offsets: query block ``r`` of head ``h`` sees key blocks ``col_idx[row_ptr[h, r] : row_ptr[h, r + 1]]``, in
 ascending order. ``row_ptr`` is int32 ``[heads, ceil(seq_q / block) + 1]``, or ``[1, ...]`` for a layout that all heads
 share; ``col_idx`` is int32 ``[nnz]``. ``t_row_ptr`` and ``t_col_idx`` are the same for the transposed layout (which
@@ -69,12 +70,16 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> None:
             f"{where}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must have one dtype of "
             f"{', '.join(str(d) for d in DTYPES)}. Cast them."
         )
-    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise UnsupportedError(
             f"{where}: q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; expected "
-            "[batch, heads, seq, head_dim] with equal batch, heads and head_dim, and k like v. Repeat grouped heads."
+            "[batch, heads, seq, head_dim] with equal batch and head_dim, and k like v."
         )
-    if q.shape[3] % HEAD_STEP:
+    if q.shape[1] != k.shape[1] and (not k.shape[1] or q.shape[1] % k.shape[1]):
+        raise UnsupportedError(
+            f"{where}: {k.shape[1]} heads of k and v do not divide {q.shape[1]} heads of q: each is read by as many."
+        )
+    if not q.shape[3] or q.shape[3] % HEAD_STEP:
         raise UnsupportedError(f"{where}: head size {q.shape[3]} is not a multiple of {HEAD_STEP}; pad it.")
     if blocks.block not in BLOCKS:
         raise UnsupportedError(f"{where}: block {blocks.block} is not one of {', '.join(map(str, BLOCKS))}.")
@@ -126,63 +131,80 @@ def check_transposed(blocks: Blocks) -> None:
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
-    blocks = Blocks(*layout)
-    check_attention(q, k, v, blocks)
-    return gathered_forward(q, k, v, blocks)
+def _forward_anywhere(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+    return gathered_forward(q, *_wide(q, k, v), _checked(q, k, v, layout))
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
-    blocks = Blocks(*layout)
-    check_attention(q, k, v, blocks)
+    blocks = _checked(q, k, v, layout)
     kernels = _compiled(q.dtype)
-    return gathered_forward(q, k, v, blocks) if kernels is None else kernels.forward(q, k, v, blocks)
+    return (gathered_forward if kernels is None else kernels.forward)(q, *_wide(q, k, v), blocks)
 
 
-def _backward_kernel(
+def _forward_gpu(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+    from dscompile.codegen.triton_backend import attention
+
+    blocks = _checked(q, k, v, layout)
+    if reason := no_gpu_kernel(q, k, blocks):
+        attention.warn_gathered(reason)
+    return (gathered_forward if reason else attention.triton_forward)(q, *_wide(q, k, v), blocks)
+
+
+def _backward_anywhere(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = Blocks(*layout)
-    check_attention(q, k, v, blocks)
-    check_transposed(blocks)
-    return gathered_backward(grad_out, q, k, v, out, lse, blocks)
+    blocks = _checked_backward(q, k, v, layout)
+    return _narrow(k, *gathered_backward(grad_out, q, *_wide(q, k, v), out, lse, blocks))
 
 
 def _backward_cpu(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = Blocks(*layout)
-    check_attention(q, k, v, blocks)
-    check_transposed(blocks)
+    blocks = _checked_backward(q, k, v, layout)
     kernels = _compiled(q.dtype)
-    if kernels is None:
-        return gathered_backward(grad_out, q, k, v, out, lse, blocks)
-    return kernels.backward(grad_out, q, k, v, out, lse, blocks)
-
-
-def _forward_gpu(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
-    blocks = Blocks(*layout)
-    check_attention(q, k, v, blocks)
-    from dscompile.codegen.triton_backend import attention
-
-    if reason := no_gpu_kernel(q, k, blocks):
-        attention.warn_gathered(reason)
-        return gathered_forward(q, k, v, blocks)
-    return attention.triton_forward(q, k, v, blocks)
+    backward = gathered_backward if kernels is None else kernels.backward
+    return _narrow(k, *backward(grad_out, q, *_wide(q, k, v), out, lse, blocks))
 
 
 def _backward_gpu(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = Blocks(*layout)
-    check_attention(q, k, v, blocks)
-    check_transposed(blocks)
     from dscompile.codegen.triton_backend import attention
 
+    blocks = _checked_backward(q, k, v, layout)
     if reason := no_gpu_kernel(q, k, blocks):
         attention.warn_gathered(reason)
-        return gathered_backward(grad_out, q, k, v, out, lse, blocks)
-    return attention.triton_backward(grad_out, q, k, v, out, lse, blocks)
+    backward = gathered_backward if reason else attention.triton_backward
+    return _narrow(k, *backward(grad_out, q, *_wide(q, k, v), out, lse, blocks))
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, layout: tuple[Any, ...]) -> Blocks:
+    blocks = Blocks(*layout)
+    check_attention(q, k, v, blocks)
+    return blocks
+
+
+def _checked_backward(q: Tensor, k: Tensor, v: Tensor, layout: tuple[Any, ...]) -> Blocks:
+    blocks = _checked(q, k, v, layout)
+    check_transposed(blocks)
+    return blocks
+
+
+def _wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with each head as often as queries read it (a copy), as the kernels take them."""
+    if k.shape[1] == q.shape[1]:
+        return k, v
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+
+def _narrow(k: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of what :func:`_wide` was given, from those of what it made: summed over each group."""
+    if dk.shape[1] == k.shape[1]:
+        return dq, dk, dv
+    groups = dk.shape[1] // k.shape[1]
+    dk, dv = (result_like(k).copy_(x.unflatten(1, (-1, groups)).sum(2)) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def no_gpu_kernel(q: Tensor, k: Tensor, blocks: Blocks) -> str:
@@ -211,8 +233,8 @@ def no_kernel(dtype: torch.dtype) -> str:
     return build.reason if build.kernels is None else build.kernels.lacks(dtype)
 
 
-_LIBRARY.impl("block_sparse_attention", _forward_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("block_sparse_attention_backward", _backward_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_attention", _forward_anywhere, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_attention_backward", _backward_anywhere, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_attention", _forward_cpu, "CPU")
 _LIBRARY.impl("block_sparse_attention_backward", _backward_cpu, "CPU")
 _LIBRARY.impl("block_sparse_attention", _forward_gpu, "CUDA")

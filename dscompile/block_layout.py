@@ -58,8 +58,7 @@ class BlockLayout:
             ConfigError: a shape, dtype, value or block that cannot be used.
         """
         layout = checked_layout(layout, block)
-        if not ((layout == 0) | (layout == 1)).all():
-            raise ConfigError("sparse attention: the layout holds values other than 0 and 1.")
+        _check_values(layout)
         index = _index(layout.bool(), causal)
         heads, blocks, _ = layout.shape
         kept = index[1].numel() * (heads // index[0].shape[0])
@@ -101,9 +100,14 @@ def checked_layout(layout: Tensor, block: int) -> Tensor:
         )
     if layout.dtype.is_floating_point or layout.dtype.is_complex:
         raise ConfigError(f"sparse attention: the layout is {layout.dtype}; expected bool, or integers 0 and 1.")
-    if block not in BLOCKS:
+    if not isinstance(block, int) or block not in BLOCKS:
         raise ConfigError(f"sparse attention: block {block!r} is not one of {', '.join(map(str, BLOCKS))}.")
     return layout
+
+
+def _check_values(layout: Tensor) -> None:
+    if not ((layout == 0) | (layout == 1)).all():
+        raise ConfigError("sparse attention: the layout holds values other than 0 and 1.")
 
 
 def traced_index(layout: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,6 +136,7 @@ def _compressed(layout: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _index_kernel(layout: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_values(layout)
     kept = layout.bool().tril() if causal else layout.bool()
     rows, columns = _compressed(kept)
     t_rows, t_columns = _compressed(kept.transpose(1, 2))

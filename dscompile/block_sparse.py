@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ def sparse_attention(
     Args:
         q: queries ``[batch, heads, seq, head_dim]``, fp32, bf16, fp16 or fp64 (the autocast dtype under autocast);
             ``head_dim`` a multiple of 8. ``seq`` need not be a multiple of the block.
-        k: keys, like ``q``.
-        v: values, like ``q``.
+        k: keys, like ``q``; or with fewer heads, each read by as many consecutive heads of ``q`` (grouped-query
+            attention).
+        v: values, like ``k``.
         layout: ``[heads, blocks, blocks]`` or ``[blocks, blocks]`` of zeros and ones with
             ``blocks = ceil(seq / block)``, or a :class:`~dscompile.block_layout.BlockLayout` built once of one.
         block: tokens of a block's side, a multiple of 16 up to 128; may be left out with a ``BlockLayout``.
@@ -46,10 +48,10 @@ def sparse_attention(
         ConfigError: a layout or block that does not fit the sequence.
         UnsupportedError: a dtype, head size or mask that no kernel takes.
     """
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+    if q.dim() != 4 or k.dim() != 4 or k.shape[2:] != q.shape[2:] or v.shape != k.shape:
         raise UnsupportedError(
-            f"sparse attention: q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; expected one "
-            "shape [batch, heads, seq, head_dim] (self-attention; repeat grouped key and value heads)."
+            f"sparse attention: q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; expected "
+            "[batch, heads, seq, head_dim] with one seq (self-attention) and head_dim, and v like k."
         )
     if isinstance(layout, BlockLayout):
         if block not in (None, layout.block):
@@ -73,11 +75,13 @@ def sparse_attention(
         made = BlockLayout.of(layout, side, causal=causal)
         index = (made.row_ptr, made.col_idx, made.t_row_ptr, made.t_col_idx)
     kind = q.device.type
-    if torch.is_autocast_enabled(kind):
+    casts = torch.amp.is_autocast_available(kind)  # not on the meta device
+    if casts and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(kind, enabled=False):  # the kernel chooses its own precision
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    # The kernel chooses its own precision.
+    with torch.autocast(kind, enabled=False) if casts else contextlib.nullcontext():
         out: Tensor = torch.ops.dscompile.block_sparse_attention.default(
             q, k, v, *index, side, causal, key_padding_mask, scale
         )[0]
@@ -120,6 +124,11 @@ class SparseSelfAttention(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
+        if not hasattr(sparsity_config, "make_layout"):
+            raise ConfigError(
+                f"SparseSelfAttention: sparsity_config is a {type(sparsity_config).__name__}; expected a class of "
+                "dscompile.sparsity, e.g. FixedSparsityConfig(num_heads=12)."
+            )
         for name, mode in (("key_padding_mask_mode", key_padding_mask_mode), ("attn_mask_mode", attn_mask_mode)):
             if mode not in ("add", "mul"):
                 raise ConfigError(f"{name} must be 'add' or 'mul', got {mode!r}.")
@@ -163,7 +172,8 @@ class SparseSelfAttention(nn.Module):
             attn_mask: must be None.
 
         Raises:
-            UnsupportedError: ``rpe``, ``attn_mask``, or an added mask with values between 0 and -10000.
+            UnsupportedError: ``rpe``, ``attn_mask``, a mask of another shape, or an added one with values other than 0
+                and -10000 or less.
         """
         if rpe is not None:
             raise UnsupportedError("SparseSelfAttention: rpe (a bias on the scores) is not supported.")
@@ -187,20 +197,45 @@ class SparseSelfAttention(nn.Module):
         return made
 
     def _padding(self, mask: Tensor) -> Tensor:
-        mask = mask.reshape(mask.shape[0], mask.shape[-1])
+        batch, keys = mask.shape[0], mask.shape[-1]
+        if mask.dim() < 2 or any(size != 1 for size in mask.shape[1:-1]):
+            raise UnsupportedError(
+                f"SparseSelfAttention: the key_padding_mask has shape {list(mask.shape)}; expected [batch, seq], with "
+                "dimensions of 1 between at most: it hides whole keys. Other fixed masks belong into the layout."
+            )
+        mask = mask.reshape(batch, keys)
         if self.key_padding_mask_mode == "mul":
             return mask == 0
         if mask.dtype is torch.bool:
             raise UnsupportedError(
                 "SparseSelfAttention: a bool key_padding_mask with key_padding_mask_mode='add'; use 'mul' (True keeps)."
             )
-        hidden = mask <= -10000
-        if not torch.compiler.is_compiling() and not (hidden | (mask == 0)).all():
-            raise UnsupportedError(
-                "SparseSelfAttention: the added key_padding_mask has values other than 0 (keep) and -10000 or less "
-                "(hide)."
-            )
+        hidden: Tensor = torch.ops.dscompile.hidden_keys.default(mask.detach())
         return hidden
+
+
+def _hidden_keys(mask: Tensor) -> Tensor:
+    """Which keys an added mask hides; an operator, because in a compiled graph its values are only there at run time.
+
+    Raises:
+        UnsupportedError: values that neither keep nor hide.
+    """
+    hidden = mask <= -10000
+    if not (hidden | (mask == 0)).all():
+        raise UnsupportedError(
+            "SparseSelfAttention: the added key_padding_mask has values other than 0 (keep) and -10000 or less (hide)."
+        )
+    return hidden
+
+
+def _hidden_keys_fake(mask: Tensor) -> Tensor:
+    return torch.empty_like(mask, dtype=torch.bool)
+
+
+_LIBRARY = torch.library.Library("dscompile", "FRAGMENT")
+_LIBRARY.define("hidden_keys(Tensor mask) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("hidden_keys", _hidden_keys, "CompositeExplicitAutograd")
+torch.library.register_fake("dscompile::hidden_keys", _hidden_keys_fake, lib=_LIBRARY)
 
 
 class SparseAttentionUtils:

@@ -61,6 +61,10 @@ def evoformer_attention(
     Raises:
         UnsupportedError: shapes or dtypes that do not fit.
     """
+    if not isinstance(biases, (list, tuple)):
+        raise UnsupportedError(
+            f"evoformer attention: biases is a {type(biases).__name__}; expected a list: [mask, pair bias]."
+        )
     if len(biases) > 2:
         raise UnsupportedError(f"evoformer attention: {len(biases)} biases; expected [mask, pair bias].")
     mask, pair = (*biases, None, None)[:2]
@@ -73,8 +77,25 @@ def evoformer_attention(
     return out
 
 
-DS4Sci_EvoformerAttention = evoformer_attention
-"""DeepSpeed4Science's name."""
+def DS4Sci_EvoformerAttention(  # noqa: N802
+    Q: Tensor,  # noqa: N803
+    K: Tensor,  # noqa: N803
+    V: Tensor,  # noqa: N803
+    biases: Sequence[Tensor | None],
+) -> Tensor:
+    """:func:`evoformer_attention` with DeepSpeed4Science's name and arguments.
+
+    Args:
+        Q: queries ``[batch, sequences, residues, heads, head_dim]``.
+        K: keys, like ``Q``.
+        V: values, like ``Q``.
+        biases: up to two: ``[batch, sequences, 1, 1, residues]`` and ``[batch, 1, heads, residues, residues]``; each
+            may be None.
+
+    Returns:
+        Like ``Q``.
+    """
+    return evoformer_attention(Q, K, V, biases)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pair: Tensor | None) -> None:

@@ -200,6 +200,18 @@ class StepGraph:
                     user.meta["val"] = fake_value(user)
                     stack.append(user)
 
+    def refresh_readers(self, base: fx.Node) -> None:
+        """``base`` lies otherwise in memory than before: what reads it gets new fake values, as far as they change."""
+        stack = [base]
+        while stack:
+            current = stack.pop()
+            for user in current.users:
+                if user.op == "call_function" and _layouts(value := fake_value(user)) != _layouts(user.meta["val"]):
+                    user.meta["val"] = value
+                    self.touched.add(user)
+                    self.refresh_views(user)
+                    stack.append(user)
+
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nothing uses."""
         self.touched.discard(node)
@@ -233,6 +245,12 @@ def annotate(node: fx.Node, **changes: Any) -> NodeInfo:
     """Change fields of a node's meaning; returns the new :class:`NodeInfo`."""
     node.meta[INFO] = new = replace(info(node), **changes)
     return new
+
+
+def _layouts(value: Any) -> list[str]:
+    """Shape and strides of each tensor in a node's value, as text: comparing symbolic sizes may add a guard."""
+    tensors = value if isinstance(value, (list, tuple)) else [value]
+    return [f"{list(x.shape)} {x.stride()}" for x in tensors if isinstance(x, torch.Tensor)]
 
 
 def fake_value(node: fx.Node) -> Any:

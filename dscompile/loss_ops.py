@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dscompile import gemm_ops
+from dscompile.errors import ConfigError
 from dscompile.ops import LIBRARY
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def linear_cross_entropy(
     Args:
         input: ``[..., width]``, floating point.
         weight: ``[vocabulary, width]``, of ``input``'s dtype; products run in it, the loss in fp32 (fp64 for fp64).
+            Under autocast both, and the bias, are cast as for a linear layer.
         target: ``[...]``, int64 classes, or ``ignore_index`` for rows that do not count.
         bias: ``[vocabulary]``.
         ignore_index: the class of rows that do not count.
@@ -68,15 +70,27 @@ def linear_cross_entropy(
         The loss, a scalar in fp32 (fp64).
 
     Raises:
-        ValueError: an unknown reduction, or shapes that do not fit.
+        ConfigError: an unknown reduction, or shapes or dtypes that do not fit.
+        IndexError: on CPUs, a class that does not exist.
     """
     kinds = {"mean": MEAN, "sum": SUM}
     if reduction not in kinds:
-        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}.")
+        raise ConfigError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}.")
     if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:] or target.shape != input.shape[:-1]:
-        raise ValueError(
+        raise ConfigError(
             f"linear_cross_entropy: input {list(input.shape)} needs a weight [vocabulary, {input.shape[-1]}] and a "
             f"target {list(input.shape[:-1])}; got {list(weight.shape)} and {list(target.shape)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ConfigError(f"linear_cross_entropy: the bias is {list(bias.shape)}; expected {list(weight.shape[:1])}.")
+    if target.dtype.is_floating_point or target.dtype in (torch.bool, torch.uint8):
+        raise ConfigError(f"linear_cross_entropy: the target is {target.dtype}; expected classes, int64.")
+    input, weight, bias = _cast(input, weight, bias)
+    dtypes = [t.dtype for t in (input, weight, bias) if t is not None]
+    if len(set(dtypes)) > 1 or not input.dtype.is_floating_point:
+        raise ConfigError(
+            f"linear_cross_entropy: input, weight and bias are {', '.join(map(str, dtypes))}; they must have one "
+            "floating dtype. Cast them, or use autocast."
         )
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     flat = input.reshape(-1, input.shape[-1])
@@ -84,6 +98,16 @@ def linear_cross_entropy(
         flat, weight, bias, target.reshape(-1), kinds[reduction], ignore_index, wanted
     )[0]
     return loss
+
+
+def _cast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands as autocast, if it is on, casts those of a linear layer: all but fp64."""
+    kind = input.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    narrow = (x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in (input, weight, bias))
+    return tuple(narrow)  # type: ignore[return-value]
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ operator, time and memory stay those of dense attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -27,6 +27,11 @@ _BETWEEN = frozenset(
         aten._to_copy.default,
         aten.alias.default,
         aten.detach.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
         aten.mul.Tensor,
         aten.mul.Scalar,
         aten.div.Tensor,
@@ -47,11 +52,35 @@ def is_written_out(node: fx.Node) -> bool:
     """Whether a softmax is that of an attention: a product of two batches before it, and one after it."""
     if node.target not in SOFTMAXES or info(node).phase is not Phase.FORWARD:
         return False
-    return _reaches(node, lambda n: n.all_input_nodes) and _reaches(node, lambda n: n.users)
+    return any(_products(node, lambda n: n.all_input_nodes)) and any(_products(node, lambda n: n.users))
 
 
-def _reaches(node: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
-    """Whether a product lies in one direction, past operators of :data:`_BETWEEN` (and their getitems) only."""
+def spelt_out(softmax: fx.Node) -> str:
+    """Why the scores of an attention are there to be masked, and what to do about it."""
+    if softmax.target is aten._safe_softmax.default:
+        return (
+            "PyTorch spells this scaled_dot_product_attention out (dropout inside, a mask with a gradient, or other "
+            "shapes than [batch, heads, seq, head_dim]), so hidden scores are masked: right, but neither faster nor "
+            "smaller"
+        )
+    return (
+        "the model writes attention out, so hidden scores are masked: right, but neither faster nor smaller; "
+        "let it call scaled_dot_product_attention (transformers: attn_implementation='sdpa')"
+    )
+
+
+def operands(softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two operands of the product that made the scores; None if which it is cannot be told."""
+    scores = str(softmax.meta["val"].numel())  # text, as a symbolic number may be
+    found = [n for n in _products(softmax, lambda n: n.all_input_nodes) if str(n.meta["val"].numel()) == scores]
+    if len(found) != 1:
+        return None
+    first, second = found[0].args[1:3] if found[0].target is aten.baddbmm.default else found[0].args[:2]
+    return first, second  # type: ignore[return-value]
+
+
+def _products(node: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """The products that lie in one direction, past operators of :data:`_BETWEEN` (and their getitems) only."""
     stack, seen = list(steps(node)), set[fx.Node]()
     while stack:
         current = stack.pop()
@@ -59,10 +88,9 @@ def _reaches(node: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> bo
             continue
         seen.add(current)
         if current.target in _PRODUCTS:
-            return True
-        if current.target in _BETWEEN or getattr(current.target, "__name__", "") == "getitem":
+            yield current
+        elif current.target in _BETWEEN or getattr(current.target, "__name__", "") == "getitem":
             stack += steps(current)
-    return False
 
 
 def hide(graph: StepGraph, softmax: fx.Node, visible: fx.Node) -> fx.Node:

@@ -17,50 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dscompile.attention_ops import BLOCKS, DTYPES, HEAD_STEP
+from dscompile.attention_ops import BLOCKS
 from dscompile.block_layout import BlockLayout
-from dscompile.effects import argument
 from dscompile.errors import ConfigError, PipelineError
 from dscompile.graph import StepGraph, annotate
 from dscompile.manager import Numerics, PassContext, graph_pass
 from dscompile.params import role_of
-from dscompile.passes.attention_mask import Mask, UnknownMaskError, understand
-from dscompile.passes.attention_scores import hide, is_written_out
+from dscompile.passes.attention_scores import hide, is_written_out, operands, spelt_out
+from dscompile.passes.attention_sites import RefusedError, Site, is_attention, named, read
+from dscompile.passes.attention_sources import CROSS, Sources
 from dscompile.passes.canonicalise import remove_dead
 from dscompile.sparse_section import SparseAttentionConfig
-from dscompile.torch_compat import OpOverload, fake_mode_of, no_modes
+from dscompile.torch_compat import fake_mode_of, no_modes
 
 aten = torch.ops.aten
 
-BACKWARDS: dict[OpOverload, OpOverload] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: (
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    ),
-    aten._scaled_dot_product_flash_attention.default: aten._scaled_dot_product_flash_attention_backward.default,
-    aten._scaled_dot_product_efficient_attention.default: aten._scaled_dot_product_efficient_attention_backward.default,
-    aten._scaled_dot_product_cudnn_attention.default: aten._scaled_dot_product_cudnn_attention_backward.default,
-}
-"""What ``scaled_dot_product_attention`` becomes on CPUs and GPUs. All begin with q, k, v, and return output and
-logsumexp first; their backwards begin with the gradient, q, k, v and return those three gradients first."""
-
-_OTHERS = ("scaled_dot_product", "efficient_attention", "flash_attention", "flex_attention")
 _INDEX = ("row_ptr", "col_idx", "t_row_ptr", "t_col_idx")
-
-
-class RefusedError(Exception):
-    """Why an attention stays dense."""
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One attention of the model: its two halves and what they say."""
-
-    forward: fx.Node
-    backward: fx.Node | None
-    heads: int
-    seq: int
-    mask: Mask
-    scale: float
 
 
 @dataclass
@@ -136,20 +108,20 @@ def sparse_attention(graph: StepGraph, ctx: PassContext) -> None:
         )
     if section.block not in BLOCKS:
         raise ConfigError(f"sparse_attention.block: {section.block} is not one of {', '.join(map(str, BLOCKS))}.")
-    layouts = Layouts(graph, section)
+    layouts, sources = Layouts(graph, section), Sources(graph)
     for node in list(graph.nodes):
         try:
-            if _is_attention(node):
-                _sparse(graph, ctx, node, layouts)
+            if is_attention(node):
+                _sparse(graph, ctx, read(node, sources), layouts)
             elif is_written_out(node):
-                _masked(graph, ctx, node, layouts)
+                _masked(graph, ctx, node, layouts, sources)
         except RefusedError as error:
             ctx.decide(node, "refused", str(error), fallback=True)
     remove_dead(graph)
 
 
-def _sparse(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts) -> None:
-    site = _read(node)
+def _sparse(graph: StepGraph, ctx: PassContext, site: Site, layouts: Layouts) -> None:
+    node = site.forward
     layout = layouts.of(site.heads, site.seq, causal=site.mask.causal)
     why = f"{layouts.section.mode} layout, {layout.density:.1%} of {layout.blocks} x {layout.blocks} blocks"
     if graph.edit("sparse attention", node, why=why):
@@ -158,92 +130,31 @@ def _sparse(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts)
         ctx.decide(node, "sparse", why, **facts, padding=len(site.mask.padding), last_block=site.seq % layout.block)
 
 
-def _masked(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts) -> None:
+def _masked(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts, sources: Sources) -> None:
     shape = node.meta["val"].shape
-    if len(shape) != 4 or shape[2] != shape[3] or node.args[1] not in (-1, 3):
-        raise RefusedError(f"the softmax of scores {list(shape)}; expected [batch, heads, seq, seq], last dimension")
-    if not all(type(size) is int for size in shape[1:]):
+    if len(shape) < 3 or shape[-2] != shape[-1] or node.args[1] not in (-1, len(shape) - 1):
+        raise RefusedError(
+            f"the softmax of scores {list(shape)}; expected [batch, heads, seq, seq] or [..., seq, seq], last dimension"
+        )
+    by_head = layouts.section.different_layout_per_head
+    if by_head and len(shape) != 4:
+        raise RefusedError(
+            f"which scores of {list(shape)} are of which head cannot be told, and different_layout_per_head is on; "
+            "expected [batch, heads, seq, seq]"
+        )
+    heads, seq = shape[1] if by_head else 1, shape[-1]
+    if type(heads) is not int or type(seq) is not int:
         raise RefusedError(f"heads or length are symbolic ({list(shape)}); compile with dynamic=False")
+    made_of = operands(node)
+    if made_of is not None and sources.cross(*made_of):
+        raise RefusedError(CROSS)
     device = node.meta["val"].device
-    layouts.mask(shape[1], shape[2], device)
-    why = (
-        "the model writes attention out, so hidden scores are masked: right, but neither faster nor smaller; "
-        "let it call scaled_dot_product_attention (transformers: attn_implementation='sdpa')"
-    )
+    layouts.mask(heads, seq, device)
+    why = spelt_out(node)
     if graph.edit("mask scores", node, why=why):
         scores = node.args[0]
-        ctx.replaces(hide(graph, node, layouts.mask(shape[1], shape[2], device)), node, scores)  # type: ignore[arg-type]
+        ctx.replaces(hide(graph, node, layouts.mask(heads, seq, device)), node, scores)  # type: ignore[arg-type]
         ctx.decide(node, "masked", why, fallback=True)
-
-
-def _is_attention(node: fx.Node) -> bool:
-    name = str(getattr(node.target, "__name__", node.target))
-    return node.op == "call_function" and any(part in name for part in _OTHERS) and "backward" not in name
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def _read(node: fx.Node) -> Site:
-    """What an attention node says; raises :class:`RefusedError` for what the block-sparse operator cannot say."""
-    if node.target not in BACKWARDS:
-        name = str(node.target) if isinstance(node.target, OpOverload) else str(getattr(node.target, "__name__", ""))
-        raise RefusedError(f"{name} is not known here; known is scaled_dot_product_attention")
-    q, k, v = (operand.meta["val"] for operand in node.args[:3])  # type: ignore[union-attr]
-    if q.shape[1:] != k.shape[1:] or k.shape[1:] != v.shape[1:]:
-        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
-        raise RefusedError(f"not the attention of a sequence to itself: q, k, v are {shapes}")
-    if not all(type(size) is int for size in q.shape[1:]):
-        raise RefusedError(f"heads, length or head size are symbolic ({list(q.shape)}); compile with dynamic=False")
-    if q.dtype not in DTYPES:
-        raise RefusedError(f"dtype {q.dtype}")
-    if q.shape[3] % HEAD_STEP:
-        raise RefusedError(f"head size {q.shape[3]} is no multiple of {HEAD_STEP}")
-    if _named(node, "dropout_p", 0.0) != 0:
-        raise RefusedError("dropout inside attention")
-    mask = _mask(node, q.shape[2])
-    scale = node.kwargs.get("scale")
-    backward = _backward_of(node)
-    return Site(node, backward, q.shape[1], q.shape[2], mask, q.shape[3] ** -0.5 if scale is None else float(scale))  # type: ignore[arg-type]
-
-
-def _mask(node: fx.Node, seq: int) -> Mask:
-    causal = bool(_named(node, "is_causal", False))
-    given = _named(node, "attn_mask") or _named(node, "attn_bias")
-    if not isinstance(given, fx.Node):
-        return Mask(causal, ())
-    try:
-        found = understand(given, seq)
-    except UnknownMaskError as error:
-        raise RefusedError(str(error)) from None
-    return Mask(causal or found.causal, found.padding)
-
-
-def _named(node: fx.Node, name: str, default: Any = None) -> Any:
-    """An argument of an attention operator by its name, in whatever place the operator has it."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return argument(node, names.index(name), name, default) if name in names else default
-
-
-def _backward_of(node: fx.Node) -> fx.Node | None:
-    """The backward that belongs to a forward: the one reader of all that it keeps for it, the logsumexp first."""
-    readers = {reader for result in node.users if result.args[1] != 0 for reader in result.users}
-    if not readers:
-        return None
-    (first, *more) = readers
-    if more or first.target is not BACKWARDS[node.target]:  # type: ignore[index]
-        raise RefusedError("the logsumexp of the attention is read by something else than one backward")
-    if [_base(a) for a in first.args[1:4]] != [_base(a) for a in node.args[:3]]:
-        raise RefusedError("its backward reads other operands than its forward")
-    if any(result.args[1] == 3 and result.users for result in first.users):
-        raise RefusedError("the gradient of its mask is wanted")
-    return first
-
-
-def _base(value: Any) -> Any:
-    while isinstance(value, fx.Node) and value.target in (aten.detach.default, aten.alias.default):
-        value = value.args[0]
-    return value
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -253,13 +164,13 @@ def _rewrite(graph: StepGraph, ctx: PassContext, site: Site, layout: BlockLayout
     """Put the block-sparse operator, and its backward, in the place of both halves of a site."""
     operators = torch.ops.dscompile
     rest = (*index, layout.block, site.mask.causal, _padding(graph, site), site.scale)
-    operands = site.forward.args[:3]
+    given = site.forward.args[:3]
     if site.backward is not None:  # first: afterwards nothing reads what only the dense backward needs
-        grad, out, lse = site.backward.args[0], _named(site.backward, "out"), _named(site.backward, "logsumexp")
+        grad, out, lse = site.backward.args[0], named(site.backward, "out"), named(site.backward, "logsumexp")
         new = graph.insert_call(
             site.backward,
             operators.block_sparse_attention_backward.default,
-            (grad, *operands, out, lse, *rest),
+            (grad, *given, out, lse, *rest),
             like=site.backward,
         )
         alike: tuple[int | None, ...] = (0, 1, 2, 3, 4, 5)
@@ -267,9 +178,7 @@ def _rewrite(graph: StepGraph, ctx: PassContext, site: Site, layout: BlockLayout
             # its mask stands between v and the output; one that is given may be gone, and ends what can be compared
             alike = (0, 1, 2, 3) if site.backward.args[4] is not None else (0, 1, 2, 3, None, 4, 5)
         _take_over(graph, ctx, site.backward, new, *alike)
-    new = graph.insert_call(
-        site.forward, operators.block_sparse_attention.default, (*operands, *rest), like=site.forward
-    )
+    new = graph.insert_call(site.forward, operators.block_sparse_attention.default, (*given, *rest), like=site.forward)
     _take_over(graph, ctx, site.forward, new, 0, 1, 2)  # q, k, v
 
 
@@ -287,17 +196,32 @@ def _take_over(graph: StepGraph, ctx: PassContext, old: fx.Node, new: fx.Node, *
     for result, value in before.items():
         result.meta["val"] = new.meta["val"][result.args[1]]
         graph.touched.add(result)
-        if result.meta["val"].dim() == 4 and result.meta["val"].stride() != value.stride():
-            _lay_out(graph, ctx, result, value)
+        if result.meta["val"].dim() == 4:
+            _settle(graph, ctx, result, value)
 
 
-def _lay_out(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) -> None:
-    """A copy of ``result`` that lies in memory as ``like`` does, for all its readers."""
+def _settle(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) -> None:
+    """Let the readers of ``result`` find it lying in memory as ``like`` does."""
+    readers = list(result.users)
+    final = result
+    if readers and _steps(result.meta["val"]) != _steps(like):
+        final = _laid_out(graph, result, like)
+        ctx.replaces(final, result, result.args[0])  # type: ignore[arg-type]
+        for reader in readers:
+            reader.replace_input_with(result, final)
+            graph.touched.add(reader)
+    graph.refresh_readers(final)  # the stride of a dimension of 1 may still differ, and views show it
+
+
+def _steps(value: Tensor) -> list[str]:
+    """The strides that matter, those of dimensions with more than one element; text, as symbolic ones may be there."""
+    return ["" if str(n) == "1" else str(step) for n, step in zip(value.shape, value.stride(), strict=True)]
+
+
+def _laid_out(graph: StepGraph, result: fx.Node, like: Tensor) -> fx.Node:
+    """A copy of ``result`` that lies in memory as ``like`` does; no readers yet."""
     strides = like.stride()
     order = sorted(range(like.dim()), key=lambda d: -strides[d])
-    readers = list(result.users)
-    if not readers:
-        return
 
     def add(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = graph.insert_call(before, target, args, kwargs, like=result)
@@ -306,11 +230,7 @@ def _lay_out(graph: StepGraph, ctx: PassContext, result: fx.Node, like: Tensor) 
 
     moved = add(result.next, aten.permute.default, result, order)
     copy = add(moved.next, aten.clone.default, moved, memory_format=torch.contiguous_format)
-    final = add(copy.next, aten.permute.default, copy, [order.index(d) for d in range(like.dim())])
-    ctx.replaces(final, result, result.args[0])  # type: ignore[arg-type]
-    for reader in readers:
-        reader.replace_input_with(result, final)
-        graph.touched.add(reader)
+    return add(copy.next, aten.permute.default, copy, [order.index(d) for d in range(like.dim())])
 
 
 def _padding(graph: StepGraph, site: Site) -> fx.Node | None:

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import allocation_peak
 from dscompile import linear_cross_entropy, loss_ops
+from dscompile.errors import ConfigError
 
 ROWS, WIDTH, CLASSES = 37, 16, 101
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -87,6 +88,39 @@ def test_errors() -> None:
         linear_cross_entropy(x, weight.t(), target)
     with pytest.raises(IndexError, match="target 101 is out of bounds for 101 classes"):
         linear_cross_entropy(x, weight, target.clamp(min=0) * 0 + CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(CLASSES, WIDTH).bfloat16()}, r"torch.float32, torch.bfloat16; .* one floating dtype"),
+        ({"bias": torch.ones(CLASSES - 1)}, r"the bias is \[100\]; expected \[101\]"),
+        ({"target": torch.ones(ROWS)}, "the target is torch.float32; expected classes, int64"),
+        ({"input": torch.ones(ROWS, WIDTH, dtype=torch.int64)}, "one floating dtype"),
+    ],
+)
+def test_errors_of_dtypes_and_the_bias(change: dict[str, Tensor], message: str) -> None:
+    given = {"input": torch.ones(ROWS, WIDTH), "weight": torch.ones(CLASSES, WIDTH), "target": torch.ones(ROWS).long()}
+    with pytest.raises(ConfigError, match=message):
+        linear_cross_entropy(**(given | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_casts_as_it_does_for_a_linear_layer(dtype: torch.dtype) -> None:
+    """Under autocast the input is what the layer before made, in 16 bits, and the weights are fp32."""
+    leaves, target = problem(torch.float32, True)
+    found, expected = [], []
+    with torch.autocast("cpu", torch.bfloat16):
+        x, weight, bias = leaves
+        found.append(linear_cross_entropy(x.to(dtype), weight, target, bias))
+        expected.append(F.cross_entropy(F.linear(x.to(dtype), weight, bias).float(), target))
+    found += torch.autograd.grad(found[0], leaves)
+    expected += torch.autograd.grad(expected[0], leaves)
+    assert [x.dtype for x in found] == [torch.float32] * 4
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-2)
+    exact = F.cross_entropy(F.linear(leaves[0].double(), leaves[1].double(), leaves[2].double()), target)
+    assert (found[0] - exact).abs() > 1e-5, "the products are in bf16, as autocast asks"
 
 
 def test_operator_is_registered_right() -> None:

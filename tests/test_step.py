@@ -14,23 +14,9 @@ from dscompile.errors import UnsupportedError
 from dscompile.graph import InputKind, info
 from dscompile.text import print_graph
 from dscompile.text_parse import parse_graph
+from tests.tied import Tied
 
 ATEN = {"regions": "aten", "summary": False}
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.frozen = nn.Linear(8, 8)
-        self.frozen.requires_grad_(False)
-        self.head = nn.Linear(8, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.unused = nn.Linear(3, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.frozen(self.norm(self.embed(ids))).relu())
 
 
 def loss(model: nn.Module, ids: Tensor, scale: Tensor) -> Tensor:
@@ -44,7 +30,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def test_inputs_are_named(batch: tuple[Tensor, Tensor]) -> None:
-    graph = dscompile.trace_step(Model(), loss, *batch)
+    graph = dscompile.trace_step(Tied(), loss, *batch)
     by_fqn = {i.fqn: i for i in graph.inputs if i.fqn}
     assert by_fqn["embed.weight"].aliases == ("head.weight",)
     assert by_fqn["embed.weight"].trainable
@@ -56,7 +42,7 @@ def test_inputs_are_named(batch: tuple[Tensor, Tensor]) -> None:
 
 
 def test_the_batch_is_no_parameter(batch: tuple[Tensor, Tensor]) -> None:
-    graph = dscompile.trace_step(Model(), loss, *batch)
+    graph = dscompile.trace_step(Tied(), loss, *batch)
     names = [i.fqn for i in graph.inputs if i.fqn]
     assert len(set(names)) == len(names)
     found = [i for i in graph.inputs if i.kind is InputKind.INPUT]
@@ -68,14 +54,14 @@ def test_the_batch_is_no_parameter(batch: tuple[Tensor, Tensor]) -> None:
 
 
 def test_nodes_name_the_models_own_modules(batch: tuple[Tensor, Tensor]) -> None:
-    graph = dscompile.trace_step(Model(), loss, *batch)
+    graph = dscompile.trace_step(Tied(), loss, *batch)
     assert {info(n).fqn for n in graph.nodes if n.op == "call_function"} - {""} == {"embed", "norm", "frozen", "head"}
 
 
 @pytest.mark.parametrize("config", [ATEN, {"summary": False}], ids=["aten", "compiled"])
 def test_gradients_equal_eager(batch: tuple[Tensor, Tensor], config: dict[str, object]) -> None:
     torch.manual_seed(0)
-    model = Model()
+    model = Tied()
     reference = copy.deepcopy(model)
     step = dscompile.compile_step(model, loss, *batch, config=config)
     for _ in range(2):  # the second call accumulates
@@ -113,14 +99,14 @@ def test_a_batch_that_the_step_writes_to_and_differentiates() -> None:
 
 
 def test_other_shapes_are_refused(batch: tuple[Tensor, Tensor]) -> None:
-    step = dscompile.compile_step(Model(), loss, *batch, config=ATEN)
+    step = dscompile.compile_step(Tied(), loss, *batch, config=ATEN)
     with pytest.raises(UnsupportedError, match="compiled for"):
         step(batch[0][:3], batch[1])
 
 
 def test_loss_must_be_a_scalar(batch: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(UnsupportedError, match="scalar"):
-        dscompile.trace_step(Model(), lambda model, ids, scale: model(ids) * scale, *batch)
+        dscompile.trace_step(Tied(), lambda model, ids, scale: model(ids) * scale, *batch)
 
 
 def test_a_graph_break_is_refused_with_the_way_out(batch: tuple[Tensor, Tensor]) -> None:
@@ -129,7 +115,7 @@ def test_a_graph_break_is_refused_with_the_way_out(batch: tuple[Tensor, Tensor])
         return loss(model, ids, scale)
 
     with pytest.raises(UnsupportedError, match=r"torch\.compile"):
-        dscompile.trace_step(Model(), breaks, *batch)
+        dscompile.trace_step(Tied(), breaks, *batch)
 
 
 def test_a_distributed_model_gets_its_gradients() -> None:

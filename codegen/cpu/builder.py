@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,8 +148,11 @@ def _library(folder: Path, environment: Mapping[str, str], source: str, name: st
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
                     _compile(compiler, path, source)
-    except (BuildError, OSError) as error:
+    except BuildError as error:
         return None, f"{path}: {error}"
+    except OSError as error:
+        why = error.strerror or error
+        return None, f"{path}: cannot be written ({why}); set TORCHINDUCTOR_CACHE_DIR to a folder that can"
     return path, ""
 
 
@@ -162,7 +166,11 @@ class BuildError(Exception):
 
 
 def _compiler(environment: Mapping[str, str]) -> list[str]:
-    named = shlex.split(environment.get("CXX", ""))
+    given = environment.get("CXX", "")
+    try:
+        named = shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"CXX is {given!r}, which is no command: {error}") from None
     for command in [named] if named else [[name] for name in COMPILERS]:
         if shutil.which(command[0], path=environment.get("PATH")):
             return command
@@ -171,17 +179,26 @@ def _compiler(environment: Mapping[str, str]) -> list[str]:
 
 
 def _run(command: list[str]) -> str:
+    """What a command prints; it and all that it starts are ended after :data:`TIMEOUT`, or if we are."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} did not finish in {TIMEOUT} s") from None
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error.strerror or error}") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        end = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"failed ({done.returncode})"
+    with process:
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise BuildError(f"{command[0]} did not finish in {TIMEOUT} s") from None
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if code := process.returncode:
+        lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+        end = f"was killed by signal {-code}" if code < 0 else f"failed ({code})"
         raise BuildError(f"{command[0]} {end}: {lines[0].strip() if lines else 'it said nothing'}")
-    return done.stdout
+    return output
 
 
 def _compile(compiler: list[str], path: Path, source: str) -> None:
@@ -191,6 +208,8 @@ def _compile(compiler: list[str], path: Path, source: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _run([*compiler, *FLAGS, str(Path(__file__).with_name(source)), "-o", str(temporary)])
+        if not temporary.exists():
+            raise BuildError(f"{compiler[0]} says that it succeeded, and wrote nothing")
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):

@@ -40,9 +40,10 @@ def test_no_compiler(tmp_path: Path) -> None:
     [
         ('echo "x.cpp:1: error: out of ideas" >&2; exit 3', ["failed (3)", "out of ideas"]),
         ("kill -9 $$", ["killed by signal 9"]),
+        ("exit 0", ["succeeded, and wrote nothing"]),
         ('eval out=\\${$#}; echo junk > "$out"', ["attention-"]),  # says it succeeded; what it wrote cannot be loaded
     ],
-    ids=["fails", "killed", "junk"],
+    ids=["fails", "killed", "nothing", "junk"],
 )
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path: Path, body: str, words: list[str]) -> None:
     cache = tmp_path / "cache"
@@ -52,6 +53,40 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path: Path, bo
     assert not [p for p in cache.iterdir() if p.suffix == ".tmp"]
     if "junk" not in body:
         assert not list(cache.glob("*.so"))
+
+
+def test_a_compiler_that_hangs_is_ended_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler driver runs the compiler proper as its child, which would go on working for nobody."""
+    monkeypatch.setattr("dscompile.codegen.cpu.builder.TIMEOUT", 0.5)
+    child = tmp_path / "child"
+    build = build_kernels(tmp_path / "cache", compiler(tmp_path, f"sleep 60 & echo $! > {child}; wait"))
+    assert build.kernels is None
+    assert "did not finish in 0.5 s" in build.reason
+    deadline = time.monotonic() + 5
+    while is_running(int(child.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(int(child.read_text()))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_compiler_that_cannot_be_read_is_a_reason(tmp_path: Path) -> None:
+    build = build_kernels(tmp_path, {"CXX": "g++ '-O2", "PATH": PATH})
+    assert build.kernels is None
+    assert build.reason == 'CXX is "g++ \'-O2", which is no command: No closing quotation'
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    build = build_kernels(tmp_path / "file" / "cache", compiler(tmp_path, 'exec $REAL "$@"'))
+    assert build.kernels is None
+    assert build.reason.startswith(f"{tmp_path}/file/cache/attention-")
+    assert build.reason.endswith("be written (Not a directory); set TORCHINDUCTOR_CACHE_DIR to a folder that can")
 
 
 def test_a_broken_library_is_built_again(tmp_path: Path) -> None:

@@ -15,25 +15,9 @@ from dscompile.report import REPORTS
 from dscompile.step_frame import StepFrame
 from tests.distributed.contract import assert_gradients, data, seeded
 from tests.ranks import run_ranks
+from tests.tied import Tied
 
 OPTIONS: dict[str, Any] = {"regions": "aten", "summary": False, "cache": False}
-
-
-class Tied(nn.Module):
-    """A tied embedding, a frozen layer, an unused one, buffers that forward writes, and odd sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.frozen = nn.Linear(8, 8)
-        self.frozen.requires_grad_(False)
-        self.head = nn.Linear(8, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.unused = nn.Linear(3, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.frozen(self.norm(self.embed(ids))).relu())
 
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:

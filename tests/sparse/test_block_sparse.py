@@ -195,10 +195,34 @@ def test_padding_and_unpadding() -> None:
 
 
 ONES = torch.ones(HEADS, 6, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_grouped_queries_read_shared_heads(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, h, 75, 24, generator=generator).to(dtype) for h in (6, 3, 3, 6))
+    layout = torch.rand(6, 5, 5, generator=generator) < 0.6
+    narrow = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = dscompile.sparse_attention(*narrow, layout, 16, causal=True)
+    wide = [q.double().requires_grad_(), *(x.double().repeat_interleave(2, 1).requires_grad_() for x in (k, v))]
+    expected = dscompile.sparse_attention(*wide, layout, 16, causal=True)
+    found = torch.autograd.grad(out, narrow, grad)
+    dq, dk, dv = torch.autograd.grad(expected, wide, grad.double())
+    summed = [x[:, ::2] + x[:, 1::2] for x in (dk, dv)]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
+    for got, want in zip((out, *found), (expected, dq, *summed), strict=True):
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "not square": ({"layout": torch.ones(2, 6, 5, dtype=torch.bool)}, ConfigError, r"shape \[2, 6, 5\]"),
     "floating": ({"layout": ONES.float()}, ConfigError, "torch.float32"),
     "values": ({"layout": ONES.long() * 2}, ConfigError, "other than 0 and 1"),
+    "grouped heads": (
+        {"q": torch.ones(2, 3, 96, 16), "layout": ONES[:1]},
+        UnsupportedError,
+        "2 heads of k and v do not divide 3 heads of q",
+    ),
     "heads": ({"layout": torch.ones(3, 6, 6, dtype=torch.bool)}, ConfigError, "3 heads, q has 2"),
     "length": ({"layout": ONES[:, :5, :5]}, ConfigError, r"needs 6 x 6. Make it with make_layout\(96\)"),
     "block": ({"block": 24}, ConfigError, "block 24 is not one of 16, 32"),
@@ -208,6 +232,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ConfigError,
         r"the layout is a FixedSparsityConfig; .* its make_layout\(seq_len\)",
     ),
+    "a block of 16.0": ({"block": 16.0}, ConfigError, r"block 16\.0 is not one of 16, 32"),
+    "no head size": ({name: torch.ones(2, 2, 96, 0) for name in "qkv"}, UnsupportedError, "head size 0 is not"),
     "block in quotes": ({"block": "16"}, ConfigError, "block '16' is not one of 16, 32"),
     "no block": ({"block": None}, ConfigError, "needs its block"),
     "another block": ({"layout": BlockLayout.of(ONES, 16), "block": 32}, ConfigError, "built for 16"),
@@ -218,7 +244,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         UnsupportedError,
         "head size 12 is not a multiple of 8",
     ),
-    "cross attention": ({"k": torch.ones(2, 2, 32, 16)}, UnsupportedError, "one shape"),
+    "cross attention": ({"k": torch.ones(2, 2, 32, 16)}, UnsupportedError, "with one seq"),
     "additive mask": ({"key_padding_mask": torch.zeros(2, 96)}, UnsupportedError, "True where a key is padding"),
 }
 
@@ -241,7 +267,35 @@ def test_what_deepspeeds_module_refuses() -> None:
         module(*qkv, attn_mask=torch.ones(96, 96))
     with pytest.raises(UnsupportedError, match="other than 0"):
         module(*qkv, key_padding_mask=torch.full((2, 96), -1.0))
+    with pytest.raises(UnsupportedError, match=r"has shape \[2, 1, 96, 96\]; expected \[batch, seq\]"):
+        module(*qkv, key_padding_mask=torch.zeros(2, 1, 96, 96))
+    with pytest.raises(ConfigError, match="sparsity_config is a dict; expected a class of"):
+        SparseSelfAttention({"mode": "fixed"})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_seq_length is 128"):
         module(*(torch.ones(1, HEADS, 160, SIZE) for _ in range(3)))
     with pytest.raises(ConfigError, match="'add' or 'mul', got 'plus'"):
         SparseSelfAttention(FixedSparsityConfig(HEADS), key_padding_mask_mode="plus")
+
+
+def test_values_are_checked_in_a_compiled_graph_too() -> None:
+    """There they are known at run time; else an added mask of -1 keeps its key, a layout of twos its block."""
+    torch.compiler.reset()
+    qkv, _ = inputs(96)
+    module = SparseSelfAttention(FixedSparsityConfig(HEADS), max_seq_length=128)
+
+    def attend(mask: Tensor, layout: Tensor) -> Tensor:
+        return module(*qkv, key_padding_mask=mask) + dscompile.sparse_attention(*qkv, layout, 16)
+
+    run = torch.compile(attend, backend="dscompile", fullgraph=True, options={"regions": "aten", "cache": False})
+    masks = torch.zeros(2, 1, 1, 96)
+    masks[0, ..., 60:] = -10000
+    torch.testing.assert_close(run(masks, ONES.long()), attend(masks, ONES.long()))
+    with pytest.raises(UnsupportedError, match="values other than 0"):
+        run(masks - 1, ONES.long())
+    with pytest.raises(ConfigError, match="other than 0 and 1"):
+        run(masks, ONES.long() * 2)
+
+
+def test_shapes_on_the_meta_device() -> None:
+    qkv = [x.to("meta") for x in inputs(96)[0]]
+    assert dscompile.sparse_attention(*qkv, ONES, 16).shape == qkv[0].shape

@@ -61,6 +61,17 @@ def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a.double(), b.double(), atol=3e-2, rtol=torch.finfo(dtype).eps * 4)
 
 
+def test_deepspeeds_function_takes_its_argument_names_and_missing_biases() -> None:
+    qkv, (mask, pair), _ = inputs()
+    q, k, v = qkv
+    for biases in ([], [None], [mask], [None, pair], [mask, pair], [None, None]):
+        found = dscompile.DS4Sci_EvoformerAttention(Q=q, K=k, V=v, biases=biases)
+        expected = by_hand(q, k, v, [b for b in biases if b is not None])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, check_dtype=False)
+    with pytest.raises(UnsupportedError, match="biases is a Tensor; expected a list"):
+        dscompile.evoformer_attention(q, k, v, mask)
+
+
 def test_the_pair_bias_alone_and_a_scale() -> None:
     qkv, (_, pair), _ = inputs()
     found = dscompile.evoformer_attention(*qkv, [None, pair], scale=0.1)

@@ -82,6 +82,17 @@ class Audio(nn.Module):
         return (y * ~padding.unsqueeze(-1)).square().mean()
 
 
+class SequenceFirst(nn.Module):
+    """``[seq, batch, width]``, as PyTorch's own layers have it by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0].square().mean()
+
+
 class Attention(nn.Module):
     """One attention with whatever the test wants around its scores."""
 
@@ -177,6 +188,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, An
     "image patches": (Images, (torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(2)),), LOCAL),
     "audio frames": (Audio, (WAVE, tail(3, 120, 50)), {"mode": "bslongformer", "global_block_indices": [2]}),
     "audio frames, some alone": (Audio, (WAVE, tail(3, 120, 50)), LOCAL),
+    "one sequence, its length first": (SequenceFirst, (torch.randn(70, 1, 16),), LOCAL),
+    "sequences, their length first": (SequenceFirst, (torch.randn(70, 2, 16),), LOCAL),
     "bool mask": (lambda: Attention(sdpa), (torch.randn(2, 64, 16), ~tail(2, 64, 9)[:, None, None]), LOCAL),
     "one mask for all": (lambda: Attention(sdpa), (torch.randn(2, 64, 16), ~tail(1, 64, 9)), LOCAL),
     "scale": (lambda: Attention(lambda q, k, v: sdpa(q, k, v, scale=0.3)), (torch.randn(2, 64, 16),), LOCAL),

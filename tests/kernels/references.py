@@ -187,3 +187,15 @@ def _lamb(dtype: torch.dtype, chunks: int, size: int, g: torch.Generator) -> tup
         ratio = top / bottom if top > 0 and bottom > 0 else 1.0
         P[rows] = P[rows] - 1e-2 * ratio * update[rows]
     return arguments, [P, M, V, P]
+
+
+def terms(name: str, arguments: list[Tensor]) -> float:
+    """The size of the terms whose difference is a case's first result, where they cancel out; else 0.
+
+    RMSNorm of one column returns the sign of x: its gradient is 0 but for epsilon, and what fp32 leaves of it is the
+    rounding of two equal terms, in PyTorch's own kernels too (``test_the_gradient_of_one_column_is_rounding``).
+    """
+    if name != "rms_norm_backward" or arguments[1].shape[-1] != 1:
+        return 0.0
+    grad, _, rstd, weight = (a.double() for a in arguments)
+    return float((grad * rstd * weight).abs().max())

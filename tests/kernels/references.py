@@ -70,8 +70,12 @@ def case(name: str, dtype: torch.dtype, rows: int, cols: int) -> tuple[list[Tens
         return [grad, ids], list(gradients(lambda t: t[ids], G, torch.zeros(4096, cols, dtype=torch.float64)))
     if name.startswith("batch_norm"):
         return _batch_norm(name, dtype, rows, cols, g)
+    if name.startswith("average_pool"):
+        return _average_pool(name, dtype, rows, cols, g)
     if name.startswith("max_pool"):
         return _max_pool(name, dtype, rows, cols, g)
+    if name in ("scatter_rows", "index_add", "pad_join", "histogram"):
+        return _moved(name, x, grad, g)
     if name == "softmax":
         return [x], [torch.softmax(X, -1)]
     if name == "cumulative_softmax":
@@ -140,6 +144,33 @@ def _max_pool(name: str, dtype: torch.dtype, rows: int, cols: int, g: torch.Gene
         return [x], [y.detach(), places]
     grad = random(y.shape, dtype, g)
     return [grad, x, places], list(torch.autograd.grad(y, leaf, grad.double()))
+
+
+def _average_pool(name: str, dtype: torch.dtype, rows: int, cols: int, g: torch.Generator) -> tuple[Data, Data]:
+    """Of an even width."""
+    x = random((max(rows // 64, 1), 1, 64, cols + cols % 2), dtype, g)
+    leaf = x.double().requires_grad_()
+    y = leaf.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+    if name == "average_pool":
+        return [x], [y.detach()]
+    grad = random(y.shape, dtype, g)
+    return [grad, x], list(torch.autograd.grad(y, leaf, grad.double()))
+
+
+def _moved(name: str, x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Data, Data]:
+    """Row by row; counts are PyTorch's."""
+    rows, cols = x.shape
+    if name == "histogram":
+        return [x], [torch.histc(x.double(), 16, -4, 4)]
+    if name == "pad_join":
+        wanted = torch.zeros(2 * rows, cols + 16, dtype=torch.float64)
+        wanted[:rows, 16:], wanted[rows:, 16:] = x, torch.stack(list(y)[::-1])
+        return [x, y], [wanted]
+    places = torch.randperm(rows, generator=g) if name == "scatter_rows" else torch.randint(rows, (rows,), generator=g)
+    wanted = torch.zeros(rows, cols).double() if name == "scatter_rows" else x.double()
+    for row, place in zip(x if name == "scatter_rows" else y, places.tolist(), strict=True):
+        wanted[place] += row.double()
+    return ([x, places] if name == "scatter_rows" else [x, places, y]), [wanted]
 
 
 def _rotary(dtype: torch.dtype, rows: int, cols: int, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:

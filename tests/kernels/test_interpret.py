@@ -27,14 +27,16 @@ ROWS = (
     "bias_gelu", "bias_gelu_backward", "bias_silu", "bias_silu_backward", "layer_norm", "layer_norm_backward",
     "rms_norm", "rms_norm_backward", "softmax", "softmax_backward", "cross_entropy", "cross_entropy_backward",
     "cross_entropy_both", "adamw", "lamb", "unscale", "embedding_norm", "cumulative_softmax", "embedding_backward",
-    "batch_norm", "batch_norm_backward", "max_pool", "max_pool_backward",
+    "batch_norm", "batch_norm_backward", "max_pool", "max_pool_backward", "average_pool", "average_pool_backward",
+    "pad_join", "scatter_rows", "index_add", "histogram",
 )  # fmt: skip
 QUICK = [f"{name}/bf16/5/37" for name in ROWS] + [
     "rotary/bf16/5/24", "layer_norm/f32/1/20", "layer_norm_backward/f16/33/16", "unscale/f32/21/1000",
     "cross_entropy_both/f32/2/17001", "layer_norm/bf16/2/17001", "softmax/f32/2/17000", "rms_norm_backward/f32/300/40",
 ]  # fmt: skip
 SIZES = ("1/1", "1/64", "5/37", "33/16", "64/768", "3/1025", "2/17001", "200/100")
-FULL = {name: SIZES for name in ROWS} | {"rotary": ("1/2", "5/24", "16/64")}
+FULL = dict.fromkeys(ROWS, SIZES) | {"rotary": ("1/2", "5/24", "16/64"), "histogram": SIZES[1:]}
+"""Triton's interpreter has no ``&`` of a scalar's comparison and a block's, which a histogram of one element has."""
 DTYPES = ("f32", "bf16", "f16")
 ROUNDING = 1.0
 """One unit in the last place of the result's type, and 3e-6 of the largest value: see ``interpret.excess``."""

@@ -6,6 +6,7 @@ when Triton is imported, and the shim changes the interpreter: neither belongs i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -49,7 +50,7 @@ def run(case: str) -> list[float]:
     assembled = generate(name, tuple(arguments))
     found = bind(assembled, Launcher)(list(arguments))
     terms = references.terms(name, arguments)
-    return [excess(f, w, t) for f, w, t in zip(found, wanted, [terms, *[0.0] * len(wanted)], strict=False)]
+    return [excess(*pair) for pair in itertools.zip_longest(found, wanted, terms, fillvalue=0.0)]
 
 
 def main(cases: Sequence[str], runner: Any = run) -> None:

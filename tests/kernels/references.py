@@ -220,13 +220,17 @@ def _lamb(dtype: torch.dtype, chunks: int, size: int, g: torch.Generator) -> tup
     return arguments, [P, M, V, P]
 
 
-def terms(name: str, arguments: list[Tensor]) -> float:
-    """The size of the terms whose difference is a case's first result, where they cancel out; else 0.
+def terms(name: str, arguments: list[Tensor]) -> list[float]:
+    """Of each result that may be much smaller than what it is made from: the size of that; else nothing.
 
     RMSNorm of one column returns the sign of x: its gradient is 0 but for epsilon, and what fp32 leaves of it is the
-    rounding of two equal terms, in PyTorch's own kernels too (``test_the_gradient_of_one_column_is_rounding``).
+    rounding of two equal terms, in PyTorch's own kernels too (``test_the_gradient_of_one_column_is_rounding``). A batch
+    norm's gradient to the bias is a sum of both signs: of one channel it may be near 0, and no other result is there
+    to measure it by. Sums on the way are as large as the norm of what is added up.
     """
-    if name != "rms_norm_backward" or arguments[1].shape[-1] != 1:
-        return 0.0
-    grad, _, rstd, weight = (a.double() for a in arguments)
-    return float((grad * rstd * weight).abs().max())
+    if name == "rms_norm_backward" and arguments[1].shape[-1] == 1:
+        grad, _, rstd, weight = (a.double() for a in arguments)
+        return [float((grad * rstd * weight).abs().max())]
+    if name == "batch_norm_backward":
+        return [0.0, 0.0, float(arguments[0].double().transpose(0, 1).flatten(1).norm(dim=1).max())]
+    return []

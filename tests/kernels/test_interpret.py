@@ -34,9 +34,15 @@ QUICK = [f"{name}/bf16/5/37" for name in ROWS] + [
     "rotary/bf16/5/24", "layer_norm/f32/1/20", "layer_norm_backward/f16/33/16", "unscale/f32/21/1000",
     "cross_entropy_both/f32/2/17001", "layer_norm/bf16/2/17001", "softmax/f32/2/17000", "rms_norm_backward/f32/300/40",
 ]  # fmt: skip
-SIZES = ("1/1", "1/64", "5/37", "33/16", "64/768", "3/1025", "2/17001", "200/100")
-FULL = dict.fromkeys(ROWS, SIZES) | {"rotary": ("1/2", "5/24", "16/64"), "histogram": SIZES[1:]}
-"""Triton's interpreter has no ``&`` of a scalar's comparison and a block's, which a histogram of one element has."""
+WALKED = "2/17001"
+SIZES = ("1/1", "1/64", "5/37", "33/16", "64/768", "3/1025", WALKED, "200/100")
+FULL = dict.fromkeys(ROWS, SIZES) | {"rotary": ("1/2", "5/24", "16/64"), "histogram": SIZES[1:]} | {
+    name: tuple(size for size in SIZES if size != WALKED) for name in ROWS if "pool" in name
+}  # fmt: skip
+"""Pools have no rows to walk, and a million windows take minutes.
+
+Triton's interpreter has no ``&`` of a scalar's comparison and a block's, which a histogram of one element has.
+"""
 DTYPES = ("f32", "bf16", "f16")
 ROUNDING = 1.0
 """One unit in the last place of the result's type, and 3e-6 of the largest value: see ``interpret.excess``."""
@@ -59,9 +65,10 @@ def check(errors: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FULL)
-def test_every_kernel_is_right_at_every_size(name: str) -> None:
-    found = work("interpret", [f"{name}/{dtype}/{size}" for dtype in DTYPES for size in FULL[name]])
+def test_every_kernel_is_right_at_every_size(name: str, dtype: str) -> None:
+    found = work("interpret", [f"{name}/{dtype}/{size}" for size in FULL[name]])
     wrong = {case: e for case, e in found.items() if isinstance(e, str) or not e or max(e) > ROUNDING}
     assert not wrong
 

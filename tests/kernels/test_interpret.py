@@ -194,8 +194,8 @@ ATTENTION = [
     "random/bf16/32/80/40/cp", "random/f32/128/200/16/p", "random/f16/64/128/64/cs", "random/bf16/16/33/8/ph",
 ]  # fmt: skip
 ATTENTION_FULL = {
-    f"{block}/{seq}": [f"random/{{}}/{block}/{seq}/{dim}/{m}" for dim in (8, 64, 72) for m in ("-", "c", "p", "cp")]
-    for block, seq in ((16, 96), (32, 77), (64, 128), (128, 300))
+    f"{block}/{seq}/{dim}": [f"random/{{}}/{block}/{seq}/{dim}/{masks}" for masks in ("-", "c", "p", "cp")]
+    for block, seq in ((16, 96), (32, 77), (64, 128), (128, 300)) for dim in (8, 64, 72)
 } | {
     layout: [f"{layout}/{{}}/16/{seq}/16/{masks}{scale}" for seq in (64, 50) for masks in ("h", "ct", "p", "cp")
              for scale in ("", "s")] for layout in LAYOUTS

@@ -14,17 +14,18 @@ from dscompile.passes import canonicalise as _canonicalise  # noqa: F401
 from dscompile.passes import fuse_loss as _fuse_loss  # noqa: F401
 from dscompile.passes import prefetch as _prefetch  # noqa: F401
 from dscompile.passes import recompute as _recompute  # noqa: F401
+from dscompile.passes import save_narrow as _save_narrow  # noqa: F401
 from dscompile.passes import sparse_attention as _sparse_attention  # noqa: F401
 from dscompile.passes import unshard as _unshard  # noqa: F401
 from dscompile.passes import zero as _zero  # noqa: F401
 
 PIPELINES: dict[str, str] = {
-    "default": "canonicalise,fuse_loss",
+    "default": "canonicalise,fuse_loss,save_narrow",
     "none": "",
-    "zero0": "canonicalise,fuse_loss,merge_ties,zero0,bucket",
-    "zero1": "canonicalise,fuse_loss,merge_ties,zero1,bucket,prefetch",
-    "zero2": "canonicalise,fuse_loss,merge_ties,zero2,bucket,prefetch",
-    "zero3": "canonicalise,fuse_loss,merge_ties,zero3,selective_unshard,bucket,prefetch",
+    "zero0": "canonicalise,fuse_loss,save_narrow,merge_ties,zero0,bucket",
+    "zero1": "canonicalise,fuse_loss,save_narrow,merge_ties,zero1,bucket,prefetch",
+    "zero2": "canonicalise,fuse_loss,save_narrow,merge_ties,zero2,bucket,prefetch",
+    "zero3": "canonicalise,fuse_loss,save_narrow,merge_ties,zero3,selective_unshard,bucket,prefetch",
 }
 """Named pipelines. ``default`` is what ``torch.compile(model, backend="dscompile")`` runs on an unsharded model; on a
 sharded one it is the pipeline of the ZeRO stage, with the sizes of the ``zero`` configuration."""

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
 from dscompile.effects import dropout_scale, shared_operand
-from dscompile.graph import Phase, Role, StepGraph, annotate, info
+from dscompile.graph import Phase, StepGraph, info
 from dscompile.manager import PassContext, graph_pass
-from dscompile.split import saved_for_backward
-from dscompile.torch_compat import OpOverload, tensor_bytes
+from dscompile.passes.again import Kept, bytes_of, call_again, insert, rewrite
+from dscompile.torch_compat import OpOverload
 
 aten = torch.ops.aten
 
@@ -50,37 +49,18 @@ def recompute(graph: StepGraph, ctx: PassContext) -> None:
     policies = {name for name in (GELU, NORM, DROPOUT) if section is not None and getattr(section, name)}
     if not policies or not any(info(n).phase is Phase.BACKWARD for n in graph.nodes if n.op == "call_function"):
         return
-    kept = _Kept(graph)
+    kept = Kept(graph)
     for value in kept.saved:
         plan = _plan(value, kept, policies)
         if plan is None:
             continue
-        size = _bytes(value)
+        size = bytes_of(value)
         if plan.missing:
             names = ", ".join(f"%{node.name}" for node in plan.missing)
             ctx.decide(value, "saved", f"to compute it again, {names} would have to be saved instead", bytes=size)
         elif graph.edit("recompute", value, why=f"{plan.policy}: its operands are saved anyway"):
             ctx.decide(value, "recomputed", f"{plan.policy}: its operands are saved anyway", saved_bytes=size)
-            _rewrite(graph, value, plan)
-
-
-class _Kept:
-    """What backward has at hand without the rewrite: graph inputs, and values saved for it."""
-
-    def __init__(self, graph: StepGraph) -> None:
-        self.saved = saved_for_backward(graph)[0]
-        self._outputs = {v for v in graph.output_values() if isinstance(v, fx.Node)}
-        self._at_hand = set(self.saved)
-
-    def has(self, node: fx.Node) -> bool:
-        """Whether backward has ``node`` or what it views."""
-        while (base := shared_operand(node)) is not None:
-            node = base
-        return node.op in ("placeholder", "get_attr") or node in self._at_hand or info(node).role is Role.SYMBOL
-
-    def frees(self, node: fx.Node) -> bool:
-        """Whether dropping ``node`` frees its bytes: what the caller receives, or passed in, stays anyway."""
-        return node.op == "call_function" and node not in self._outputs
+            rewrite(graph, value, plan.chain, _again)
 
 
 @dataclass
@@ -98,7 +78,7 @@ class _Plan:
     missing: list[fx.Node] = field(default_factory=list)
 
 
-def _plan(value: fx.Node, kept: _Kept, policies: set[str]) -> _Plan | None:
+def _plan(value: fx.Node, kept: Kept, policies: set[str]) -> _Plan | None:
     """The plan for one saved value; None if no policy speaks of it."""
     if not kept.frees(value):
         return None
@@ -181,75 +161,13 @@ def _is_cast_or_view(node: fx.Node) -> bool:
     return node.target is aten._to_copy.default or shared_operand(node) is not None
 
 
-def _rewrite(graph: StepGraph, value: fx.Node, plan: _Plan) -> None:
-    """Let every backward node that reads ``value``, or a view of it, read a computation in backward."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    forms = _forms(value)
-    late = sorted(
-        {u for form in forms for u in form.users if info(u).phase is Phase.BACKWARD and u.op == "call_function"},
-        key=order.__getitem__,
-    )
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in plan.chain:
-        copies[node] = _again(graph, late[0], node, copies)
-    for form in sorted(forms - {value}, key=order.__getitem__):
-        if any(info(user).phase is Phase.BACKWARD for user in _forms_users(form, forms)):
-            copies[form] = _again(graph, late[0], form, copies)
-    for reader in late:
-        for operand in reader.all_input_nodes:
-            if operand in copies and operand in forms:
-                reader.replace_input_with(operand, copies[operand])
-                graph.touched.add(reader)
-    for form in forms & copies.keys():
-        graph.refresh_views(copies[form])
-
-
 def _again(graph: StepGraph, before: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     """``node`` a second time, in backward, before ``before``."""
     operands = _dropped(node)
-    if operands is not None:
-        given, mask = (copies.get(n, n) for n in operands)
-        kept = _insert(graph, before, aten.mul.Tensor, (given, mask), {}, node)
-        _, rate, train = node.args[0].args  # type: ignore[union-attr]
-        scale = dropout_scale(rate, train, node.meta["val"].dtype)
-        return _insert(graph, before, aten.mul.Scalar, (kept, scale), {}, node)
-    args = fx.map_arg(node.args, lambda n: copies.get(n, n))
-    kwargs = fx.map_arg(node.kwargs, lambda n: copies.get(n, n))
-    return _insert(graph, before, node.target, args, dict(kwargs), node)
-
-
-def _insert(
-    graph: StepGraph, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
-) -> fx.Node:
-    copy = graph.insert_call(before, target, args, kwargs, like=like)
-    annotate(copy, phase=Phase.BACKWARD, role=info(like).role)
-    return copy
-
-
-def _forms(value: fx.Node) -> set[fx.Node]:
-    """A value and its forward views, which are not saved but taken again."""
-    found, stack = {value}, [value]
-    while stack:
-        current = stack.pop()
-        for user in current.users:
-            if user not in found and info(user).phase is Phase.FORWARD and shared_operand(user) is current:
-                found.add(user)
-                stack.append(user)
-    return found
-
-
-def _forms_users(form: fx.Node, forms: set[fx.Node]) -> list[fx.Node]:
-    """The users of a view and of the views of it."""
-    found: list[fx.Node] = []
-    stack = [form]
-    while stack:
-        for user in stack.pop().users:
-            if user in forms:
-                stack.append(user)
-            else:
-                found.append(user)
-    return found
-
-
-def _bytes(node: fx.Node) -> int:
-    return tensor_bytes(node.meta["val"])
+    if operands is None:
+        return call_again(graph, before, node, copies)
+    given, mask = (copies.get(n, n) for n in operands)
+    kept = insert(graph, before, aten.mul.Tensor, (given, mask), {}, node)
+    _, rate, train = node.args[0].args  # type: ignore[union-attr]
+    scale = dropout_scale(rate, train, node.meta["val"].dtype)
+    return insert(graph, before, aten.mul.Scalar, (kept, scale), {}, node)

@@ -96,7 +96,7 @@ def test_cached_program_dumps_what_its_compilation_dumped(tmp_path, cache_dir):
     entry = json.loads((tmp_path / "warm" / "manifest.json").read_text())["graphs"][folders["warm"].name]
     assert entry["complete"]
     assert entry["cached"]
-    steps = ["00-traced.txt", "01-canonicalise.txt", "02-fuse_loss.txt"]
+    steps = ["00-traced.txt", "01-canonicalise.txt", "02-fuse_loss.txt", "03-save_narrow.txt"]
     assert [step["file"].partition("/")[2] for step in entry["steps"]] == steps
     assert entry["steps"][1]["verdict"] == "proved"
     assert [p["file"].partition("/")[2] for p in entry["programs"]] == ["forward.py", "backward.py"]

@@ -227,6 +227,25 @@ def test_what_the_caller_receives_stays_saved() -> None:
     assert run(graph, **BOTH) == []
 
 
+def test_what_the_step_writes_to_is_no_operand() -> None:
+    """Backward would read the new contents of the buffer (autograd's version counter raises)."""
+
+    class Updates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.randn(ROWS, 8))
+            self.down = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(F.gelu(self.state)) + x
+            self.state.add_(1)
+            return y
+
+    graph = joint(Updates(), torch.randn(ROWS, 8))
+    (decision,) = run(graph, **BOTH)
+    assert decision.choice == "saved"
+
+
 def test_no_section_or_no_policy_changes_nothing() -> None:
     graph = joint(Mlp(), torch.randn(ROWS, 8, requires_grad=True))
     before = print_graph(graph)
@@ -236,8 +255,8 @@ def test_no_section_or_no_policy_changes_nothing() -> None:
 
 def test_the_section_puts_the_pass_into_named_pipelines_only() -> None:
     asked = Config.load({"recompute": BOTH})
-    assert with_recompute("default", asked) == "canonicalise,fuse_loss,recompute"
-    assert with_recompute("default", Config()) == "canonicalise,fuse_loss"
+    assert with_recompute("default", asked) == "canonicalise,fuse_loss,recompute,save_narrow"
+    assert with_recompute("default", Config()) == "canonicalise,fuse_loss,save_narrow"
     assert with_recompute("canonicalise,recompute", asked) == "canonicalise,recompute"
     with pytest.raises(PipelineError, match="lacks 'recompute'"):
         with_recompute("canonicalise", Config.load({"recompute": BOTH, "pipeline": "canonicalise"}))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dscompile.artifact import write_whole
 from dscompile.codegen.triton_backend.aot import Build, build
-from dscompile.codegen.triton_backend.bars import faults
+from dscompile.codegen.triton_backend.bars import judge
 from dscompile.codegen.triton_backend.cache import triton_version
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import entries, example, generate
@@ -82,7 +82,7 @@ def _chosen(names: list[str], dtype: torch.dtype, rows: int, cols: int) -> list[
 
 
 def _entry(name: str, built: Build) -> dict[str, Any]:
-    kernel = built.kernel
+    kernel, judged = built.kernel, judge(built)
     return {
         "of": name,
         "kernel": kernel.name,
@@ -90,19 +90,20 @@ def _entry(name: str, built: Build) -> dict[str, Any]:
         **asdict(built.figures),
         "bytes": kernel.bytes,
         "ideal": kernel.ideal,
-        "faults": faults(built),
+        "faults": list(judged.faults),
+        "excused": list(judged.excused),
     }
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    """One line a build, in 100 columns; the bars that one misses follow the table, in words."""
+    """One line a build, in 100 columns; the bars that one misses, or is not asked, follow the table, in words."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("kernel", no_wrap=True)
     table.add_column("target", no_wrap=True)
     for name in ("regs", "shared", "spills", "wide", "narrow"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("matrix", no_wrap=True)
-    for name in ("MB", "x ideal"):
+    for name in ("MB", "ideal"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bars", no_wrap=True)
     for e in found:
@@ -110,11 +111,27 @@ def _show(found: list[dict[str, Any]]) -> None:
         matrix = " ".join(f"{n} {k}" for k, n in e["matrix"].items()) or "-"
         cells = [e["registers"], e["shared"], e["spills"], wide, narrow, matrix, f"{e['bytes'] / 1e6:.1f}"]
         ratio = f"{e['bytes'] / max(e['ideal'], 1):.2f}"
-        missed = " ".join(fault.partition(":")[0] for fault in e["faults"])
-        table.add_row(e["kernel"], e["target"], *map(str, cells), ratio, missed or "ok")
+        missed, spared = (" ".join(dict.fromkeys(b.partition(":")[0] for b in e[k])) for k in ("faults", "excused"))
+        bars = f"{missed or 'ok'} {'-' * bool(spared)}{spared}".rstrip()
+        table.add_row(e["kernel"], e["target"], *map(str, cells), ratio, bars)
     console = Console()
     console.print(table)
-    console.print("wide: global loads and stores of 128 bits a thread; narrow: others. MB: moved, re-reads included.")
+    console.print(
+        "wide: global loads and stores of 128 bits a thread; narrow: others. MB: moved, re-reads included; "
+        "ideal: as a multiple of every input and output once."
+    )
     for e in found:
         for fault in e["faults"]:
             console.print(f"{e['kernel']} on {e['target']} misses {fault}")
+    for text, where in _excused(found).items():
+        console.print(f"-{text}: {', '.join(where)}")
+
+
+def _excused(found: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Bars that are not asked, with the reason: of which targets' kernels."""
+    out: dict[str, dict[str, None]] = {}
+    for e in found:
+        for text in e["excused"]:
+            bar, reason = text.partition(":")[0], text.rpartition(" (")[2].removesuffix(")")
+            out.setdefault(f"{bar} {reason}", {})[f"{e['kernel']} on {e['target']}"] = None
+    return {text: list(where) for text, where in out.items()}

@@ -36,6 +36,7 @@ def _stored(store: Store, tile: Tile, hints: Hints) -> int:
         return whole
     limits = {ROW: tile.space.rows, COL: tile.space.cols}
     visited = hint(sympy.Mul(*(limits[s] for s in store.visits)), hints) * store.buffer.dtype.itemsize
+    visited = min(visited, whole)  # as of a gather: an element that many add to stays in cache
     return whole * (store.start is not None) + visited * (2 if store.adds else 1)
 
 

@@ -53,12 +53,17 @@ def hint(size: sympy.Expr, hints: Hints) -> int:
 
 
 def programs(rows: sympy.Expr, cols: sympy.Expr) -> int:
-    """How many programs leave partial results of a table: no more than there are blocks of rows."""
+    """How many programs leave partial results of each column of a table: no more than there are blocks of rows.
+
+    Rows too long to be held are cut into blocks of columns, which are programs too: the more of them, the fewer share
+    a column. One alone leaves no partial result, but the result.
+    """
     if not (rows * cols).is_Integer:
         return PROGRAMS
     if rows == 1:
         return min(PROGRAMS, -(-int(cols) // ELEMENTS))
-    return min(PROGRAMS, -(-int(rows) // _row_block(int(rows), int(cols))))
+    beside = -(-int(cols) // ELEMENTS) if cols > PERSISTENT else 1
+    return min(-(-PROGRAMS // beside), -(-int(rows) // _row_block(int(rows), int(cols))))
 
 
 def _row_block(rows: int, cols: int) -> int:

@@ -102,7 +102,7 @@ def repeat(x: torch.Tensor, times: Sequence[Any]) -> torch.Tensor:
 
 
 def tidy(module: fx.GraphModule, names: Sequence[str] = ()) -> fx.GraphModule:
-    """Drop what nothing reads, and give placeholders the names that a user knows."""
+    """Drop what nothing reads; placeholders get the names that a user knows, casts those of what they cast."""
     graph = module.graph
     graph.eliminate_dead_code()
     inputs = graph.find_nodes(op="placeholder")
@@ -115,6 +115,26 @@ def tidy(module: fx.GraphModule, names: Sequence[str] = ()) -> fx.GraphModule:
             taken.add(node.name)
     for node, name in zip(inputs, wanted, strict=False):
         node.name = node.target = name
+    _name_casts(graph)
     graph.lint()
     module.recompile()
     return module
+
+
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _name_casts(graph: fx.Graph) -> None:
+    """``_to_copy_3`` of ``x`` becomes ``x_fp32``."""
+    taken = {n.name for n in graph.nodes}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default):
+        source = node.args[0]
+        dtype = node.meta["val"].dtype
+        wanted = f"{source.meta.get(_CAST_OF, source.name)}_{_SHORT.get(dtype, str(dtype).removeprefix('torch.'))}"
+        node.meta[_CAST_OF] = source.meta.get(_CAST_OF, source.name)
+        node.name = next(n for k in itertools.count() if (n := f"{wanted}_{k}" if k else wanted) not in taken)
+        taken.add(node.name)
+
+
+_CAST_OF = "cast_of"
+"""Key of a cast's ``meta``: the name of what it, or a row of casts, was made from."""

@@ -26,7 +26,7 @@ from dscompile.codegen.tile.indexing import (
     reshaped,
     simplify,
 )
-from dscompile.codegen.tile.ir import COL, ROW, Buffer, Const, Expr, Exprs, Space, SpaceKind
+from dscompile.codegen.tile.ir import COL, ROW, Buffer, Const, Expr, Exprs, Load, Space, SpaceKind
 from dscompile.codegen.tile.moves import MOVES, moved, why_no_move
 from dscompile.codegen.tile.ops import BOOLEAN, KINDS, add, convert, div, mul, sqrt
 from dscompile.codegen.tile.reductions import Along, Reduction, node_argument, operator_name, reduction, why_no_scan
@@ -140,8 +140,8 @@ class Values:
         key = (node, index, mask)
         if key not in self._known:
             self._known[key] = found = self._at(node, index, mask)
-            if node in self.inside:
-                self.names.setdefault(found, node.name)
+            if node in self.inside and not (isinstance(found, Load) and operator_name(node) in _CONVERSIONS):
+                self.names.setdefault(found, node.name)  # a value that is only loaded and cast is called as its buffer
         return self._known[key]
 
     def operand(self, value: Any, shape: Sequence[sympy.Expr], index: Place, mask: Expr | None) -> Expr:

@@ -92,15 +92,16 @@ class _Render:
         And those of which a thread has less than 128 bits.
         """
         block = self.schedule
-        each = -(-block.row_block * block.col_block // (32 * block.warps))
 
-        def narrow(index: sympy.Expr, buffer: Buffer, moving: bool) -> int:
+        def narrow(index: sympy.Expr, buffer: Buffer, moving: bool, rows: int = block.row_block) -> int:
             if not moving:
-                return block.row_block
+                return rows
+            each = -(-rows * block.col_block // (32 * block.warps))
             return each if not in_step(index) else int(each * buffer.dtype.itemsize < 16)
 
         loads = sum(narrow(load.index, load.buffer, COL in load.places) for load in self.tile.loads())
-        return loads, sum(narrow(s.index, s.buffer, COL in s.places) for s in self.tile.stores)
+        rows = {s: 1 if s.partial else block.row_block for s in self.tile.stores}
+        return loads, sum(narrow(s.index, s.buffer, COL in s.places, n) for s, n in rows.items())
 
     def _source(self, moved: int, ideal: int) -> str:
         space = self.tile.space

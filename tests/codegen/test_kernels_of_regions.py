@@ -19,7 +19,7 @@ from dscompile.graph import StepGraph
 from dscompile.inductor_compat import inductor_compile
 from tests.build import trace
 
-OTHERS = ("dropout", "batch_norm", "max_pool", "embedding_backward")
+OTHERS = ("dropout", "batch_norm", "pool", "embedding_backward", "pad_join", "scatter_rows", "index_add", "histogram")
 """Dropout draws from a seed that only a GPU's kernels take; the others are no fused region of a transformer."""
 LIBRARY = [name for name in entries() if not any(other in name for other in OTHERS)]
 

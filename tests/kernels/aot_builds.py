@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dscompile.codegen.triton_backend.aot import build
-from dscompile.codegen.triton_backend.bars import faults
+from dscompile.codegen.triton_backend.bars import judge
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import example, generate
 from dscompile.codegen.triton_backend.targets import find_target
@@ -73,7 +73,13 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kernel in kernels(what):
         built = build(kernel, find_target(target), aligned=not case.startswith("!"), folder=folder)
-        out[kernel.name] = {"faults": faults(built), **asdict(built.figures), "bytes": kernel.bytes}
+        judged = judge(built)
+        out[kernel.name] = {
+            "faults": judged.faults,
+            "excused": judged.excused,
+            **asdict(built.figures),
+            "bytes": kernel.bytes,
+        }
     return out
 
 

@@ -6,6 +6,7 @@ when Triton is imported, and the shim changes the interpreter: neither belongs i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -26,15 +27,18 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.bool: 0.0}
 
 
-def excess(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest error, in units of what rounding allows: one unit in the last place, and fp32's own noise."""
+def excess(found: torch.Tensor, wanted: torch.Tensor, terms: float = 0.0) -> float:
+    """The largest error, in units of what rounding allows: one unit in the last place, and fp32's own noise.
+
+    ``terms``: the size of what the result is a difference of, where that is larger than any result.
+    """
     if not found.dtype.is_floating_point:
         return 0.0 if torch.equal(found, wanted) else float("inf")
     if not found.numel():
         return 0.0
     same = (found.double() == wanted) | (found.isnan() & wanted.isnan())
     scale = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else torch.tensor(1.0)
-    allowed = ULP[found.dtype] * wanted.abs() + 3e-6 * scale + 1e-12
+    allowed = ULP[found.dtype] * wanted.abs() + 3e-6 * max(float(scale), terms) + 1e-12
     error = torch.where(same, 0.0, (found.double() - wanted).abs() / allowed)
     return float(torch.nan_to_num(error, nan=float("inf")).max())
 
@@ -45,7 +49,8 @@ def run(case: str) -> list[float]:
     arguments, wanted = references.case(name, DTYPES[dtype], int(rows), int(cols))
     assembled = generate(name, tuple(arguments))
     found = bind(assembled, Launcher)(list(arguments))
-    return [excess(f, w) for f, w in zip(found, wanted, strict=True)]
+    terms = references.terms(name, arguments)
+    return [excess(*pair) for pair in itertools.zip_longest(found, wanted, terms, fillvalue=0.0)]
 
 
 def main(cases: Sequence[str], runner: Any = run) -> None:

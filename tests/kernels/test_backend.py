@@ -21,6 +21,9 @@ from dscompile.codegen.cpu.choice import choose_attention
 from dscompile.codegen.regions import cut, region_module
 from dscompile.codegen.triton_backend import attention, cache
 from dscompile.codegen.triton_backend import evoformer as launching
+from dscompile.codegen.triton_backend.aot import Build
+from dscompile.codegen.triton_backend.bars import judge
+from dscompile.codegen.triton_backend.inspect import Figures
 from dscompile.codegen.triton_backend.kernel import Kernel
 from dscompile.codegen.triton_backend.library import example, generate
 from dscompile.codegen.triton_backend.targets import TARGETS, launch_options
@@ -311,6 +314,27 @@ def test_the_command_lists_figures_and_writes_sources(tmp_path: Path, capsys: py
     assert entry["bytes"] == entry["ideal"] == 2 * 64 * 256 * 2
     assert 0 < entry["registers"] <= 80
     assert "@triton.jit" in (tmp_path / "softmax.py").read_text()
+
+
+@needs_triton
+def test_a_bar_that_is_not_asked_is_named_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    """A scatter fills, reads and writes; twice the bytes of anything else are a fault."""
+    arguments = ["kernels", "embedding_backward", "--cols", "256"]
+    assert run([*arguments, "--json"]) == 0
+    scatters, rounds = json.loads(capsys.readouterr().out)
+    assert scatters["faults"] == rounds["faults"] == rounds["excused"] == []
+    assert scatters["excused"][0].startswith("S8: ")
+    assert run(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "-S8 what it stores to is filled first, and adding reads it: embedding_backward_0 on sm_90" in printed
+    one = kernel("softmax")
+    doubled = dataclasses.replace(one, bytes=2 * one.ideal)
+    figures = Figures(20, 0, 0, 0, 1, 0, 1, 0, 0, {})
+    for target in TARGETS.values():
+        assert judge(Build(one, target, figures)).faults == ()
+        assert judge(Build(doubled, target, figures)).faults == (
+            f"S8: {2 * one.ideal} bytes, {one.ideal} are the least",
+        )
 
 
 @needs_triton

@@ -39,12 +39,11 @@ SIZES = {
     "cross_entropy_both": "1024/50304",
     "cross_entropy_backward": "1024/50304",
 }
-FULL = [f"{name}/{dtype}/{SIZES.get(name, '8192/1024')}@{target}" for name in entries() for dtype in ("bf16", "f32")
-        for target in TARGETS]  # fmt: skip
-ATTENTION = [f"attention/{case}@{target}" for case in (
+FULL = [f"{name}/{dtype}/{SIZES.get(name, '8192/1024')}" for name in entries() for dtype in ("bf16", "f32")]
+ATTENTION = [f"attention/{case}" for case in (
     "bf16/16/64/c", "bf16/32/64/-", "bf16/64/64/c", "bf16/128/64/-", "bf16/64/128/c", "bf16/128/128/-", "f16/64/64/-",
     "f32/64/64/-", "f32/64/64/t",
-) for target in TARGETS]  # fmt: skip
+)]  # fmt: skip
 EVOFORMER = [f"evoformer/{case}" for case in (
     "bf16/8/mb", "bf16/16/mb", "bf16/32/mb", "bf16/32/-", "bf16/32/m", "bf16/32/b", "bf16/64/mb", "bf16/128/mb",
     "bf16/128/m", "f16/24/mb", "f16/64/mb", "f32/32/mb", "f32/64/mb", "f32/64/mbt", "f32/128/mb",
@@ -99,26 +98,11 @@ def test_without_the_promise_of_alignment_the_bars_fail(built: dict[str, Any], c
 
 @needs_triton
 @pytest.mark.slow
-def test_every_kernel_reaches_every_bar_on_every_target(tmp_path: Path) -> None:
-    found = work("aot_builds", [str(tmp_path), *FULL], timeout=1800)
-    assert {case: k for case, k in found.items() if isinstance(k, str)} == {}
-    assert {f"{c} {n}": k["faults"] for c, ks in found.items() for n, k in ks.items() if k["faults"]} == {}
-
-
-@needs_triton
-@pytest.mark.slow
-def test_attention_reaches_every_bar_on_every_target(tmp_path: Path) -> None:
-    found = work("aot_builds", [str(tmp_path), *ATTENTION], timeout=1800)
-    assert {case: k for case, k in found.items() if isinstance(k, str)} == {}
-    assert {f"{c} {n}": k["faults"] for c, ks in found.items() for n, k in ks.items() if k["faults"]} == {}
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", TARGETS)
-def test_evoformer_attention_reaches_every_bar(target: str, tmp_path: Path) -> None:
-    found = work("aot_builds", [str(tmp_path), *(f"{case}@{target}" for case in EVOFORMER)], timeout=1800)
+@pytest.mark.parametrize("cases", [FULL, ATTENTION, EVOFORMER], ids=["library", "attention", "evoformer"])
+def test_every_kernel_reaches_every_bar(cases: list[str], target: str, tmp_path: Path) -> None:
+    found = work("aot_builds", [str(tmp_path), *(f"{case}@{target}" for case in cases)])
+    assert len(found) == len(cases)
     assert {case: k for case, k in found.items() if isinstance(k, str)} == {}
     assert {f"{c} {n}": k["faults"] for c, ks in found.items() for n, k in ks.items() if k["faults"]} == {}
 
@@ -127,7 +111,9 @@ def test_every_exception_has_a_reason_and_known_targets() -> None:
     for exception in EXCEPTIONS:
         assert exception.reason
         assert set(exception.targets) <= set(TARGETS)
-        assert exception.bar in {"S4", "S5", "S7"}, "spills, shared memory and matrix instructions have no exception"
+        assert exception.bar in {"S4", "S5", "S7", "S8"}, (
+            "spills, shared memory and matrix instructions have no exception"
+        )
 
 
 def test_an_unknown_target_lists_the_known_ones() -> None:

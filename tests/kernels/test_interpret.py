@@ -9,7 +9,9 @@ import importlib.util
 from typing import Any
 
 import pytest
+import torch
 
+from tests.kernels import references
 from tests.kernels.gathers import CASES
 from tests.kernels.pools import POOLS
 from tests.kernels.scatters import SCATTERS
@@ -25,16 +27,23 @@ ROWS = (
     "bias_gelu", "bias_gelu_backward", "bias_silu", "bias_silu_backward", "layer_norm", "layer_norm_backward",
     "rms_norm", "rms_norm_backward", "softmax", "softmax_backward", "cross_entropy", "cross_entropy_backward",
     "cross_entropy_both", "adamw", "lamb", "unscale", "embedding_norm", "cumulative_softmax", "embedding_backward",
-    "batch_norm", "batch_norm_backward", "max_pool", "max_pool_backward",
+    "batch_norm", "batch_norm_backward", "max_pool", "max_pool_backward", "average_pool", "average_pool_backward",
+    "pad_join", "scatter_rows", "index_add", "histogram",
 )  # fmt: skip
 QUICK = [f"{name}/bf16/5/37" for name in ROWS] + [
     "rotary/bf16/5/24", "layer_norm/f32/1/20", "layer_norm_backward/f16/33/16", "unscale/f32/21/1000",
     "cross_entropy_both/f32/2/17001", "layer_norm/bf16/2/17001", "softmax/f32/2/17000", "rms_norm_backward/f32/300/40",
 ]  # fmt: skip
-FULL = [f"{name}/{dtype}/{size}" for name in ROWS for dtype in ("f32", "bf16", "f16")
-        for size in ("1/1", "1/64", "5/37", "33/16", "64/768", "3/1025", "2/17001", "200/100")] + [
-    f"rotary/{dtype}/{size}" for dtype in ("f32", "bf16", "f16") for size in ("1/2", "5/24", "16/64")
-]  # fmt: skip
+WALKED = "2/17001"
+SIZES = ("1/1", "1/64", "5/37", "33/16", "64/768", "3/1025", WALKED, "200/100")
+FULL = dict.fromkeys(ROWS, SIZES) | {"rotary": ("1/2", "5/24", "16/64"), "histogram": SIZES[1:]} | {
+    name: tuple(size for size in SIZES if size != WALKED) for name in ROWS if "pool" in name
+}  # fmt: skip
+"""Pools have no rows to walk, and a million windows take minutes.
+
+Triton's interpreter has no ``&`` of a scalar's comparison and a block's, which a histogram of one element has.
+"""
+DTYPES = ("f32", "bf16", "f16")
 ROUNDING = 1.0
 """One unit in the last place of the result's type, and 3e-6 of the largest value: see ``interpret.excess``."""
 
@@ -56,10 +65,22 @@ def check(errors: Any) -> None:
 
 
 @pytest.mark.slow
-def test_every_kernel_is_right_at_every_size() -> None:
-    found = work("interpret", FULL, timeout=1800)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FULL)
+def test_every_kernel_is_right_at_every_size(name: str, dtype: str) -> None:
+    found = work("interpret", [f"{name}/{dtype}/{size}" for size in FULL[name]])
     wrong = {case: e for case, e in found.items() if isinstance(e, str) or not e or max(e) > ROUNDING}
     assert not wrong
+
+
+def test_the_gradient_of_one_column_is_rounding() -> None:
+    """Why ``references.terms`` is there: PyTorch in fp32 is as far off where RMSNorm has one column."""
+    (grad, x, _, weight), (wanted, _) = references.case("rms_norm_backward", torch.float32, 1, 1)
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(torch.nn.functional.rms_norm(leaf, [1], weight, references.EPS), leaf, grad)
+    (size,) = references.terms("rms_norm_backward", [grad, x, x.abs().reciprocal(), weight])
+    assert wanted.abs().max() < 1e-5 * size
+    assert ((found - wanted) / wanted).abs().max() > 0.01
 
 
 # -- places that data decide -------------------------------------------------------------------------------------------
@@ -114,8 +135,7 @@ PICTURES = [f"{name}/{IMAGES[k % 3]}" for k, name in enumerate((*POOLS, *SCATTER
     "average_2/f16/1/7/9", "average_without_padding/f32/2/3/5", "embedding/f32/9/5/70", "max_edges/bf16/2/5/5",
     "pad_view/f32/1/3/67",
 ]  # fmt: skip
-PICTURES_FULL = [f"{name}/{dtype}/{size}" for name in (*POOLS, *SCATTERS) for dtype in ("f32", "bf16", "f16")
-                 for size in ("1/2/2", "3/6/10", "5/4/34", "2/20/66")]  # fmt: skip
+PICTURES_FULL = [f"{name}/{size}" for name in (*POOLS, *SCATTERS) for size in ("1/2/2", "3/6/10", "5/4/34", "2/20/66")]
 EMPTY = [f"{n}/f32/0/6/10" for n in ("max_2", "average_2", "pad", "embedding", "index_put_negative", "flip")]
 
 
@@ -146,8 +166,10 @@ def test_what_has_no_elements_is_left_to_pytorch(pictures: dict[str, Any], case:
 
 
 @pytest.mark.slow
-def test_pools_norms_moves_and_scatters_are_right_at_every_size() -> None:
-    for found in work("interpret_pool", PICTURES_FULL, timeout=1800).values():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pools_norms_moves_and_scatters_are_right_at_every_size(dtype: str) -> None:
+    cases = ["/".join((name, dtype, size)) for name, _, size in (case.partition("/") for case in PICTURES_FULL)]
+    for found in work("interpret_pool", cases).values():
         check_picture(found)
 
 
@@ -171,12 +193,13 @@ ATTENTION = [
     "bigbird/f32/16/85/16/cpst", "longformer/bf16/16/90/40/pt", "window/f16/16/64/16/c", "random/f32/16/50/24/ch",
     "random/bf16/32/80/40/cp", "random/f32/128/200/16/p", "random/f16/64/128/64/cs", "random/bf16/16/33/8/ph",
 ]  # fmt: skip
-ATTENTION_FULL = [f"random/{dtype}/{block}/{seq}/{dim}/{masks}" for dtype in ("f32", "bf16", "f16")
-                  for block, seq in ((16, 96), (32, 77), (64, 128), (128, 300)) for dim in (8, 64, 72)
-                  for masks in ("-", "c", "p", "cp")] + [
-    f"{layout}/{dtype}/16/{seq}/16/{masks}{scale}" for layout in LAYOUTS for dtype in ("f32", "bf16", "f16")
-    for seq in (64, 50) for masks in ("h", "ct", "p", "cp") for scale in ("", "s")
-]  # fmt: skip
+ATTENTION_FULL = {
+    f"{block}/{seq}/{dim}": [f"random/{{}}/{block}/{seq}/{dim}/{masks}" for masks in ("-", "c", "p", "cp")]
+    for block, seq in ((16, 96), (32, 77), (64, 128), (128, 300)) for dim in (8, 64, 72)
+} | {
+    layout: [f"{layout}/{{}}/16/{seq}/16/{masks}{scale}" for seq in (64, 50) for masks in ("h", "ct", "p", "cp")
+             for scale in ("", "s")] for layout in LAYOUTS
+}  # fmt: skip
 TOLERANCE = {"f32": 5e-6, "f16": 4e-3, "bf16": 3e-2}
 """Of the largest value: probabilities and slopes pass through the dtype before the second product, as in SDPA."""
 
@@ -195,8 +218,10 @@ def test_attention_is_right(attention: dict[str, Any], case: str) -> None:
 
 
 @pytest.mark.slow
-def test_attention_is_right_for_every_block_size_and_mask() -> None:
-    found = work("interpret_attention", ATTENTION_FULL, timeout=1800)
+@pytest.mark.parametrize("layout", ATTENTION_FULL)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_is_right_for_every_block_size_and_mask(layout: str, dtype: str) -> None:
+    found = work("interpret_attention", [case.format(dtype) for case in ATTENTION_FULL[layout]])
     wrong = {c: e for c, e in found.items() if isinstance(e, str) or max(e) > TOLERANCE[c.split("/")[1]]}
     assert not wrong
 
@@ -206,8 +231,7 @@ EVOFORMER = [
     "bf16/1/65/1/128/mb", "f16/2/64/1/8/mbsw", "f16/2/33/2/64/mbn", "f16/1/128/1/32/mbhr", "f32/1/1/1/8/mb",
     "f32/1/17/1/8/mbg",
 ]  # fmt: skip
-EVOFORMER_FULL = [f"2/{residues}/2/{dim}/{flags}" for residues in (64, 77) for dim in (8, 24, 32, 64, 128)
-                  for flags in ("-", "m", "b", "mbh", "mbtw")]  # fmt: skip
+EVOFORMER_FULL = [f"2/{residues}/2/{{}}/{flags}" for residues in (64, 77) for flags in ("-", "m", "b", "mbh", "mbtw")]
 
 
 @pytest.fixture(scope="module")
@@ -230,10 +254,10 @@ def test_evoformer_attention_is_right(evoformer: dict[str, Any], case: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dim", [8, 24, 32, 64, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_evoformer_attention_is_right_for_every_head_size_and_bias(dtype: str) -> None:
-    found = work("interpret_evoformer", [f"{dtype}/{case}" for case in EVOFORMER_FULL], timeout=1800)
+def test_evoformer_attention_is_right_for_every_head_size_and_bias(dtype: str, dim: int) -> None:
+    found = work("interpret_evoformer", [f"{dtype}/{case.format(dim)}" for case in EVOFORMER_FULL])
     assert {c: e for c, e in found.items() if isinstance(e, str)} == {}
     assert all(len(errors) == evoformer_count(c) for c, errors in found.items())
     assert {c: e for c, e in found.items() if max(e) > TOLERANCE[dtype]} == {}
@@ -282,13 +306,13 @@ def test_a_compiled_module_with_symbolic_sizes_is_ours_and_compiled_once() -> No
 
 
 @pytest.mark.slow
-def test_whole_models_train_on_our_kernels() -> None:
-    found = work("interpret_models", ["bert", "gpt2", "llama", "t5", "vit", "resnet", "mixtral"], timeout=1800)
-    for name, figures in found.items():
-        assert not isinstance(figures, str), figures
-        assert figures["error"] < 1e-4, name
-        assert figures["kernels"] >= 10, name
-        assert not any("retraced" in why for why in figures["not ours"]), figures["not ours"]
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "resnet", "mixtral"])
+def test_whole_models_train_on_our_kernels(name: str) -> None:
+    figures = work("interpret_models", [name])[name]
+    assert not isinstance(figures, str), figures
+    assert figures["error"] < 1e-4
+    assert figures["kernels"] >= 10
+    assert not any("retraced" in why for why in figures["not ours"]), figures["not ours"]
 
 
 # -- the shim ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 NAMES = (
     "bias_gelu", "layer_norm", "layer_norm_backward", "softmax_long", "cross_entropy_both", "rotary", "adamw", "lamb",
     "unscale", "attention", "embedding_norm", "cumulative_softmax", "embedding_backward", "batch_norm",
-    "max_pool_backward", "evoformer",
+    "max_pool_backward", "evoformer", "pad_join", "index_add",
 )  # fmt: skip
 
 

@@ -129,7 +129,8 @@ class Worker {
     for (int64_t part = 0; part < parts; part++) {
       const bool last = part + 1 == parts, direct = part == 0 && !last;
       for (int64_t p = 0; p < pairs; p++) {
-        const int64_t y = p % down * 32, x = p / down * 32, steps = a.steps(part);
+        const int64_t column = p / down, x = column * 32, steps = a.steps(part);
+        const int64_t y = (column % 2 ? down - 1 - p % down : p % down) * 32;  // the last rows are in L1 still
         const int64_t m = std::min<int64_t>(32, s.rows - y), n = std::min<int64_t>(32, s.columns - x);
         beside.packer.wait(a.flag(part, y), s.a);
         beside.packer.wait(b.flag(part, x), s.b);

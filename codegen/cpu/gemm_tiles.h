@@ -24,9 +24,9 @@ class Result {
   bool first = true, add = false;
   float alpha = 1;
 
-  Vec sum(int j) const { return load(from + j * 16) + load(gathered + j * 16); }
+  Vec sum(int j) const { return first ? load(from + j * 16) : load(from + j * 16) + load(gathered + j * 16); }
   void put(int j) {
-    Vec x = first ? load(from + j * 16) : sum(j);
+    Vec x = sum(j);
     float* to = c + j * 16;
     x *= splat(alpha);
     if (add) x += (Vec)_mm512_maskz_loadu_ps(lanes[j], to);
@@ -74,7 +74,7 @@ class Result {
     asm volatile("" ::: "memory");  // the compiler does not know that tile stores write memory
     from = memory[current];
     current = 1 - current;
-    gathered = gather, way = Way::gather, c_row = 0, rows = m;
+    gathered = gather, way = Way::gather, first = false, c_row = 0, rows = m;
   }
   // It is the last part of the depth (only: the first too), and C's from row i and column j, to which it is added or
   // where it is put, with the bias.
@@ -87,7 +87,7 @@ class Result {
     bias_row = bias ? g.bias_row : 0, bias_column = g.bias_column;
     lanes[0] = n >= 16 ? 0xffff : (1u << n) - 1;
     lanes[1] = n >= 32 ? 0xffff : n <= 16 ? 0 : (1u << (n - 16)) - 1;
-    way = first || bias || alpha != 1 || n < 32 ? Way::put : add ? Way::put_added : Way::put_plain;
+    way = bias || alpha != 1 || n < 32 ? Way::put : add ? Way::put_added : Way::put_plain;
   }
 };
 

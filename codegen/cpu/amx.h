@@ -37,6 +37,7 @@ struct TileConfig {
     alignas(64) uint8_t ours[64] = {1};  // palette 1
     for (int t = 0; t < 8; t++) ours[16 + 2 * t] = 64, ours[48 + t] = 16;
     _tile_storeconfig(before);
+    asm volatile("" : "+m"(before), "+m"(ours));  // GCC's intrinsics name only the first bytes of what they read
     _tile_loadconfig(ours);
   }
   ~TileConfig() {

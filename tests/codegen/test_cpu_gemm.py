@@ -37,6 +37,8 @@ SHAPES = (
     (70, 300, 530),
     (1100, 40, 37),
     (20, 1100, 1070),
+    (530, 600, 200),
+    (40, 600, 4200),
 )
 
 
@@ -191,9 +193,9 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads() -> None:
 
 
 @tiles
-@pytest.mark.parametrize("shape", [(70, 1300, 2100), (300, 600, 40), (1030, 33, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 1300, 2100), (300, 600, 40), (1030, 33, 70), (40, 1030, 4200)], ids=str)
 def test_more_threads_than_rows_share_out_evenly(shape: tuple[int, int, int]) -> None:
-    """Threads then share columns, some have none; more than one block wide or deep, every element is written."""
+    """Threads then share columns, some have none; more than one step wide or deep, every element is written."""
     m, k, n = shape
     a, b = operand(m, k, False, 1), operand(k, n, True, 2)
     before = torch.get_num_threads()

@@ -162,11 +162,11 @@ class Worker {
     return sides / SIDE * (round_up(std::min(k, DEPTH), STEP) / STEP) * WORDS;
   }
 
-  // `memory` is this thread's: sums of a step, and PARTS slots of rows and of columns.
+  // `memory` is this thread's: sums of a step, slots of rows and of columns.
   Worker(const Gemm& problem, const Shares& shares, int64_t thread, int64_t threads, uint32_t* memory)
       : g(problem), steps(problem, shares, thread, threads), a_slot(slot(shares.height, g.k)),
         b_slot(slot(WIDTH, g.k)), gathered(reinterpret_cast<float*>(memory)), left(memory + shares.height * WIDTH),
-        right(left + PARTS * a_slot) {}
+        right(left + sum_of(g.n) / DEPTH * a_slot) {}
   void run() {
     Step now{}, then{};
     if (!steps.next(now)) return;
@@ -183,7 +183,8 @@ class Worker {
 // 0; 1: no memory; 2: the operands need fp32's range, and C is to be computed otherwise.
 inline int gemm_amx(const Gemm& g) {
   const Shares shares(g.m, g.n, g.threads);
-  const int64_t own = shares.height * WIDTH + PARTS * (Worker::slot(shares.height, g.k) + Worker::slot(WIDTH, g.k));
+  const int64_t part = Worker::slot(shares.height, g.k) + Worker::slot(WIDTH, g.k);
+  const int64_t own = shares.height * WIDTH + sum_of(g.n) / DEPTH * part;  // words of a thread
   Scratch scratch(g.threads * own);
   if (!scratch.words()) return 1;
   Extent a_extent, b_extent;

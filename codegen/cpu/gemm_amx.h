@@ -1,8 +1,8 @@
 // fp32 matrix products on AMX tiles (amx.h): operands as sums of three bf16, six of nine partial products.
 //
-// A thread packs some rows of A and some columns of B into its L2 and multiplies them in pairs of 32 rows and 32 columns:
+// A thread packs some rows of A and some columns of B into its L2 and multiplies them in pairs of 32 rows and columns:
 // the blocking of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008), but for B, which
-// they pack once for all. Here every thread packs what it needs itself, between products, which mostly hides it: a thread
+// they pack once for all. Here every thread packs what it needs itself, between products, which hide it in part, and
 // waits for no other. A pair's sum over DEPTH elements starts at zero and is added to others with vectors, so that
 // rounding errors do not grow with the number of elements as one long chain of additions would let them.
 #pragma once
@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t DEPTH = 128;  // longest sum inside tiles: a pair of packed rows is 24 KiB, half of L1
 constexpr int64_t PARTS = 4;    // of what is packed at once, at most
 
-// How many elements of the sum are packed at once: with 256, 384 KiB of A and 192 KiB of B are, and L2 has room for more.
-// But C is read and written once for each such block, so that there must be fewer if its rows are far away.
+// How many elements of the sum are packed at once: with 256, A takes 384 KiB and B 192 KiB of L2, and more were slower.
+// But C is read and written once for each such block, which takes longer if its rows are long.
 inline int64_t sum_of(int64_t n) { return n > 4096 ? PARTS * DEPTH : 2 * DEPTH; }
 
 // Whether the tiles' result has fp32's accuracy. An infinite number less its highest part is NaN. Tiles take bf16
@@ -120,7 +120,7 @@ class Worker {
       list_part(rows(s), part, {from, g.a_row, g.a_column, 0, 0, nullptr, nullptr, s.a, true}, s.rows);
     }
   }
-  // The sums of all parts of the depth are gathered. What is packed for `then` replaces, part by part, what is done with.
+  // The sums of all parts are gathered. What is packed for `then` replaces, part by part, what is done with.
   void multiply_step(const Step& s, const Step* then) {
     const Packed a = rows(s), b = columns(s);
     const int64_t down = (s.rows + 31) / 32, pairs = (s.columns + 31) / 32 * down, parts = s.parts();
@@ -134,7 +134,7 @@ class Worker {
         const int64_t m = std::min<int64_t>(32, s.rows - y), n = std::min<int64_t>(32, s.columns - x);
         beside.packer.wait(a.flag(part, y), s.a);
         beside.packer.wait(b.flag(part, x), s.b);
-        asm volatile("" ::: "memory");  // nor that tile loads read it
+        asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
         const uint32_t *above = a.at(part, y), *aside = b.at(part, x);
         float *gather = gathered + p * PAIR, *sums = result.sums(gather, direct);
         result.expect(last ? g.c + s.batch * g.c_batch + (s.i + y) * g.c_row + s.j + x : nullptr, g.c_row);
@@ -162,11 +162,11 @@ class Worker {
     return sides / SIDE * (round_up(std::min(k, DEPTH), STEP) / STEP) * WORDS;
   }
 
-  // `memory` is this thread's: sums of a step, and PARTS slots of rows and of columns.
+  // `memory` is this thread's: sums of a step, slots of rows and of columns.
   Worker(const Gemm& problem, const Shares& shares, int64_t thread, int64_t threads, uint32_t* memory)
       : g(problem), steps(problem, shares, thread, threads), a_slot(slot(shares.height, g.k)),
         b_slot(slot(WIDTH, g.k)), gathered(reinterpret_cast<float*>(memory)), left(memory + shares.height * WIDTH),
-        right(left + PARTS * a_slot) {}
+        right(left + sum_of(g.n) / DEPTH * a_slot) {}
   void run() {
     Step now{}, then{};
     if (!steps.next(now)) return;
@@ -183,7 +183,8 @@ class Worker {
 // 0; 1: no memory; 2: the operands need fp32's range, and C is to be computed otherwise.
 inline int gemm_amx(const Gemm& g) {
   const Shares shares(g.m, g.n, g.threads);
-  const int64_t own = shares.height * WIDTH + PARTS * (Worker::slot(shares.height, g.k) + Worker::slot(WIDTH, g.k));
+  const int64_t part = Worker::slot(shares.height, g.k) + Worker::slot(WIDTH, g.k);
+  const int64_t own = shares.height * WIDTH + sum_of(g.n) / DEPTH * part;  // words of a thread
   Scratch scratch(g.threads * own);
   if (!scratch.words()) return 1;
   Extent a_extent, b_extent;

@@ -229,7 +229,9 @@ inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, Result
   }
 }
 
-// One block of C, as multiply_block of gemm_amx.h; A is packed from row `i` on.
+// One block of C from row `i` and column `j` on: `rows`, all that `a` holds, and `columns` (WIDTH at most) of what `b`
+// holds from `column` on. The sums of all parts of the depth are gathered. Meanwhile the columns of the next part, or of
+// the block that begins at `next`, are fetched.
 template <bool EIGHT>
 inline void multiply_block(const Gemm& g, const Packed& a, const Packed& b, int64_t batch, int64_t i, int64_t j,
                            int64_t rows, int64_t column, int64_t columns, bool add, float* gathered, int64_t next,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dscompile.effects import constant, is_effect, is_random
+from dscompile.passes.attention_order import is_order
 from dscompile.torch_compat import no_modes
 
 aten = torch.ops.aten
@@ -92,6 +93,8 @@ def _understand(mask: fx.Node, seq: int | torch.SymInt) -> Mask:
             causal |= _is_causal(part, seq)
         elif part.is_padding(seq):
             padding.append(part)
+        elif is_order(part.node, seq, visible=part.visible):
+            causal = True
         else:
             raise UnknownMaskError(
                 f"the mask depends on an input and differs from query to query (%{part.node.name}, {list(part.shape)})"

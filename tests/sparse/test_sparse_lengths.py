@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,57 @@ def test_a_mask_of_padding(batch: int) -> None:
         with masked_by_hand(LOCAL):
             compare(found, step(model, model, args))
     assert REPORTS.all()[0].fallbacks == []
+
+
+def lower(at: Tensor) -> Tensor:
+    return at[None, :] <= at[:, None]
+
+
+def upper(at: Tensor) -> Tensor:
+    return ~(at[None, None, None, :] > at[:, None])
+
+
+def swapped(at: Tensor) -> Tensor:
+    return at.view(1, 1, -1, 1) >= at.view(1, 1, 1, -1)
+
+
+def moved(at: Tensor) -> Tensor:
+    return (at + 3)[None, :] <= (at + 3)[:, None]
+
+
+def anticausal(at: Tensor) -> Tensor:
+    return at[None, :] >= at[:, None]
+
+
+def shifted(at: Tensor) -> Tensor:
+    return at[None, :] <= (at + 1)[:, None]
+
+
+def strict(at: Tensor) -> Tensor:
+    return at[None, :] < at[:, None]
+
+
+def every_other(at: Tensor) -> Tensor:
+    return 2 * at[None, :] <= at[:, None]
+
+
+@pytest.mark.parametrize("rule", [lower, upper, swapped, moved], ids=lambda rule: rule.__name__)
+def test_a_causal_mask_made_of_positions(rule: Callable[[Tensor], Tensor]) -> None:
+    model = Attention(lambda q, k, v, kept: sdpa(q, k, v, rule(torch.arange(q.shape[2])) & kept))
+    run = compiled(model, LOCAL, dynamic=True)
+    for seq in (64, 75):
+        args = (torch.randn(3, seq, 16), ~tail(3, seq, 9)[:, None, None])
+        found = step(run, model, args)
+        with masked_by_hand(LOCAL):
+            compare(found, step(model, model, args))
+    assert REPORTS.all()[0].fallbacks == []
+
+
+@pytest.mark.parametrize("rule", [anticausal, shifted, strict, every_other], ids=lambda rule: rule.__name__)
+def test_other_orders_are_refused(rule: Callable[[Tensor], Tensor]) -> None:
+    model = Attention(lambda q, k, v: sdpa(q, k, v, rule(torch.arange(q.shape[2]))))
+    _, decisions = plan(trace(model, torch.randn(2, 64, 16), dynamic=True), LOCAL)
+    assert [d.choice for d in decisions] == ["refused"]
 
 
 def test_a_length_too_short_for_the_section_is_attended_to_densely_with_a_warning(

@@ -6,6 +6,7 @@ no such tensor, or another comparison, is not recognised.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import fx
 
 aten = torch.ops.aten
 
-_LATER = {aten.gt.Tensor: 0, aten.lt.Tensor: 1}
+_LATER: Mapping[Any, int] = {aten.gt.Tensor: 0, aten.lt.Tensor: 1}
 """Comparisons that hold where the key comes after the query, and which operand is then the key's position."""
 
-_SEEN = {aten.le.Tensor: 0, aten.ge.Tensor: 1}
+_SEEN: Mapping[Any, int] = {aten.le.Tensor: 0, aten.ge.Tensor: 1}
 """The same for keys that do not come after the query."""
 
 _SAME = frozenset({aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default})
@@ -34,7 +35,7 @@ class _Positions:
 
 def is_order(node: fx.Node, seq: int | torch.SymInt, *, visible: bool) -> bool:
     """Whether keys are visible where ``node``, of a shape ``[.., seq, seq]``, is ``visible``, and those are causal."""
-    key = (_SEEN if visible else _LATER).get(node.target)  # type: ignore[arg-type]
+    key = (_SEEN if visible else _LATER).get(node.target)
     shape = [str(n) for n in node.meta["val"].shape]
     if key is None or shape[-2:] != [str(seq)] * 2 or any(n != "1" for n in shape[:-2]):
         return False

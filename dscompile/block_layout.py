@@ -135,7 +135,8 @@ def _compressed(layout: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([starts, ends], 1).to(torch.int32), layout.nonzero()[:, 2].to(torch.int32)
 
 
-def _index_kernel(layout: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compressed_index(layout: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The index of a layout in the form of :func:`traced_index`."""
     _check_values(layout)
     kept = layout.bool().tril() if causal else layout.bool()
     rows, columns = _compressed(kept)
@@ -160,5 +161,5 @@ def _index_fake(layout: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, T
     return rows(), columns(), rows(), columns()
 
 
-_LIBRARY.impl("layout_index", _index_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("layout_index", compressed_index, "CompositeExplicitAutograd")
 torch.library.register_fake("dscompile::layout_index", _index_fake, lib=_LIBRARY)

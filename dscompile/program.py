@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import dscompile.section_layout  # noqa: F401  (registers an operator that programs from the cache may call)
 from dscompile.errors import VerifyError
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dscompile.effects import constant, is_effect, is_random
+from dscompile.passes.attention_order import is_order
 from dscompile.torch_compat import no_modes
 
 aten = torch.ops.aten
@@ -59,12 +60,12 @@ class Part:
         """A part in the node's own shape."""
         return cls(node, visible, tuple(node.meta["val"].shape))
 
-    def is_padding(self, seq: int) -> bool:
+    def is_padding(self, seq: int | torch.SymInt) -> bool:
         """Whether it hides whole keys: ``[batch or 1, 1, 1, seq]``, fewer dimensions, or ``[batch, seq]`` made so."""
-        if self.shape[-1] != seq or any(size != 1 for size in self.shape[-3:-1]):
+        shape, found = ([str(n) for n in sizes] for sizes in (self.shape, self.node.meta["val"].shape))
+        if shape[-1] != str(seq) or any(size != "1" for size in shape[-3:-1]):  # text, as a symbolic size may be
             return False
-        batch = self.shape[0] if len(self.shape) == 4 else 1
-        return tuple(self.node.meta["val"].shape) in (self.shape, (batch, seq))
+        return found in (shape, [shape[0] if len(shape) == 4 else "1", str(seq)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Mask:
     padding: tuple[Part, ...]
 
 
-def understand(mask: fx.Node, seq: int) -> Mask:
+def understand(mask: fx.Node, seq: int | torch.SymInt) -> Mask:
     """Take a mask of ``[.., seq, seq]`` (or broadcast to it) apart; bool masks are True where a key is visible.
 
     Raises:
@@ -85,13 +86,15 @@ def understand(mask: fx.Node, seq: int) -> Mask:
         return _understand(mask, seq)
 
 
-def _understand(mask: fx.Node, seq: int) -> Mask:
+def _understand(mask: fx.Node, seq: int | torch.SymInt) -> Mask:
     causal, padding = False, []
     for part in _parts(mask):
         if _is_constant(part.node):
             causal |= _is_causal(part, seq)
         elif part.is_padding(seq):
             padding.append(part)
+        elif is_order(part.node, seq, visible=part.visible):
+            causal = True
         else:
             raise UnknownMaskError(
                 f"the mask depends on an input and differs from query to query (%{part.node.name}, {list(part.shape)})"
@@ -177,7 +180,7 @@ def _conjunction(node: fx.Node, visible: bool) -> Iterator[Part]:
         yield Part.of(node, visible=visible)
 
 
-def _is_causal(part: Part, seq: int) -> bool:
+def _is_causal(part: Part, seq: int | torch.SymInt) -> bool:
     """Whether a constant part hides the keys after the query; False if it hides nothing.
 
     Raises:

@@ -42,7 +42,7 @@ class Site:
     forward: fx.Node
     backward: fx.Node | None
     heads: int
-    seq: int
+    seq: int | torch.SymInt
     mask: Mask
     scale: float
 
@@ -67,8 +67,8 @@ def read(node: fx.Node, sources: Sources) -> Site:
     shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
     if q.shape[2:] != k.shape[2:] or k.shape[1:] != v.shape[1:]:
         raise RefusedError(f"not the attention of a sequence to itself: q, k, v are {shapes}")
-    if not all(type(size) is int for size in (*q.shape[1:], k.shape[1])):
-        raise RefusedError(f"heads, length or head size are symbolic ({list(q.shape)}); compile with dynamic=False")
+    if not all(type(size) is int for size in (q.shape[1], q.shape[3], k.shape[1])):
+        raise RefusedError(f"heads or head size are symbolic ({list(q.shape)}); compile with dynamic=False")
     if q.shape[1] % k.shape[1]:
         raise RefusedError(f"the heads of k and v do not divide those of q: q, k, v are {shapes}")
     if sources.cross(*node.args[:2]):  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def read(node: fx.Node, sources: Sources) -> Site:
     return Site(node, _backward_of(node), q.shape[1], q.shape[2], mask, scale)
 
 
-def _mask(node: fx.Node, seq: int) -> Mask:
+def _mask(node: fx.Node, seq: int | torch.SymInt) -> Mask:
     causal = bool(named(node, "is_causal", False))
     given = named(node, "attn_mask") or named(node, "attn_bias")
     if not isinstance(given, fx.Node):

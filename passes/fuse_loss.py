@@ -32,6 +32,8 @@ def fuse_loss(graph: StepGraph, ctx: PassContext) -> None:
     """Rewrite ``cross_entropy(x @ weight.T + bias, target)`` and its gradient into ``linear_cross_entropy``."""
     if ctx.config.fused_loss == "off":
         return
+    for node in graph.graph.find_nodes(op="call_function", target=aten.nll_loss2d_forward.default):
+        ctx.decide(node, "kept", "classes are not the last dimension; flatten logits to [rows, classes]")
     for node in graph.graph.find_nodes(op="call_function", target=aten.nll_loss_forward.default):
         found = match(node)
         if isinstance(found, str):

@@ -11,6 +11,7 @@ are proved against what it left. Every attention it meets is a decision, with th
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from dscompile.passes.attention_scores import hide, is_written_out, operands, sp
 from dscompile.passes.attention_sites import RefusedError, Site, is_attention, named, read
 from dscompile.passes.attention_sources import CROSS, Sources
 from dscompile.passes.canonicalise import remove_dead
+from dscompile.section_layout import SECTION_INDEX
 from dscompile.sparse_section import SparseAttentionConfig
 from dscompile.torch_compat import fake_mode_of, no_modes
 
@@ -44,6 +46,7 @@ class Layouts:
     made: dict[tuple[int, int, bool], BlockLayout] = field(default_factory=dict)
     nodes: dict[tuple[BlockLayout, torch.device], tuple[fx.Node, ...]] = field(default_factory=dict)
     visible: dict[tuple[int, int, torch.device], fx.Node] = field(default_factory=dict)
+    symbolic: dict[tuple[int, str, bool], tuple[fx.Node, ...]] = field(default_factory=dict)
 
     def of(self, heads: int, seq: int, *, causal: bool) -> BlockLayout:
         """The layout of an attention; raises :class:`RefusedError` if the sequence is too short for it."""
@@ -80,6 +83,22 @@ class Layouts:
             tensors = {f"sparse_layout{number}_{name}": getattr(layout, name) for name in _INDEX}
             self.nodes[key] = tuple(self._constant(name, value, device) for name, value in tensors.items())
         return self.nodes[key]
+
+    def made_at_run_time(self, site: Site) -> tuple[fx.Node, ...]:
+        """The index of an attention whose length is symbolic, as nodes before it; equal ones are made once."""
+        key = (site.heads, str(site.seq), site.mask.causal)
+        if key not in self.symbolic:
+            before = site.forward
+
+            def add(target: Any, *args: Any) -> fx.Node:
+                node = self.graph.insert_call(before, target, args, like=before)
+                annotate(node, role=role_of(node))
+                return node
+
+            section = self.section.model_dump_json()
+            made = add(SECTION_INDEX, before.args[0], section, site.mask.causal)
+            self.symbolic[key] = tuple(add(operator.getitem, made, number) for number in range(len(_INDEX)))
+        return self.symbolic[key]
 
     def _constant(self, name: str, value: Tensor, device: torch.device) -> fx.Node:
         """A buffer on ``device``; where the machine has no such device the graph is planned, not run, and it stays."""
@@ -121,13 +140,20 @@ def sparse_attention(graph: StepGraph, ctx: PassContext) -> None:
 
 
 def _sparse(graph: StepGraph, ctx: PassContext, site: Site, layouts: Layouts) -> None:
-    node = site.forward
-    layout = layouts.of(site.heads, site.seq, causal=site.mask.causal)
-    why = f"{layouts.section.mode} layout, {layout.density:.1%} of {layout.blocks} x {layout.blocks} blocks"
+    node, causal = site.forward, site.mask.causal
+    facts: dict[str, Any] = {"causal": causal, "padding": len(site.mask.padding)}
+    layout: BlockLayout | None = None
+    if type(site.seq) is int:
+        layout = layouts.of(site.heads, site.seq, causal=causal)
+        why = f"{layouts.section.mode} layout, {layout.density:.1%} of {layout.blocks} x {layout.blocks} blocks"
+        facts |= {"density": layout.density, "blocks": layout.blocks, "last_block": site.seq % layout.block}
+    else:
+        why = f"{layouts.section.mode} layout, made for each length when the graph runs"
     if graph.edit("sparse attention", node, why=why):
-        _rewrite(graph, ctx, site, layout, layouts.constants(layout, node.args[0].meta["val"].device))  # type: ignore[union-attr]
-        facts: dict[str, Any] = {"density": layout.density, "blocks": layout.blocks, "causal": site.mask.causal}
-        ctx.decide(node, "sparse", why, **facts, padding=len(site.mask.padding), last_block=site.seq % layout.block)
+        device = node.args[0].meta["val"].device  # type: ignore[union-attr]
+        index = layouts.made_at_run_time(site) if layout is None else layouts.constants(layout, device)
+        _rewrite(graph, ctx, site, layouts.section.block, index)
+        ctx.decide(node, "sparse", why, **facts)
 
 
 def _masked(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts, sources: Sources) -> None:
@@ -160,10 +186,10 @@ def _masked(graph: StepGraph, ctx: PassContext, node: fx.Node, layouts: Layouts,
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: StepGraph, ctx: PassContext, site: Site, layout: BlockLayout, index: tuple[fx.Node, ...]) -> None:
+def _rewrite(graph: StepGraph, ctx: PassContext, site: Site, block: int, index: tuple[fx.Node, ...]) -> None:
     """Put the block-sparse operator, and its backward, in the place of both halves of a site."""
     operators = torch.ops.dscompile
-    rest = (*index, layout.block, site.mask.causal, _padding(graph, site), site.scale)
+    rest = (*index, block, site.mask.causal, _padding(graph, site), site.scale)
     given = site.forward.args[:3]
     if site.backward is not None:  # first: afterwards nothing reads what only the dense backward needs
         grad, out, lse = site.backward.args[0], named(site.backward, "out"), named(site.backward, "logsumexp")
@@ -235,7 +261,8 @@ def _laid_out(graph: StepGraph, result: fx.Node, like: Tensor) -> fx.Node:
 
 def _padding(graph: StepGraph, site: Site) -> fx.Node | None:
     """The key-padding parts of the mask as one bool ``[batch, seq]``, True where a key is hidden."""
-    batch = site.forward.args[0].meta["val"].shape[0]  # type: ignore[union-attr]
+    like: fx.Node = site.forward.args[0]  # type: ignore[assignment]
+    batch = like.meta["val"].shape[0]
     joined: fx.Node | None = None
 
     def add(target: Any, *args: Any) -> fx.Node:
@@ -252,6 +279,7 @@ def _padding(graph: StepGraph, site: Site) -> fx.Node | None:
         if part.visible:
             node = add(aten.logical_not.default, node)
         joined = node if joined is None else add(aten.bitwise_or.Tensor, joined, node)
-    if joined is not None and joined.meta["val"].shape[0] != batch:
-        joined = add(aten.expand.default, joined, [batch, site.seq])
+    if joined is not None and str(joined.meta["val"].shape[0]) != str(batch):  # text, as a symbolic size may be
+        sizes = [batch if type(batch) is int else add(aten.sym_size.int, like, 0), -1]
+        joined = add(aten.expand.default, joined, sizes)
     return joined

@@ -120,7 +120,12 @@ def likelihood(logits: Tensor, target: Tensor) -> Tensor:
     return F.nll_loss(logits, target)
 
 
+def classes_second(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.unsqueeze(0).transpose(1, 2), target.unsqueeze(0))
+
+
 KEPT = {
+    classes_second: "classes are not the last dimension",
     smoothed: "the log-probabilities are also read by",
     weighted: "classes are weighted",
     each_row: "a loss for each row is wanted",

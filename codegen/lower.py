@@ -69,8 +69,8 @@ def lower_region(region: Region, config: Config) -> RegionCode:
     except InductorFailure as failure:
         reason = f"{_where(region)}: {failure}"
         log.warning("region runs with aten kernels, Inductor cannot compile it: %s", reason)
-        source = emit_aten(module)
-        return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing, products=tuple(products))
+        source = reference or emit_aten(region_module(region))  # not what was chosen for Inductor: that has failed
+        return RegionCode(region.key, "aten", source, reason, source, passing=failure.passing)
     return RegionCode(
         *(region.key, "inductor", artifact.source_code),
         reference=reference,

@@ -19,24 +19,6 @@ from torch._inductor.codegen.common import DeferredLine, device_codegens, init_b
 from torch._inductor.cpu_vec_isa import invalid_vec_isa
 from torch._inductor.virtualized import V
 
-
-class _Tile2D(inductor_cpp.CppTile2DKernel):
-    """Inductor's 2-D tile with the right address for a parallel scatter.
-
-    torch 2.13 moves the index of a store to the tile's inner row, and its vectorised ``atomic_add`` (an accumulating
-    ``index_put`` on more than one thread) then moves it a second time: row ``k`` is added to row ``2 * k``, possibly
-    past the buffer's end. Falcon's fused query/key/value gradient is wrong by 2 % so. Here the index is moved once.
-    """
-
-    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
-        """Emit ``name[index] = value``, or the accumulating form."""
-        parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
-        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):  # type: ignore[no-untyped-call]
-            inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
-        else:
-            super().store(name, index, value, mode)  # type: ignore[no-untyped-call]
-
-
 _AHEAD = 2048
 """Bytes that are fetched ahead of a loop through memory: 32 lines, about memory's latency at a core's share of it."""
 
@@ -86,6 +68,27 @@ class _Vec(inductor_cpp.CppVecKernel):
         if line not in self._fetched:
             self._fetched.add(line)
             code.writeline(DeferredLine(name, line) if write else line)
+
+
+class _Tile2D(inductor_cpp.CppTile2DKernel, _Vec):
+    """Inductor's 2-D tile with the right address for a parallel scatter.
+
+    torch 2.13 moves the index of a store to the tile's inner row, and its vectorised ``atomic_add`` (an accumulating
+    ``index_put`` on more than one thread) then moves it a second time: row ``k`` is added to row ``2 * k``, possibly
+    past the buffer's end. Falcon's fused query/key/value gradient is wrong by 2 % so. Here the index is moved once.
+    It is a :class:`_Vec` too because Inductor asks its tiles to be of ``vec_kernel_cls``.
+    """
+
+    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        """Emit ``name[index] = value``, or the accumulating form."""
+        parallel = inductor_config.cpp.dynamic_threads or self.num_threads != 1
+        if mode == "atomic_add" and parallel and not self.need_vec_transpose(self.rename_indexing(index)):  # type: ignore[no-untyped-call]
+            inductor_cpp.CppVecKernel.store(self, name, index, value, mode)
+        else:
+            super().store(name, index, value, mode)  # type: ignore[no-untyped-call]
+
+    def _fetch(self, code: Any, name: str, pointer: str, index: Any, *, write: bool) -> None:
+        """Fetch nothing: a tile's rows lie apart."""
 
 
 class _KernelProxy(inductor_cpp.CppKernelProxy):

@@ -76,3 +76,28 @@ def test_same_bits_as_inductor(name: str, dtype: torch.dtype) -> None:
         theirs = torch.compile(CASES[name])(x, y)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert last_report()[-1].fallbacks == []
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_strided_convolution_before_an_encoder_compiles(norm_first: bool) -> None:
+    """Its backward sums rows in a transposed tile, which Inductor wants to be one of our vector loops."""
+    torch.manual_seed(0)
+    front = torch.nn.Conv1d(8, 32, 3, stride=2, padding=1)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=norm_first)
+    parameters, x = [*front.parameters(), *layer.parameters()], torch.randn(4, 8, 64)
+
+    def encode(x: Tensor) -> Tensor:
+        return layer(front(x).transpose(1, 2))
+
+    def gradients(call: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(x).float().square().mean()
+        return torch.autograd.grad(loss, parameters)
+
+    torch._dynamo.reset()
+    found, theirs = gradients(torch.compile(encode, backend="dscompile")), gradients(encode)
+    front.double(), layer.double()
+    exact = torch.autograd.grad(encode(x.double()).square().mean(), parameters)
+    for have, eager, want in zip(found, theirs, exact, strict=True):
+        assert (have - want).norm() <= 2 * (eager - want).norm() + 1e-6
+    assert all(report.fallbacks == [] for report in last_report()[-2:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -106,6 +106,27 @@ def test_a_whole_model_trains_on_fallbacks_and_every_one_is_counted(
         assert report.facts["aten_regions"] == len(report.fallbacks) == 1
         assert "1 FALLBACK(S)" in report.line()
         assert "no such kernel" in report.line()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fallback_runs_nothing_that_was_chosen_for_inductor(broken: None, dtype: torch.dtype) -> None:
+    """Our norms, products and attention, and the joined gradient of the loss, are for regions that compile."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), nn.LayerNorm(32), nn.Linear(32, 7)
+    )
+    x, target = torch.randn(2, 16, 32), torch.randint(7, (32,))
+    options = {**OPTIONS, "norm_backward": "kernel", "gemm": "amx", "attention": "kernel"}
+    compiled = torch.compile(model, backend="dscompile", options=options)
+
+    def gradients(call: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            loss = nn.functional.cross_entropy(call(x).flatten(0, 1), target)
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    for have, want in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert all(report.fallbacks for report in reports())
 
 
 @torch.library.custom_op("dscompile_tests::shifted_sine", mutates_args=())

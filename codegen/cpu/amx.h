@@ -116,22 +116,21 @@ inline Vec load_some(const fp16* p, int64_t n) {
 }
 #endif
 
-// One tile of pairs (low row i, high row i), i < 16. `low` and `high` point at rows `stride` apart, of which the first
-// so many exist, each with so many lanes; the rest is 0. TRANSPOSED stores lanes down and rows across. What lies `later`
-// elements on is fetched meanwhile.
-template <int PLANES, bool TRANSPOSED, typename T>
-inline void pack(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows,
-                 int64_t high_lanes, int64_t stride, uint32_t* to, int64_t plane_step, int64_t later = 0) {
+// As pack, below; WHOLE: all rows and lanes exist.
+template <int PLANES, bool TRANSPOSED, bool WHOLE, typename T>
+inline void pack_some(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows,
+                      int64_t high_lanes, int64_t stride, uint32_t* to, int64_t plane_step, int64_t later) {
   Ints packed[PLANES][16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
+    const T *x = low + i * stride, *y = high + i * stride;
     if (later) {
-      __builtin_prefetch(low + i * stride + later, 0, 2);
-      __builtin_prefetch(high + i * stride + later, 0, 2);
+      __builtin_prefetch(x + later, 0, 2);
+      __builtin_prefetch(y + later, 0, 2);
     }
     Ints a[PLANES], b[PLANES];
-    planes_of<PLANES>(load_some(low + i * stride, i < low_rows ? low_lanes : 0), a);
-    planes_of<PLANES>(load_some(high + i * stride, i < high_rows ? high_lanes : 0), b);
+    planes_of<PLANES>(WHOLE ? load(x) : load_some(x, i < low_rows ? low_lanes : 0), a);
+    planes_of<PLANES>(WHOLE ? load(y) : load_some(y, i < high_rows ? high_lanes : 0), b);
     for (int n = 0; n < PLANES; n++) packed[n][i] = pair(a[n], b[n]);
   }
   for (int n = 0; n < PLANES; n++) {
@@ -139,6 +138,19 @@ inline void pack(const T* low, int64_t low_rows, int64_t low_lanes, const T* hig
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) std::memcpy(to + n * plane_step + i * 16, &packed[n][i], 64);
   }
+}
+
+// One tile of pairs (low row i, high row i), i < 16. `low` and `high` point at rows `stride` apart, of which the first
+// so many exist, each with so many lanes; the rest is 0. TRANSPOSED stores lanes down and rows across. What lies `later`
+// elements on is fetched meanwhile.
+template <int PLANES, bool TRANSPOSED, typename T>
+void pack(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows, int64_t high_lanes,
+          int64_t stride, uint32_t* to, int64_t plane_step, int64_t later = 0) {
+  if (low_rows >= 16 && low_lanes >= 16 && high_rows >= 16 && high_lanes >= 16)
+    pack_some<PLANES, TRANSPOSED, true>(low, 16, 16, high, 16, 16, stride, to, plane_step, later);
+  else
+    pack_some<PLANES, TRANSPOSED, false>(low, low_rows, low_lanes, high, high_rows, high_lanes, stride, to, plane_step,
+                                         later);
 }
 
 // Rows [0, rows) of a matrix, to be summed along their `size` elements: as left operand, or TRANSPOSED as right one. A

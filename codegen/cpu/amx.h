@@ -120,7 +120,7 @@ inline Vec load_some(const fp16* p, int64_t n) {
 template <int PLANES, bool TRANSPOSED, bool WHOLE, typename T>
 inline void pack_some(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows,
                       int64_t high_lanes, int64_t stride, uint32_t* to, int64_t plane_step, int64_t later) {
-  Ints packed[PLANES][16];
+  Ints packed[TRANSPOSED ? PLANES : 1][16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
     const T *x = low + i * stride, *y = high + i * stride;
@@ -131,10 +131,17 @@ inline void pack_some(const T* low, int64_t low_rows, int64_t low_lanes, const T
     Ints a[PLANES], b[PLANES];
     planes_of<PLANES>(WHOLE ? load(x) : load_some(x, i < low_rows ? low_lanes : 0), a);
     planes_of<PLANES>(WHOLE ? load(y) : load_some(y, i < high_rows ? high_lanes : 0), b);
-    for (int n = 0; n < PLANES; n++) packed[n][i] = pair(a[n], b[n]);
+#pragma GCC unroll 3
+    for (int n = 0; n < PLANES; n++) {
+      const Ints x_y = pair(a[n], b[n]);
+      if constexpr (TRANSPOSED)
+        packed[n][i] = x_y;
+      else
+        std::memcpy(to + n * plane_step + i * 16, &x_y, 64);
+    }
   }
-  for (int n = 0; n < PLANES; n++) {
-    if constexpr (TRANSPOSED) transpose(packed[n]);
+  for (int n = 0; TRANSPOSED && n < PLANES; n++) {
+    transpose(packed[n]);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) std::memcpy(to + n * plane_step + i * 16, &packed[n][i], 64);
   }

@@ -64,6 +64,7 @@ template <int PLANES>
 struct Softmax {
   const float* scores;  // [used / 16][height][16]
   int64_t height, used, rows, chunk;
+  int64_t diagonal;  // of 32 queries from `i` on, rows from diagonal + i + 32 on are hidden
   float factor;
   float *top, *total, *fade;
   Tiles to;
@@ -72,8 +73,14 @@ struct Softmax {
   int64_t i = 0, step = 0;
   Vec base{}, sum{};
 
-  int64_t steps() const { return 1 + (rows + chunk - 1) / chunk * 8; }  // for 16 queries
-  int64_t pieces() const { return used / 16 * steps(); }
+  int64_t seen() const { return std::min(rows, diagonal + i / 32 * 32 + 32); }  // rows of queries from `i` on
+  int64_t steps() const { return 1 + (seen() + chunk - 1) / chunk * 8; }       // for 16 queries
+  int64_t pieces() {
+    int64_t sum = 0;
+    for (i = 0; i < used; i += 16) sum += steps();
+    i = 0;
+    return sum;
+  }
 
   void operator()() {
     if (step == 0)
@@ -90,7 +97,7 @@ struct Softmax {
   void begin() {
     const float* x = scores + i * height;
     Vec most[4] = {load(x), load(x + 16), load(x + 32), load(x + 48)};
-    for (int64_t j = 4; j < rows; j += 4)
+    for (int64_t j = 4, end = seen(); j < end; j += 4)
 #pragma GCC unroll 4
       for (int n = 0; n < 4; n++) most[n] = maximum(most[n], load(x + (j + n) * 16));
     const Vec high = maximum(maximum(most[0], most[1]), maximum(most[2], most[3])) * factor;
@@ -110,7 +117,7 @@ struct Softmax {
     store(fade + i, shrink);
   }
   void pairs(int64_t k, int64_t j) {
-    if (chunk == 32 && k * 32 + 16 < rows)
+    if (chunk == 32 && k * 32 + 16 < seen())
       probabilities<true>(k, j);
     else
       probabilities<false>(k, j);
@@ -154,7 +161,7 @@ struct AmxForward {  // of one thread
 
   struct Pair {
     int64_t b, h, begin, count, used;  // queries
-    int64_t start, keys, padded, depth;
+    int64_t start, keys, padded, depth, diagonal;  // the last as in Softmax
     bool first, last;  // of its query block
     Block block;
     Tiles key, value;
@@ -248,8 +255,9 @@ struct AmxForward {  // of one thread
     }
     const int64_t begin = (walk.row - 1) * p.block, count = std::min(p.block, p.seq_q - begin);
     const auto [start, keys] = walk.list[walk.at];
-    x = {walk.b, walk.h, begin, count, round_up(count, 16), start, keys, round_up(keys, 16), (keys + chunk - 1) / chunk,
+    x = {walk.b, walk.h, begin, count, round_up(count, 16), start, keys, round_up(keys, 16), (keys + chunk - 1) / chunk, 0,
          walk.at == 0, walk.at + 1 == walk.list.size(), blocks[walk.which], head_keys, head_values};
+    x.diagonal = p.causal && begin >= start ? begin - start : x.padded;
     x.key.base = head_keys.at(start / 16, 0);
     x.value.base = head_values.at(0, start / chunk);
     walk.at++;
@@ -259,12 +267,21 @@ struct AmxForward {  // of one thread
   auto pack_queries(const Pair& x) const {
     return PackRows<PLANES, true, T>{q.at<T>(x.b, x.h, x.begin), q.row, x.count, p.size, queries, p.block * q.row};
   }
+  // Keys that the 32 queries from `i` on may see.
+  static int64_t seen(const Pair& x, int64_t i) { return std::min(x.padded, x.diagonal + i + 32); }
+  static Tiles from(Tiles x, int64_t row) {
+    x.base = x.at(row / 16, 0);
+    return x;
+  }
   void scores_of(const Pair& x, float* to, int64_t required) {
-    stream.push_all(x.padded / 16, x.used / 16, deep, x.key, queries, to, 16 * 16, 16 * TILE, false, required);
+    for (int64_t i = 0; i < x.used; i += 32)
+      stream.push_all((seen(x, i) + 15) / 16, std::min<int64_t>(2, (x.used - i) / 16), deep, x.key, from(queries, i),
+                      to + i * TILE, 16 * 16, 16 * TILE, false, required);
   }
   void add_values(const Pair& x, const Tiles& with, int64_t required) {
-    stream.push_all(width / 16, x.used / 16, x.depth, x.value, with, x.block.sums, 16 * 16, 16 * width, !x.first,
-                    required);
+    for (int64_t i = 0; i < x.used; i += 32)
+      stream.push_all(width / 16, std::min<int64_t>(2, (x.used - i) / 16), (seen(x, i) + chunk - 1) / chunk, x.value,
+                      from(with, i), x.block.sums + i * width, 16 * 16, 16 * width, !x.first, required);
   }
 
   // Query blocks [row, end) of a head.
@@ -284,7 +301,7 @@ struct AmxForward {  // of one thread
       auto pack_q = pack_queries(more ? after : x);
       auto pack_k = pack_keys(b, h, more ? after.start : 0, more ? after.keys : 0, TILE);
       auto pack_v = pack_values(b, h, x.start, x.keys, TILE);
-      Softmax<PLANES> softmax{scores[now], TILE, x.used, x.padded, chunk, float(p.scale) * LOG2E, x.block.top,
+      Softmax<PLANES> softmax{scores[now], TILE, x.used, x.padded, chunk, x.diagonal, float(p.scale) * LOG2E, x.block.top,
                               x.block.total, x.block.fade, probabilities[now], x.first};
       Finish finish_before{*this, before};
       if (more && after.first) aside.add(pack_q, pack_q.pieces());

@@ -327,13 +327,19 @@ struct AmxBackward {  // of one thread
 
   int64_t down(const Pair& x) const { return (x.padded / 16 + 1) / 2; }  // rows of blocks of scores
 
+  // The first block of row `i` of a pair that is not all hidden; 0 where a row, or none, is.
+  int64_t first_seen(const Pair& x, int64_t i) const {
+    const auto hidden = [&](int64_t row) { return std::max<int64_t>(0, (x.begin + row * SIDE - x.start) / SIDE); };
+    return p.causal && hidden(down(x) - 1) * SIDE < x.used ? hidden(i) : 0;
+  }
+
   // The products of row `i` of blocks of a pair: scores and gradients of probabilities, to be softmax's.
   void push_scores(int64_t b, Stage& stage, int64_t i) {
     const Pair& x = stage.pair;
     const int now = &stage - stages;
     row = 1 - row;
     const int64_t lanes = x.used / 16, across = (lanes + 1) / 2;
-    for (int64_t j = 0; j < across; j++) {
+    for (int64_t j = first_seen(x, i); j < across; j++) {
       const int slot = row * 2 + j, m = std::min<int64_t>(2, x.padded / 16 - 2 * i), n = std::min<int64_t>(2, lanes - 2 * j);
       const auto push = [&](const Tiles& left, const Tiles& right, float* to) {
         stream.push({left.at(2 * i, 0), right.at(x.start / 16 + 2 * j, 0), left.outer, left.depth, right.outer, right.depth,
@@ -359,16 +365,23 @@ struct AmxBackward {  // of one thread
   void push_gradients(const Stage& stage, int64_t i) {
     const Pair& x = stage.pair;
     const int now = &stage - stages;
-    const auto push = [&](Tiles a, const Tiles& b, float* c) {
-      a.base = a.at(2 * i, 0);
-      stream.push_all(std::min<int64_t>(2, x.padded / 16 - 2 * i), width / 16, x.lanes, a, b, c + i * SIDE * 16, 16 * 16,
-                      keys_max * 16, !x.first, stage.ready[i]);
+    const int64_t skipped = first_seen(x, i) * SIDE / chunk;
+    const auto push = [&](Tiles a, Tiles b, float* c) {
+      a.base = a.at(2 * i, skipped), b.base = b.at(0, skipped);
+      stream.push_all(std::min<int64_t>(2, x.padded / 16 - 2 * i), width / 16, x.lanes - skipped, a, b,
+                      c + i * SIDE * 16, 16 * 16, keys_max * 16, !x.first, stage.ready[i]);
     };
     push(probability[now], stage.above, value_grad[x.slot]);
     push(score_grad[now], stage.query, key_grad[x.slot]);
-    if (i + 1 == down(x))
-      stream.push_all(width / 16, x.used / 16, x.key_chunks, key_down[x.slot], score_grad_down[now],
-                      sum + x.start * width, 16 * 16, 16 * width, true, stage.ready[i]);
+    if (i + 1 < down(x)) return;
+    for (int64_t j = 0; j * SIDE < x.used; j++) {
+      int64_t rows = 0;  // of blocks that these queries see
+      while (rows < down(x) && first_seen(x, rows) <= j) rows++;
+      if (rows)
+        stream.push_all(width / 16, std::min<int64_t>(2, x.used / 16 - 2 * j), std::min(x.key_chunks, rows * SIDE / chunk),
+                        key_down[x.slot], from(score_grad_down[now], j * SIDE), sum + (x.start + j * SIDE) * width,
+                        16 * 16, 16 * width, true, stage.ready[i]);
+    }
   }
 
   // Key blocks [row, end) of a head.

@@ -15,29 +15,6 @@
 #ifdef HAVE_AMX
 namespace {
 
-// Memory that will be read soon: rows of adjacent elements, fetched a few lines at a time.
-class Fetch {
-  const char *line = nullptr, *end = nullptr;
-  int64_t bytes = 0, stride = 0, rows = 0;
-
- public:
-  Fetch() = default;
-  template <typename T>
-  Fetch(const T* from, int64_t elements, int64_t step = 0, int64_t count = 1)
-      : line(reinterpret_cast<const char*>(from)), end(line + elements * sizeof(T)), bytes(elements * sizeof(T)),
-        stride(step * sizeof(T)), rows(count) {}
-  int64_t lines() const { return rows * ((bytes + 63) / 64); }
-  bool some(int64_t& n) {  // whether there is more
-    for (; rows; rows--, line = end - bytes + stride, end = line + bytes) {
-      for (; line < end; line += 64, n--) {
-        if (n <= 0) return true;
-        __builtin_prefetch(line, 0, 2);
-      }
-    }
-    return false;
-  }
-};
-
 // Work that is done in pieces between tile products, in the order in which it was added. A job is an object that is
 // called once for each piece; it must live until it is done.
 class Aside {
@@ -49,9 +26,7 @@ class Aside {
     int64_t left;
   };
   Job jobs[MOST];
-  Fetch fetches[MOST];
-  int64_t added_jobs = 0, job = 0, limit = 0, added_fetches = 0, fetch = 0;
-  int64_t step = 0, due = 0, lines = 0, line_step = 0;
+  int64_t added_jobs = 0, job = 0, limit = 0, step = 0, due = 0;
 
   void one() {
     Job& now = jobs[job % MOST];
@@ -64,12 +39,8 @@ class Aside {
   void add(F& work, int64_t count) {
     if (count > 0) jobs[added_jobs++ % MOST] = {[](void* self) { (*static_cast<F*>(self))(); }, &work, count};
   }
-  void add(const Fetch& what) {
-    fetches[added_fetches++ % MOST] = what;
-    lines += what.lines();
-  }
   int64_t added() const { return added_jobs; }
-  // The first `count` jobs may be done now, and are spread over so many groups of products; so are all fetches.
+  // The first `count` jobs may be done now, and are spread over so many groups of products.
   void release(int64_t count, int64_t groups) {
     limit = count;
     int64_t pieces = 0;
@@ -77,22 +48,13 @@ class Aside {
     step = (pieces * ONE + groups - 1) / groups;
     due = 0;
   }
-  void fetch_over(int64_t groups) {
-    line_step = (lines + groups - 1) / groups;
-    lines = 0;
-  }
   void some() {
     for (due += step; due >= ONE && job < limit; due -= ONE) one();
-    if (fetch < added_fetches)
-      for (int64_t n = line_step; fetch < added_fetches; fetch++)
-        if (fetches[fetch % MOST].some(n)) break;
   }
   void finish_jobs(int64_t count) {
     while (job < count) one();
   }
-  void finish() {
-    finish_jobs(added_jobs);
-  }
+  void finish() { finish_jobs(added_jobs); }
 };
 
 template <int PLANES>
@@ -233,8 +195,8 @@ class Stream {
   // C of m x n tiles (+)= A B, by pairs of rows and columns; `required` of each.
   void push_all(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t down,
                 int64_t across, bool add, int64_t required) {
-    for (int64_t j = 0; j < n; j += 2)
-      for (int64_t i = 0; i < m; i += 2)
+    for (int64_t i = 0; i < m; i += 2)
+      for (int64_t j = 0; j < n; j += 2)
         push({a.at(i, 0), b.at(j, 0), a.outer, a.depth, b.outer, b.depth, depth, int(std::min<int64_t>(2, m - i)),
               int(std::min<int64_t>(2, n - j)), c + i * down + j * across, down, across, add, required});
   }

@@ -10,6 +10,7 @@
 #include <atomic>
 
 #include "amx_product.h"
+#include "amx_softmax.h"
 #include "problem.h"
 
 #ifdef HAVE_AMX
@@ -17,7 +18,6 @@ namespace {
 
 constexpr int64_t PACKED = 16 << 20;       // bytes of packed operands that stay in cache and cost few page faults
 constexpr int64_t PACKED_MOST = 96 << 20;  // what they may take to give each thread a head, unless one head needs more
-constexpr float SLACK = 8;                 // powers of 2 that scores may exceed what they are shifted by
 
 template <typename T>
 constexpr int PLANES_OF = std::is_same_v<T, float> ? 3 : std::is_same_v<T, bf16> ? 1 : 2;
@@ -28,19 +28,6 @@ inline int64_t chunk_of(const Problem& p) { return p.block % 32 ? 16 : 32; }  //
 inline int64_t heads_at_once(const Problem& p, int64_t bytes_a_head) {
   const int64_t wanted = std::max(PACKED / bytes_a_head, std::min(p.threads, PACKED_MOST / bytes_a_head));
   return std::max<int64_t>(1, std::min(p.batch * p.heads, wanted));
-}
-
-// Scores, [used / 16][height][16], that do not count become -inf, as `hide` makes them.
-inline void hide_packed(const Problem& p, float* scores, int64_t height, int64_t used, int64_t b, int64_t first_key,
-                        int64_t keys, int64_t padded, int64_t first_query) {
-  const bool diagonal = p.causal && first_key + keys - 1 > first_query;
-  if (!diagonal && padded == keys && !p.key_padding) return;
-  for (int64_t j = 0; j < padded; j++) {
-    const bool whole = j >= keys || (p.key_padding && p.key_padding[b * p.seq_k + first_key + j]);
-    const int64_t end = whole ? used : diagonal ? std::min(used, first_key + j - first_query) : 0;
-    for (int64_t i = 0; i < end; i += 16)
-      _mm512_mask_storeu_ps(scores + i * height + j * 16, end - i >= 16 ? 0xffff : (1u << (end - i)) - 1, (__m512)splat(-INF));
-  }
 }
 
 // Which parts of a head's sequence a thread has packed already, by chunks.
@@ -54,88 +41,6 @@ class Seen {
     bool any = false;
     for (int64_t i = start; i < start + count; i++) any |= !chunks[i], chunks[i] = 1;
     return any;
-  }
-};
-
-// Scores of `rows` keys become probabilities, packed as a right operand summed over keys; top and total are updated.
-// A maximum that grows by less than SLACK is left: results do not depend on what scores are shifted by. A call does 16
-// queries' maximum, or their probabilities of a pair of keys.
-template <int PLANES>
-struct Softmax {
-  const float* scores;  // [used / 16][height][16]
-  int64_t height, used, rows, chunk;
-  int64_t diagonal;  // of 32 queries from `i` on, rows from diagonal + i + 32 on are hidden
-  float factor;
-  float *top, *total, *fade;
-  Tiles to;
-  bool first;  // of its queries: nothing to update
-  bool moved = false;  // whether the sums so far must be multiplied with `fade`
-  int64_t i = 0, step = 0;
-  Vec base{}, sum{};
-
-  int64_t seen() const { return std::min(rows, diagonal + i / 32 * 32 + 32); }  // rows of queries from `i` on
-  int64_t steps() const { return 1 + (seen() + chunk - 1) / chunk * 8; }       // for 16 queries
-  int64_t pieces() {
-    int64_t sum = 0;
-    for (i = 0; i < used; i += 16) sum += steps();
-    i = 0;
-    return sum;
-  }
-
-  void operator()() {
-    if (step == 0)
-      begin();
-    else
-      pairs((step - 1) / 8, (step - 1) % 8 * 2), pairs((step - 1) / 8, (step - 1) % 8 * 2 + 1);
-    if (++step == steps()) {
-      store(total + i, sum);
-      step = 0, i += 16;
-    }
-  }
-
- private:
-  void begin() {
-    const float* x = scores + i * height;
-    Vec most[4] = {load(x), load(x + 16), load(x + 32), load(x + 48)};
-    for (int64_t j = 4, end = seen(); j < end; j += 4)
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; n++) most[n] = maximum(most[n], load(x + (j + n) * 16));
-    const Vec high = maximum(maximum(most[0], most[1]), maximum(most[2], most[3])) * factor;
-    if (first) {
-      base = high == -INF ? Vec{} : high;
-      sum = Vec{};
-      return store(top + i, high);
-    }
-    const Vec before = load(top + i);
-    const Ints grown = high > before + SLACK;
-    const Vec now = grown ? high : before;
-    base = now == -INF ? Vec{} : now;
-    const Vec shrink = exp2(before - base);
-    moved |= _mm512_test_epi32_mask((__m512i)grown, (__m512i)grown) != 0;
-    sum = load(total + i) * shrink;
-    store(top + i, now);
-    store(fade + i, shrink);
-  }
-  void pairs(int64_t k, int64_t j) {
-    if (chunk == 32 && k * 32 + 16 < seen())
-      probabilities<true>(k, j);
-    else
-      probabilities<false>(k, j);
-  }
-  template <bool BOTH>
-  void probabilities(int64_t k, int64_t j) {
-    uint32_t* tile = to.at(i / 16, k) + j * 16;
-    const float* x = scores + i * height + (k * chunk + j) * 16;
-    const Vec low = exp2(load(x) * factor - base), high = BOTH ? exp2(load(x + 16 * 16) * factor - base) : Vec{};
-    sum += low + high;
-    Ints a[PLANES], b[PLANES];
-    planes_of<PLANES>(low, a);
-    planes_of<PLANES>(high, b);
-#pragma GCC unroll 3
-    for (int plane = 0; plane < PLANES; plane++) {
-      const Ints packed = pair(a[plane], b[plane]);
-      std::memcpy(tile + plane * to.plane, &packed, 64);
-    }
   }
 };
 
@@ -309,7 +214,6 @@ struct AmxForward {  // of one thread
       const int64_t urgent = aside.added();
       aside.add(softmax, softmax.pieces());
       if (seen_values.fresh(x.start / chunk, x.depth)) aside.add(pack_v, pack_v.pieces());
-      aside.add(Fetch(x.value.base, x.depth * x.value.depth));
       const int64_t early = aside.added();
       if (started && before.last) aside.add(finish_before, before.used / 16);
       if (started) add_values(before, probabilities[1 - now], 0);
@@ -322,7 +226,6 @@ struct AmxForward {  // of one thread
         } else {
           stream.release(0, aside.added());
         }
-        aside.fetch_over(stream.groups(0));
       }
       stream.run(aside), stream.finish();
       aside.finish();

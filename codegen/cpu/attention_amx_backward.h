@@ -11,92 +11,7 @@
 namespace {
 
 constexpr int MOST_BLOCKS = 8;                 // of scores: 4 of keys, 2 of queries
-constexpr int64_t SIDE = 32;                   // keys and queries whose scores are computed at once
 constexpr int64_t COLUMNS_MOST = 16 << 20;  // bytes of a head's packed operands up to which both packings are kept
-
-// From scores of SIDE keys and queries at most, and gradients of their probabilities, both [queries / 16][SIDE][16]:
-// probabilities packed as a left operand summed by query; gradients of scores (but for the factor `scale`) packed so too,
-// and as a right operand summed over keys. A call does one key,
-// or two 16 apart, of 16 or 32 queries.
-template <int PLANES>
-struct SoftmaxBackward {
-  const Problem* p;
-  int64_t b, first_key, keys, first_query;  // what is hidden; `keys` counts those that exist
-  float *scores, *grads;
-  const float *shift, *delta;  // by query: see prepare
-  int64_t used, padded, chunk;
-  Tiles probability, score_grad, score_grad_down;
-  int64_t i = 0, j = 0, n = -1;  // query, key, key inside 16
-
-  int64_t pieces() const { return 1 + (used + chunk - 1) / chunk * ((padded + chunk - 1) / chunk) * 16; }
-
-  void operator()() {
-    if (n < 0) {
-      hide_packed(*p, scores, SIDE, used, b, first_key, keys, padded, first_query);
-      n = 0;
-      return;
-    }
-    const bool right = chunk == 32 && i + 16 < used, below = chunk == 32 && j + 16 < padded;
-    if (right && below)
-      rows<true, true>();
-    else if (right)
-      rows<true, false>();
-    else if (below)
-      rows<false, true>();
-    else
-      rows<false, false>();
-    if (++n < 16) return;
-    n = 0, j += chunk;
-    if (j >= padded) j = 0, i += chunk;
-  }
-
- private:
-  // Keys j + n and (BELOW) j + n + 16, queries from i for 16 or (RIGHT) 32.
-  template <bool RIGHT, bool BELOW>
-  void rows() {
-    const float factor = float(p->scale) * LOG2E;
-    const float *x = scores + i * SIDE + (j + n) * 16, *g = grads + i * SIDE + (j + n) * 16;
-    const Vec minus[2] = {load(shift + i), RIGHT ? load(shift + i + 16) : Vec{}};
-    const Vec mean[2] = {load(delta + i), RIGHT ? load(delta + i + 16) : Vec{}};
-    uint32_t* left = probability.at(j / 16, i / chunk) + n * 16;
-    uint32_t* right = score_grad.at(j / 16, i / chunk) + n * 16;
-    uint32_t* down = score_grad_down.at(i / 16, j / chunk) + n * 16;
-    const int64_t below = probability.outer, beside = score_grad_down.outer;
-    Vec e[2][2], s[2][2];  // probabilities and gradients of scores: key, query lanes
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-      const int a = r / 2, c = r % 2;
-      const bool there = (BELOW || !a) && (RIGHT || !c);
-      e[a][c] = there ? exp2(load(x + c * 16 * SIDE + a * 256) * factor - minus[c]) : Vec{};
-      s[a][c] = there ? e[a][c] * (load(g + c * 16 * SIDE + a * 256) - mean[c]) : Vec{};
-    }
-    Ints planes[2][2][PLANES];
-#pragma GCC unroll 2
-    for (int a = 0; a < 1 + BELOW; a++) {
-      Ints u[PLANES], v[PLANES];
-      planes_of<PLANES>(e[a][0], u);
-      planes_of<PLANES>(e[a][1], v);
-#pragma GCC unroll 3
-      for (int plane = 0; plane < PLANES; plane++) put(left + a * below + plane * TILE_WORDS, pair(u[plane], v[plane]));
-    }
-#pragma GCC unroll 2
-    for (int a = 0; a < 2; a++) {
-      planes_of<PLANES>(s[a][0], planes[a][0]);
-      planes_of<PLANES>(s[a][1], planes[a][1]);
-      if (a && !BELOW) break;
-#pragma GCC unroll 3
-      for (int plane = 0; plane < PLANES; plane++)
-        put(right + a * below + plane * TILE_WORDS, pair(planes[a][0][plane], planes[a][1][plane]));
-    }
-#pragma GCC unroll 2
-    for (int c = 0; c < 1 + RIGHT; c++)
-#pragma GCC unroll 3
-      for (int plane = 0; plane < PLANES; plane++)
-        put(down + c * beside + plane * TILE_WORDS, pair(planes[0][c][plane], planes[1][c][plane]));
-  }
-
-  static void put(uint32_t* to, Ints x) { std::memcpy(to, &x, 64); }
-};
 
 template <typename T>
 struct AmxBackward {  // of one thread
@@ -252,12 +167,7 @@ struct AmxBackward {  // of one thread
   }
   void need(int64_t b, int64_t h, const Pair& x) {
     if (x.first) need_keys(b, h, x);
-    if (seen.fresh(x.start / chunk, x.lanes)) {
-      need_queries(b, h, x.start, x.count);
-    } else {
-      aside.add(Fetch(queries.at(x.start / 16, 0), x.used / 16 * queries.outer));
-      aside.add(Fetch(grads_above.at(x.start / 16, 0), x.used / 16 * queries.outer));
-    }
+    if (seen.fresh(x.start / chunk, x.lanes)) need_queries(b, h, x.start, x.count);
   }
 
   struct CopyOut {  // the gradients of a finished key block, 16 rows at each call
@@ -419,7 +329,6 @@ struct AmxBackward {  // of one thread
       aside.add(stage.pack_query, stage.pack_query.pieces());
       aside.add(stage.pack_above, stage.pack_above.pieces());
     }
-    aside.add(Fetch(sum + x.start * width, x.used * width));
     if (after) need(b, h, *after);
     const bool done = before && before->pair.last;  // a key block's gradients
     CopyOut copy_before{*this, done ? before->pair : x, b, h};
@@ -438,7 +347,6 @@ struct AmxBackward {  // of one thread
       if (stream.pushed() > then) stream.release(then, stage.ready[i], groups);
       if (i == 0 && done) aside.add(copy_before, before->pair.padded / 16);
     }
-    aside.fetch_over(stream.groups(0));
     stream.run(aside);
     if (done && down(x) == 1) {
       stream.finish();

@@ -117,125 +117,91 @@ inline Vec load_some(const fp16* p, int64_t n) {
 }
 #endif
 
-// One tile of pairs (low row i, high row i), i < 16. `low` and `high` point at rows `stride` apart, of which the first
-// so many exist, each with so many lanes; the rest is 0. TRANSPOSED stores lanes down and rows across.
-template <int PLANES, bool TRANSPOSED, typename T>
-inline void pack(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows,
-                 int64_t high_lanes, int64_t stride, uint32_t* to, int64_t plane_step) {
-  Ints packed[PLANES][16];
+// As pack, below; WHOLE: all rows and lanes exist.
+template <int PLANES, bool TRANSPOSED, bool WHOLE, typename T>
+inline void pack_some(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows,
+                      int64_t high_lanes, int64_t stride, uint32_t* to, int64_t plane_step, int64_t later) {
+  Ints packed[TRANSPOSED ? PLANES : 1][16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
+    const T *x = low + i * stride, *y = high + i * stride;
+    if (later) {
+      __builtin_prefetch(x + later, 0, 2);
+      __builtin_prefetch(y + later, 0, 2);
+    }
     Ints a[PLANES], b[PLANES];
-    planes_of<PLANES>(load_some(low + i * stride, i < low_rows ? low_lanes : 0), a);
-    planes_of<PLANES>(load_some(high + i * stride, i < high_rows ? high_lanes : 0), b);
-    for (int n = 0; n < PLANES; n++) packed[n][i] = pair(a[n], b[n]);
+    planes_of<PLANES>(WHOLE ? load(x) : load_some(x, i < low_rows ? low_lanes : 0), a);
+    planes_of<PLANES>(WHOLE ? load(y) : load_some(y, i < high_rows ? high_lanes : 0), b);
+#pragma GCC unroll 3
+    for (int n = 0; n < PLANES; n++) {
+      const Ints x_y = pair(a[n], b[n]);
+      if constexpr (TRANSPOSED)
+        packed[n][i] = x_y;
+      else
+        std::memcpy(to + n * plane_step + i * 16, &x_y, 64);
+    }
   }
-  for (int n = 0; n < PLANES; n++) {
-    if constexpr (TRANSPOSED) transpose(packed[n]);
+  for (int n = 0; TRANSPOSED && n < PLANES; n++) {
+    transpose(packed[n]);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) std::memcpy(to + n * plane_step + i * 16, &packed[n][i], 64);
   }
 }
 
-// Rows [0, rows) of a matrix, to be summed along their `size` elements: as left operand, or TRANSPOSED as right one.
+// One tile of pairs (low row i, high row i), i < 16. `low` and `high` point at rows `stride` apart, of which the first
+// so many exist, each with so many lanes; the rest is 0. TRANSPOSED stores lanes down and rows across. What lies `later`
+// elements on is fetched meanwhile.
 template <int PLANES, bool TRANSPOSED, typename T>
-void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, const Tiles& to) {
-  for (int64_t i = 0; i * 16 < rows; i++)
-    for (int64_t k = 0; k * 32 < size; k++) {
-      const T* x = from + i * 16 * stride + k * 32;
-      pack<PLANES, TRANSPOSED>(x, rows - i * 16, size - k * 32, x + 16, rows - i * 16, size - k * 32 - 16, stride,
-                               to.at(i, k), to.plane);
-    }
+void pack(const T* low, int64_t low_rows, int64_t low_lanes, const T* high, int64_t high_rows, int64_t high_lanes,
+          int64_t stride, uint32_t* to, int64_t plane_step, int64_t later = 0) {
+  if (low_rows >= 16 && low_lanes >= 16 && high_rows >= 16 && high_lanes >= 16)
+    pack_some<PLANES, TRANSPOSED, true>(low, 16, 16, high, 16, 16, stride, to, plane_step, later);
+  else
+    pack_some<PLANES, TRANSPOSED, false>(low, low_rows, low_lanes, high, high_rows, high_lanes, stride, to, plane_step,
+                                         later);
 }
+
+// Rows [0, rows) of a matrix, to be summed along their `size` elements: as left operand, or TRANSPOSED as right one. A
+// tile at each call.
+template <int PLANES, bool TRANSPOSED, typename T>
+struct PackRows {
+  const T* from;
+  int64_t stride, rows, size;
+  Tiles to;
+  int64_t later = 0, i = 0, k = 0;
+
+  int64_t pieces() const { return (rows + 15) / 16 * ((size + 31) / 32); }
+  void operator()() {
+    const T* x = from + i * 16 * stride + k * 32;
+    pack<PLANES, TRANSPOSED>(x, rows - i * 16, size - k * 32, x + 16, rows - i * 16, size - k * 32 - 16, stride,
+                             to.at(i, k), to.plane, later);
+    if (++k * 32 >= size) k = 0, i++;
+  }
+};
 
 // Rows [0, rows) of a matrix, to be summed along the rows, `chunk` (16 or 32) of them a tile: as right operand, or
-// TRANSPOSED as left one.
+// TRANSPOSED as left one. A tile at each call.
 template <int PLANES, bool TRANSPOSED, typename T>
-void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t size, int64_t chunk, const Tiles& to) {
-  for (int64_t k = 0; k * chunk < rows; k++)
-    for (int64_t i = 0; i * 16 < size; i++) {
-      const T* x = from + k * chunk * stride + i * 16;
-      const int64_t high = chunk == 32 ? rows - k * 32 - 16 : 0;
-      pack<PLANES, TRANSPOSED>(x, rows - k * chunk, size - i * 16, x + 16 * stride, high, size - i * 16, stride,
-                               to.at(i, k), to.plane);
-    }
-}
+struct PackColumns {
+  const T* from;
+  int64_t stride, rows, size, chunk;
+  Tiles to;
+  int64_t later = 0, i = 0, k = 0;
 
-// C of M x N tiles (1 or 2 each) (+)= A B over `depth` tiles; C's rows are `row` floats apart, its column tiles
-// `column` floats.
-template <int PLANES, int M, int N>
-inline void amx_block(int64_t depth, const uint32_t* a, int64_t a_outer, int64_t a_depth, int64_t a_plane,
-                      const uint32_t* b, int64_t b_outer, int64_t b_depth, int64_t b_plane, float* c, int64_t row,
-                      int64_t column, bool add) {
-  const auto multiply = [] {
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (N == 2) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (M == 2) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (M == 2 && N == 2) _tile_dpbf16ps(3, 5, 7);
-  };
-  if (add) {
-    _tile_loadd(0, c, row * 4);
-    if constexpr (N == 2) _tile_loadd(1, c + column, row * 4);
-    if constexpr (M == 2) _tile_loadd(2, c + 16 * row, row * 4);
-    if constexpr (M == 2 && N == 2) _tile_loadd(3, c + 16 * row + column, row * 4);
-  } else {
-    _tile_zero(0);
-    if constexpr (N == 2) _tile_zero(1);
-    if constexpr (M == 2) _tile_zero(2);
-    if constexpr (M == 2 && N == 2) _tile_zero(3);
+  int64_t pieces() const { return (rows + chunk - 1) / chunk * ((size + 15) / 16); }
+  void operator()() {
+    const T* x = from + k * chunk * stride + i * 16;
+    const int64_t high = chunk == 32 ? rows - k * 32 - 16 : 0;
+    pack<PLANES, TRANSPOSED>(x, rows - k * chunk, size - i * 16, x + 16 * stride, high, size - i * 16, stride,
+                             to.at(i, k), to.plane, later);
+    if (++i * 16 >= size) i = 0, k++;
   }
-  for (int64_t k = 0; k < depth; k++) {
-    const auto left = [&](int plane) {
-      const uint32_t* x = a + k * a_depth + plane * a_plane;
-      _tile_loadd(4, x, 64);
-      if constexpr (M == 2) _tile_loadd(5, x + a_outer, 64);
-    };
-    const auto right = [&](int plane) {
-      const uint32_t* x = b + k * b_depth + plane * b_plane;
-      _tile_loadd(6, x, 64);
-      if constexpr (N == 2) _tile_loadd(7, x + b_outer, 64);
-    };
-    if constexpr (PLANES == 3) {  // small products first; each step loads one new operand
-      left(2), right(0), multiply();
-      left(1), multiply();
-      right(1), multiply();
-      left(0), multiply();
-      right(2), multiply();
-      right(0), multiply();
-    } else if constexpr (PLANES == 2) {
-      left(1), right(0), multiply();
-      left(0), multiply();
-      right(1), multiply();
-    } else {
-      left(0), right(0), multiply();
-    }
-  }
-  _tile_stored(0, c, row * 4);
-  if constexpr (N == 2) _tile_stored(1, c + column, row * 4);
-  if constexpr (M == 2) _tile_stored(2, c + 16 * row, row * 4);
-  if constexpr (M == 2 && N == 2) _tile_stored(3, c + 16 * row + column, row * 4);
-}
+};
 
-template <int PLANES>
-void amx_product(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t row,
-                 int64_t column, bool add) {
-  asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
-  for (int64_t j = 0; j < n; j += 2)
-    for (int64_t i = 0; i < m; i += 2) {
-      const auto run = [&](auto block) {
-        block(depth, a.at(i, 0), a.outer, a.depth, a.plane, b.at(j, 0), b.outer, b.depth, b.plane,
-              c + i * 16 * row + j * column, row, column, add);
-      };
-      if (i + 1 < m && j + 1 < n)
-        run(amx_block<PLANES, 2, 2>);
-      else if (i + 1 < m)
-        run(amx_block<PLANES, 2, 1>);
-      else if (j + 1 < n)
-        run(amx_block<PLANES, 1, 2>);
-      else
-        run(amx_block<PLANES, 1, 1>);
-    }
-  asm volatile("" ::: "memory");
+// All of a packing at once.
+template <typename Pack>
+void all(Pack pack) {
+  for (int64_t n = pack.pieces(); n > 0; n--) pack();
 }
 
 }  // namespace

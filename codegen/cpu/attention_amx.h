@@ -1,10 +1,16 @@
-// Attention on AMX tiles (amx.h): bf16 operands as they are, fp16 and fp32 ones as sums of two and three bf16.
+// Attention's forward on AMX tiles (amx.h): bf16 operands as they are, fp16 and fp32 ones as sums of two and three bf16.
 //
-// Queries lie across the lanes in both directions. Forward: the keys and values of some heads are packed once, then one
-// task a query block, as in attention_vector.h. Backward: queries and output gradients of some heads are packed once,
-// then one task a part of a head's key blocks; a task adds to its own gradient of all queries, so nothing is atomic.
+// Queries lie across the lanes. A pair is a query block and a tile of keys. While tiles multiply the keys of one pair
+// with its queries and the probabilities of the pair before last with its values, vectors make probabilities of the
+// scores of the pair in between, pack what the next ones need, and finish what is done (amx_product.h).
+//
+// A task is a head, whose keys and values the thread packs when they are first needed, so that those of a short sequence
+// stay in its cache; or, where there are fewer heads than threads, a query block, and all threads pack some heads first.
 #pragma once
-#include "amx.h"
+#include <atomic>
+
+#include "amx_product.h"
+#include "amx_softmax.h"
 #include "problem.h"
 
 #ifdef HAVE_AMX
@@ -24,354 +30,262 @@ inline int64_t heads_at_once(const Problem& p, int64_t bytes_a_head) {
   return std::max<int64_t>(1, std::min(p.batch * p.heads, wanted));
 }
 
-// Scores of `rows` keys become probabilities, packed as a right operand summed over keys; top and total are updated.
-// Returns whether a maximum moved, so that the sums so far must be multiplied with `fade`. What is read next is fetched
-// meanwhile.
-template <int PLANES>
-bool softmax_packed(const float* scores, int64_t lanes, int64_t used, int64_t rows, int64_t chunk, float factor,
-                    float* top, float* total, float* fade, const Tiles& to, Ahead values, Ahead keys) {
-  Ints moved{};
-  for (int64_t i = 0; i < used; i += L) {
-    Vec high = load(scores + i);
-    for (int64_t j = 1; j < rows; j++) high = maximum(high, load(scores + j * lanes + i));
-    const Vec before = load(top + i);
-    high = maximum(high * factor, before);
-    const Vec base = high == -INF ? Vec{} : high;
-    const Vec shrink = exp2(before - base);
-    Vec sum = load(total + i) * shrink;
-    for (int64_t k = 0; k * chunk < rows; k++) {
-      uint32_t* tile = to.at(i / 16, k);
-      const float* x = scores + k * chunk * lanes + i;
-      const bool both = k * chunk + 16 < rows && chunk == 32;
-      for (int64_t j = 0; j < 16; j++) {
-        values.fetch(PLANES);
-        keys.fetch(PLANES);
-        const Vec low = exp2(load(x + j * lanes) * factor - base);
-        const Vec high_row = both ? exp2(load(x + (j + 16) * lanes) * factor - base) : Vec{};
-        sum += low + high_row;
-        Ints a[PLANES], b[PLANES];
-        planes_of<PLANES>(low, a);
-        planes_of<PLANES>(high_row, b);
-#pragma GCC unroll 3
-        for (int n = 0; n < PLANES; n++) {
-          const Ints packed = pair(a[n], b[n]);
-          std::memcpy(tile + n * to.plane + j * 16, &packed, 64);
-        }
-      }
-    }
-    moved |= high != before;
-    store(top + i, high);
-    store(total + i, sum);
-    store(fade + i, shrink);
+// Which parts of a head's sequence a thread has packed already, by chunks.
+class Seen {
+  std::vector<uint8_t> chunks;
+
+ public:
+  void reset(int64_t count, bool all) { chunks.assign(count, all); }
+  // Whether [start, start + count) chunks are to be packed now; then they are packed.
+  bool fresh(int64_t start, int64_t count) {
+    bool any = false;
+    for (int64_t i = start; i < start + count; i++) any |= !chunks[i], chunks[i] = 1;
+    return any;
   }
-  bool any = false;
-  for (int n = 0; n < L; n++) any |= moved[n] != 0;
-  return any;
-}
+};
 
 template <typename T>
-int forward_amx(const Problem& p, const View& q, const View& k, const View& v, const View& out, float* lse) {
-  constexpr int PLANES = PLANES_OF<T>;
-  const int64_t width = round_up(p.size, 16), deep = (p.size + 31) / 32, chunk = chunk_of(p);
-  const int64_t rows = (p.seq_q + p.block - 1) / p.block, lanes = round_up(std::min(p.block, p.seq_q), 16);
-  const Layout layout{p.row_ptr, p.col_idx, p.layout_heads, rows, (p.seq_k + p.block - 1) / p.block};
-  const int64_t key_tiles = (p.seq_k + 15) / 16, chunks = (p.seq_k + chunk - 1) / chunk;
-  const int64_t key_words = key_tiles * deep * PLANES * TILE_WORDS;
-  const int64_t value_words = chunks * (width / 16) * PLANES * TILE_WORDS;
-  const int64_t heads = p.batch * p.heads, group = heads_at_once(p, (key_words + value_words) * 4);
-  const int64_t threads = std::min(p.threads, heads * rows);
-  Memory packed((key_words + value_words) * group);
-  if (!packed.base) return 1;
-  int failed = 0;
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t probability_words = (TILE / chunk) * (lanes / 16) * PLANES * TILE_WORDS;
-    Memory memory(lanes * deep * 16 * PLANES + TILE * lanes + probability_words + 2 * width * lanes + 4 * lanes + 512);
-    Carve carve{memory.base};
-    const Tiles queries = tiles_of<PLANES>(carve.take(lanes * deep * 16 * PLANES), deep);
-    const Tiles probabilities = tiles_of<PLANES>(carve.take(probability_words), TILE / chunk);
-    float *scores = carve.take(TILE * lanes), *sums = carve.take(width * lanes), *result = carve.take(width * lanes);
-    float *top = carve.take(lanes), *total = carve.take(lanes), *fade = carve.take(lanes);
-    if (!memory.base) {
-#pragma omp atomic write
-      failed = 1;
-    }
-    std::vector<std::pair<int64_t, int64_t>> list;  // the tiles of a query block: first key, keys
-    TileConfig config;
-    for (int64_t first = 0; first < heads; first += group) {
-      const int64_t here = std::min(group, heads - first);
-      const auto keys_of = [&](int64_t i) { return tiles_of<PLANES>(packed.base + i * key_words, deep); };
-      const auto values_of = [&](int64_t i) {  // [chunk][row tile][plane]
-        float* base = packed.base + group * key_words + i * value_words;
-        return Tiles{reinterpret_cast<uint32_t*>(base), PLANES * TILE_WORDS, width / 16 * PLANES * TILE_WORDS,
-                     TILE_WORDS};
-      };
-#pragma omp for schedule(static) collapse(2)
-      for (int64_t i = 0; i < here; i++)
-        for (int64_t r = 0; r < layout.width; r++) {
-          const int64_t b = (first + i) / p.heads, h = (first + i) % p.heads, start = r * p.block;
-          const int64_t count = std::min(p.block, p.seq_k - start);
-          Tiles to = keys_of(i);
-          to.base = to.at(start / 16, 0);
-          pack_rows<PLANES, false>(k.at<T>(b, h, start), k.row, count, p.size, to);
-          to = values_of(i);
-          to.base = to.at(0, start / chunk);
-          pack_columns<PLANES, true>(v.at<T>(b, h, start), v.row, count, p.size, chunk, to);
-        }
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < here * rows; task++) {
-        if (!memory.base) continue;
-        const int64_t i = task / rows, b = (first + i) / p.heads, h = (first + i) % p.heads;
-        const int64_t row = rows - 1 - task % rows;  // the longest rows of a causal layout first
-        const int64_t begin = row * p.block, count = std::min(p.block, p.seq_q - begin), used = round_up(count, 16);
-        pack_rows<PLANES, true>(q.at<T>(b, h, begin), q.row, count, p.size, queries);
-        std::memset(sums, 0, sizeof(float) * width * lanes);
-        for (int64_t n = 0; n < used; n++) top[n] = -INF, total[n] = 0;
-        list.clear();
-        tiles(layout.row(h, row), p.block, p.seq_k, [&](int64_t start, int64_t keys) {
-          if (!p.causal || start < begin + count) list.push_back({start, keys});
-        });
-        for (size_t n = 0; n < list.size(); n++) {
-          const auto [start, keys] = list[n];
-          const int64_t padded = round_up(keys, 16), depth = (keys + chunk - 1) / chunk;
-          Tiles key = keys_of(i), value = values_of(i);
-          key.base = key.at(start / 16, 0);
-          value.base = value.at(0, start / chunk);
-          amx_product<PLANES>(padded / 16, used / 16, deep, key, queries, scores, lanes, 16, false);
-          hide(p, scores, lanes, used, b, start, keys, padded, begin);
-          Ahead keys_of_next;
-          if (n + 1 < list.size())
-            keys_of_next = Ahead(keys_of(i).at(list[n + 1].first / 16, 0), padded / 16 * key.outer);
-          if (softmax_packed<PLANES>(scores, lanes, used, padded, chunk, float(p.scale) * LOG2E, top, total, fade,
-                                     probabilities, Ahead(value.base, depth * value.depth), keys_of_next))
-            for (int64_t d = 0; d < width; d++)
-              for (int64_t x = 0; x < used; x += L)
-                store(sums + d * lanes + x, load(sums + d * lanes + x) * load(fade + x));
-          amx_product<PLANES>(width / 16, used / 16, depth, value, probabilities, sums, lanes, 16, true);
-        }
-        finish<T>(p, out, lse, b, h, begin, count, Queries{sums, top, total, fade, lanes, used}, result, width);
-      }
-    }
-  }
-  return failed;
-}
-
-template <typename T>
-struct AmxGradients {  // of one task: the gradients of some key blocks, and their share of the queries' gradient
+struct AmxForward {  // of one thread
   static constexpr int PLANES = PLANES_OF<T>;
   const Problem& p;
-  const View &grad, &q, &k, &v, &dk, &dv;
-  const Layout& layout;  // transposed: row = key block, columns = query blocks
-  int64_t width, deep, chunk, keys_max;
+  const View &q, &k, &v, &out;
+  float* lse;
+  const Layout& layout;
+  int64_t width, deep, chunk, lanes;
   // scratch, see carve()
-  Tiles key, key_down, value, query, above, probability, score_grad, score_grad_down;
-  float *scores, *grads, *key_grad, *value_grad, *shift, *delta;
-  std::vector<std::pair<int64_t, int64_t>> list;  // the tiles of a key block: first query, queries
-  Ahead ahead[5];  // what the next of them reads
+  Tiles queries, probabilities[2];
+  float *scores[2], *result;
+  struct Block {  // what is known of a query block, see Queries; sums are [lanes / 16][width][16]
+    float *sums, *top, *total, *fade;
+  } blocks[2];
+  // what the pairs of a head are made of
+  Tiles head_keys, head_values;  // [row tile][depth], and [chunk][row tile]
+  Seen seen_keys, seen_values;
+  Aside aside;
+  Stream<PLANES> stream;
 
-  AmxGradients(const Problem& p, const View& grad, const View& q, const View& k, const View& v, const View& dk,
-               const View& dv, const Layout& layout)
-      : p(p), grad(grad), q(q), k(k), v(v), dk(dk), dv(dv), layout(layout), width(round_up(p.size, 16)),
-        deep((p.size + 31) / 32), chunk(chunk_of(p)), keys_max(round_up(std::min(p.block, p.seq_k), 16)) {}
+  struct Pair {
+    int64_t b, h, begin, count, used;  // queries
+    int64_t start, keys, padded, depth, diagonal;  // the last as in Softmax
+    bool first, last;  // of its query block
+    Block block;
+    Tiles key, value;
+  };
+
+  AmxForward(const Problem& p, const View& q, const View& k, const View& v, const View& out, float* lse,
+             const Layout& layout)
+      : p(p), q(q), k(k), v(v), out(out), lse(lse), layout(layout), width(round_up(p.size, 16)),
+        deep((p.size + 31) / 32), chunk(chunk_of(p)), lanes(round_up(std::min(p.block, p.seq_q), 16)) {}
+
+  int64_t key_words() const { return (p.seq_k + 15) / 16 * deep * PLANES * TILE_WORDS; }
+  int64_t value_words() const { return (p.seq_k + chunk - 1) / chunk * (width / 16) * PLANES * TILE_WORDS; }
+  int64_t probability_words() const { return TILE / chunk * (lanes / 16) * PLANES * TILE_WORDS; }
 
   int64_t floats() const {
-    const int64_t rows = keys_max / 16, lanes = TILE / chunk, key_chunks = (keys_max + chunk - 1) / chunk;
-    const int64_t tiles = 2 * rows * deep + key_chunks * (width / 16) + 2 * lanes * (width / 16) + 2 * rows * lanes +
-                          key_chunks * (TILE / 16);
-    return tiles * PLANES * TILE_WORDS + 2 * keys_max * TILE + 2 * keys_max * width + 2 * TILE + 1024;
+    return lanes * deep * 16 * PLANES + 2 * probability_words() + 2 * TILE * lanes + 16 * width +
+           2 * (width * lanes + 3 * lanes);
   }
 
   void carve(float* base) {
     Carve c{base};
-    const int64_t rows = keys_max / 16, lanes = TILE / chunk, key_chunks = (keys_max + chunk - 1) / chunk;
-    const auto take = [&](int64_t outer, int64_t depth) {
-      return tiles_of<PLANES>(c.take(outer * depth * PLANES * TILE_WORDS), depth);
-    };
-    key = take(rows, deep), value = take(rows, deep), key_down = take(width / 16, key_chunks);
-    query = take(width / 16, lanes), above = take(width / 16, lanes);
-    probability = take(rows, lanes), score_grad = take(rows, lanes), score_grad_down = take(TILE / 16, key_chunks);
-    scores = c.take(keys_max * TILE), grads = c.take(keys_max * TILE);
-    key_grad = c.take(keys_max * width), value_grad = c.take(keys_max * width);
-    shift = c.take(TILE), delta = c.take(TILE);
-  }
-
-  // Key block `row` of a head. `queries` and `grads_above` are the head's packed operands; `shifts` and `deltas` its
-  // per-query values; `dq` its gradient of the queries, [seq_q / 16][width][16].
-  void block(int64_t b, int64_t h, int64_t row, const Tiles& queries, const Tiles& grads_above, const float* shifts,
-             const float* deltas, float* dq) {
-    const int64_t begin = row * p.block, keys = std::min(p.block, p.seq_k - begin), padded = round_up(keys, 16);
-    const int64_t key_chunks = (keys + chunk - 1) / chunk;
-    pack_rows<PLANES, false>(k.at<T>(b, h, begin), k.row, keys, p.size, key);
-    pack_rows<PLANES, false>(v.at<T>(b, h, begin), v.row, keys, p.size, value);
-    pack_columns<PLANES, true>(k.at<T>(b, h, begin), k.row, keys, p.size, chunk, key_down);
-    std::memset(key_grad, 0, sizeof(float) * padded * width);
-    std::memset(value_grad, 0, sizeof(float) * padded * width);
-    list.clear();
-    tiles(layout.row(h, row), p.block, p.seq_q, [&](int64_t start, int64_t count) {
-      if (!p.causal || start + count > begin) list.push_back({start, count});
-    });
-    for (size_t n = 0; n < list.size(); n++) {
-      const auto [start, count] = list[n];
-      const int64_t used = round_up(count, 16), lanes = (count + chunk - 1) / chunk;
-      for (int64_t i = 0; i < used; i++) {
-        shift[i] = i < count ? shifts[start + i] : INF;
-        delta[i] = i < count ? deltas[start + i] : 0;
-      }
-      Tiles right = queries;
-      right.base = right.at(start / 16, 0);
-      amx_product<PLANES>(padded / 16, used / 16, deep, key, right, scores, TILE, 16, false);
-      right = grads_above;
-      right.base = right.at(start / 16, 0);
-      amx_product<PLANES>(padded / 16, used / 16, deep, value, right, grads, TILE, 16, false);
-      pack_columns<PLANES, false>(q.at<T>(b, h, start), q.row, count, p.size, chunk, query);
-      pack_columns<PLANES, false>(grad.at<T>(b, h, start), grad.row, count, p.size, chunk, above);
-      hide(p, scores, TILE, used, b, begin, keys, padded, start);
-      if (n + 1 < list.size()) {
-        const int64_t next = list[n + 1].first, words = used / 16 * queries.outer;
-        ahead[0] = Ahead(queries.at(next / 16, 0), words);
-        ahead[1] = Ahead(grads_above.at(next / 16, 0), words);
-        ahead[2] = Ahead(dq + next * width, used * width);
-        if (q.row == p.size) ahead[3] = Ahead(q.at<T>(b, h, next), used * p.size);
-        if (grad.row == p.size) ahead[4] = Ahead(grad.at<T>(b, h, next), used * p.size);
-      }
-      softmax_backward(used, padded);
-      amx_product<PLANES>(padded / 16, width / 16, lanes, probability, above, value_grad, width, 16, true);
-      amx_product<PLANES>(padded / 16, width / 16, lanes, score_grad, query, key_grad, width, 16, true);
-      amx_product<PLANES>(width / 16, used / 16, key_chunks, key_down, score_grad_down, dq + start * width, 16,
-                          16 * width, true);
-    }
-    copy_out(key_grad, width, keys, p.size, float(p.scale), dk.at<T>(b, h, begin), dk.row);
-    copy_out(value_grad, width, keys, p.size, 1.0f, dv.at<T>(b, h, begin), dv.row);
-  }
-
-  // From scores and gradients of probabilities, [keys][TILE queries]: probabilities packed as a left operand summed by
-  // query; gradients of scores (but for the factor `scale`) packed so too, and as a right operand summed over keys.
-  void softmax_backward(int64_t used, int64_t padded) {
-    for (int64_t i = 0; i < used; i += chunk) {
-      const bool right = chunk == 32 && i + 16 < used;
-      for (int64_t j = 0; j < padded; j += chunk) {
-        const bool below = chunk == 32 && j + 16 < padded;
-        if (right && below)
-          quarter<true, true>(i, j);
-        else if (right)
-          quarter<true, false>(i, j);
-        else if (below)
-          quarter<false, true>(i, j);
-        else
-          quarter<false, false>(i, j);
-      }
+    queries = tiles_of<PLANES>(c.take(lanes * deep * 16 * PLANES), deep);
+    for (Tiles& x : probabilities) x = tiles_of<PLANES>(c.take(probability_words()), TILE / chunk);
+    for (float*& x : scores) x = c.take(TILE * lanes);
+    result = c.take(16 * width);
+    for (Block& x : blocks) {
+      x.sums = c.take(width * lanes);
+      x.top = c.take(lanes), x.total = c.take(lanes), x.fade = c.take(lanes);
     }
   }
 
-  // 16 or (BELOW) 32 keys from `j`, for 16 or (RIGHT) 32 queries from `i`.
-  template <bool RIGHT, bool BELOW>
-  void quarter(int64_t i, int64_t j) {
-    const float factor = float(p.scale) * LOG2E;
-    Vec minus[2], mean[2];
-    for (int c = 0; c < 1 + RIGHT; c++) minus[c] = load(shift + i + 16 * c), mean[c] = load(delta + i + 16 * c);
-    uint32_t* down = score_grad_down.at(i / 16, j / chunk);
-    for (int64_t n = 0; n < 16; n++) {
-      for (int a = 0; a < 5; a++) ahead[a].fetch(a < 2 ? 2 * PLANES : 4);
-      Ints s[2][2][PLANES];  // gradients of scores: key n or n + 16, query lanes i or i + 16
-#pragma GCC unroll 2
-      for (int r = 0; r < 2; r++) {
-        Ints e[2][PLANES];
-#pragma GCC unroll 2
-        for (int c = 0; c < 2; c++) {
-          const int64_t where = (j + n + 16 * r) * TILE + i + 16 * c;
-          const bool there = (BELOW || !r) && (RIGHT || !c);
-          const Vec x = there ? exp2(load(scores + where) * factor - minus[c]) : Vec{};
-          planes_of<PLANES>(x, e[c]);
-          planes_of<PLANES>(there ? x * (load(grads + where) - mean[c]) : Vec{}, s[r][c]);
+  void use_head(float* packed, bool is_packed) {
+    head_keys = tiles_of<PLANES>(packed, deep);
+    head_values = Tiles{reinterpret_cast<uint32_t*>(packed + key_words()), PLANES * TILE_WORDS,
+                        width / 16 * PLANES * TILE_WORDS, TILE_WORDS};
+    seen_keys.reset((p.seq_k + chunk - 1) / chunk, is_packed);
+    seen_values.reset((p.seq_k + chunk - 1) / chunk, is_packed);
+  }
+
+  auto pack_keys(int64_t b, int64_t h, int64_t start, int64_t keys, int64_t later) const {
+    Tiles to = head_keys;
+    to.base = to.at(start / 16, 0);
+    return PackRows<PLANES, false, T>{k.at<T>(b, h, start), k.row, keys, p.size, to, later * k.row};
+  }
+  auto pack_values(int64_t b, int64_t h, int64_t start, int64_t keys, int64_t later) const {
+    Tiles to = head_values;
+    to.base = to.at(0, start / chunk);
+    return PackColumns<PLANES, true, T>{v.at<T>(b, h, start), v.row, keys, p.size, chunk, to, later * v.row};
+  }
+
+  // Output 0 for a query block that sees nothing.
+  void nothing(int64_t b, int64_t h, int64_t begin, int64_t count) const {
+    for (int64_t i = begin; i < begin + count; i++) {
+      std::memset(static_cast<void*>(out.at<T>(b, h, i)), 0, sizeof(T) * p.size);
+      lse[(b * p.seq_q + i) * p.heads + h] = -INF;
+    }
+  }
+
+  struct Finish {  // 16 queries at each call
+    AmxForward& of;
+    const Pair& x;
+    int64_t i = 0;
+    void operator()() {
+      const Queries some{x.block.sums + i * of.width, x.block.top + i, x.block.total + i, x.block.fade + i, 16, 16};
+      finish<T>(of.p, of.out, of.lse, x.b, x.h, x.begin + i, std::min<int64_t>(16, x.count - i), some, of.result,
+                of.width);
+      i += 16;
+    }
+  };
+
+  struct Walk {  // the pairs of some query blocks of a head, one after the other
+    int64_t b, h, row, end;
+    std::vector<std::pair<int64_t, int64_t>> list;  // of a query block: first key, keys
+    size_t at = 0;
+    int which = 0;
+  } walk;
+
+  bool next(Pair& x) {
+    while (walk.at == walk.list.size()) {
+      if (walk.row == walk.end) return false;
+      const int64_t begin = walk.row * p.block, count = std::min(p.block, p.seq_q - begin);
+      walk.list.clear(), walk.at = 0;
+      tiles(layout.row(walk.h, walk.row), p.block, p.seq_k, [&](int64_t start, int64_t keys) {
+        if (!p.causal || start < begin + count) walk.list.push_back({start, keys});
+      });
+      walk.row++;
+      if (walk.list.empty())
+        nothing(walk.b, walk.h, begin, count);
+      else
+        walk.which = 1 - walk.which;
+    }
+    const int64_t begin = (walk.row - 1) * p.block, count = std::min(p.block, p.seq_q - begin);
+    const auto [start, keys] = walk.list[walk.at];
+    x = {walk.b, walk.h, begin, count, round_up(count, 16), start, keys, round_up(keys, 16), (keys + chunk - 1) / chunk, 0,
+         walk.at == 0, walk.at + 1 == walk.list.size(), blocks[walk.which], head_keys, head_values};
+    x.diagonal = p.causal && begin >= start ? begin - start : x.padded;
+    x.key.base = head_keys.at(start / 16, 0);
+    x.value.base = head_values.at(0, start / chunk);
+    walk.at++;
+    return true;
+  }
+
+  auto pack_queries(const Pair& x) const {
+    return PackRows<PLANES, true, T>{q.at<T>(x.b, x.h, x.begin), q.row, x.count, p.size, queries, p.block * q.row};
+  }
+  // Keys that the 32 queries from `i` on may see.
+  static int64_t seen(const Pair& x, int64_t i) { return std::min(x.padded, x.diagonal + i + 32); }
+  static Tiles from(Tiles x, int64_t row) {
+    x.base = x.at(row / 16, 0);
+    return x;
+  }
+  void scores_of(const Pair& x, float* to, int64_t required) {
+    for (int64_t i = 0; i < x.used; i += 32)
+      stream.push_all((seen(x, i) + 15) / 16, std::min<int64_t>(2, (x.used - i) / 16), deep, x.key, from(queries, i),
+                      to + i * TILE, 16 * 16, 16 * TILE, false, required);
+  }
+  void add_values(const Pair& x, const Tiles& with, int64_t required) {
+    for (int64_t i = 0; i < x.used; i += 32)
+      stream.push_all(width / 16, std::min<int64_t>(2, (x.used - i) / 16), (seen(x, i) + chunk - 1) / chunk, x.value,
+                      from(with, i), x.block.sums + i * width, 16 * 16, 16 * width, !x.first, required);
+  }
+
+  // Query blocks [row, end) of a head.
+  void run(int64_t b, int64_t h, int64_t row, int64_t end) {
+    walk.b = b, walk.h = h, walk.row = row, walk.end = end, walk.at = 0;
+    walk.list.clear();
+    Pair before{}, x, after;
+    if (!next(x)) return;
+    all(pack_queries(x));
+    if (seen_keys.fresh(x.start / chunk, x.depth)) all(pack_keys(b, h, x.start, x.keys, TILE));
+    scores_of(x, scores[0], 0);
+    stream.run(aside), stream.finish();
+    bool started = false, more = true;
+    for (int now = 0; more; now = 1 - now) {
+      more = next(after);
+      hide_packed(p, scores[now], TILE, x.used, b, x.start, x.keys, x.padded, x.begin);
+      auto pack_q = pack_queries(more ? after : x);
+      auto pack_k = pack_keys(b, h, more ? after.start : 0, more ? after.keys : 0, TILE);
+      auto pack_v = pack_values(b, h, x.start, x.keys, TILE);
+      Softmax<PLANES> softmax{scores[now], TILE, x.used, x.padded, chunk, x.diagonal, float(p.scale) * LOG2E, x.block.top,
+                              x.block.total, x.block.fade, probabilities[now], x.first};
+      Finish finish_before{*this, before};
+      if (more && after.first) aside.add(pack_q, pack_q.pieces());
+      if (more && seen_keys.fresh(after.start / chunk, after.depth)) aside.add(pack_k, pack_k.pieces());
+      const int64_t urgent = aside.added();
+      aside.add(softmax, softmax.pieces());
+      if (seen_values.fresh(x.start / chunk, x.depth)) aside.add(pack_v, pack_v.pieces());
+      const int64_t early = aside.added();
+      if (started && before.last) aside.add(finish_before, before.used / 16);
+      if (started) add_values(before, probabilities[1 - now], 0);
+      const size_t middle = stream.pushed();
+      if (more) scores_of(after, scores[1 - now], urgent);
+      if (stream.pushed()) {
+        if (started) {
+          stream.release(0, early);
+          if (more && before.last) stream.release(middle, aside.added());
+        } else {
+          stream.release(0, aside.added());
         }
-        if (r && !BELOW) break;
-        uint32_t* left = probability.at(j / 16 + r, i / chunk) + n * 16;
-        uint32_t* right = score_grad.at(j / 16 + r, i / chunk) + n * 16;
-#pragma GCC unroll 3
-        for (int plane = 0; plane < PLANES; plane++) {
-          put(left + plane * TILE_WORDS, pair(e[0][plane], e[1][plane]));
-          put(right + plane * TILE_WORDS, pair(s[r][0][plane], s[r][1][plane]));
-        }
       }
-#pragma GCC unroll 2
-      for (int c = 0; c < 1 + RIGHT; c++)
-#pragma GCC unroll 3
-        for (int plane = 0; plane < PLANES; plane++)
-          put(down + c * score_grad_down.outer + plane * TILE_WORDS + n * 16, pair(s[0][c][plane], s[1][c][plane]));
+      stream.run(aside), stream.finish();
+      aside.finish();
+      if (softmax.moved)
+        for (int64_t i = 0; i < x.used * width; i += 16)
+          store(x.block.sums + i, load(x.block.sums + i) * load(x.block.fade + i / (16 * width) * 16));
+      before = x, started = true, x = after;
+      if (!more) add_values(before, probabilities[now], 0);
     }
+    stream.run(aside), stream.finish();
+    for (Finish last{*this, before}; last.i < before.used;) last();
   }
-
-  static void put(uint32_t* to, Ints x) { std::memcpy(to, &x, 64); }
 };
 
 template <typename T>
-int backward_amx(const Problem& p, const View& grad, const View& q, const View& k, const View& v, const View& out,
-                 const float* lse, const View& dq, const View& dk, const View& dv) {
-  constexpr int PLANES = PLANES_OF<T>;
-  const int64_t width = round_up(p.size, 16), deep = (p.size + 31) / 32;
-  const int64_t heads = p.batch * p.heads, blocks = (p.seq_k + p.block - 1) / p.block;
-  const Layout layout{p.t_row_ptr, p.t_col_idx, p.layout_heads, blocks, (p.seq_q + p.block - 1) / p.block};
-  const int64_t query_tiles = (p.seq_q + 15) / 16, words = query_tiles * deep * PLANES * TILE_WORDS;
-  int64_t group = heads_at_once(p, 2 * words * 4);
-  if (group < heads && group > p.threads) group -= group % p.threads;
-  const int64_t parts = std::min(blocks, parts_of(group, p.threads)), threads = std::min(p.threads, group * parts);
-  const int64_t dq_floats = query_tiles * 16 * width, slots = parts > 1 ? group * parts : threads;
-  Memory packed(2 * words * group), rows(2 * heads * p.seq_q), sums(dq_floats * slots);
-  if (!packed.base || !rows.base || !sums.base) return 1;
-  float *shift = rows.base, *delta = rows.base + heads * p.seq_q;
-  prepare<T>(p, grad, out, lse, shift, delta);
-  int failed = 0;
+int forward_amx(const Problem& p, const View& q, const View& k, const View& v, const View& out, float* lse) {
+  const int64_t rows = (p.seq_q + p.block - 1) / p.block, columns = (p.seq_k + p.block - 1) / p.block;
+  const Layout layout{p.row_ptr, p.col_idx, p.layout_heads, rows, columns};
+  const AmxForward<T> any(p, q, k, v, out, lse, layout);
+  const int64_t words = any.key_words() + any.value_words(), own = round_up(any.floats(), 1024) + 16;
+  const int64_t heads = p.batch * p.heads, group = heads_at_once(p, words * 4);
+  const bool alone = group >= p.threads && (heads % p.threads == 0 || heads >= 4 * p.threads);  // a head a thread
+  const int64_t threads = std::min(p.threads, alone ? heads : heads * rows);
+  KeptMemory memory(words * (alone ? threads : group) + threads * own);
+  if (!memory.base()) return 1;
+  float* const packed = memory.base() + threads * own;
 #pragma omp parallel num_threads(threads)
   {
-    AmxGradients<T> task{p, grad, q, k, v, dk, dv, layout};
-    Memory memory(task.floats() + 16 * width);
-    if (memory.base) {
-      task.carve(memory.base + 16 * width);
-    } else {
-#pragma omp atomic write
-      failed = 1;
-    }
+    const int64_t thread = omp_get_thread_num();
+    AmxForward<T> task(p, q, k, v, out, lse, layout);
+    task.carve(memory.base() + thread * own);
     TileConfig config;
-    for (int64_t first = 0; first < heads; first += group) {
-      const int64_t here = std::min(group, heads - first);
-      const auto queries_of = [&](int64_t i) { return tiles_of<PLANES>(packed.base + i * words, deep); };
-      const auto above_of = [&](int64_t i) { return tiles_of<PLANES>(packed.base + (group + i) * words, deep); };
-#pragma omp for schedule(static) collapse(2)
-      for (int64_t i = 0; i < here; i++)
-        for (int64_t piece = 0; piece < query_tiles; piece++) {
-          const int64_t b = (first + i) / p.heads, h = (first + i) % p.heads, start = piece * 16;
-          const int64_t count = std::min<int64_t>(16, p.seq_q - start);
-          Tiles to = queries_of(i);
-          to.base = to.at(piece, 0);
-          pack_rows<PLANES, true>(q.at<T>(b, h, start), q.row, count, p.size, to);
-          to = above_of(i);
-          to.base = to.at(piece, 0);
-          pack_rows<PLANES, true>(grad.at<T>(b, h, start), grad.row, count, p.size, to);
-        }
+    if (alone) {
 #pragma omp for schedule(dynamic)
-      for (int64_t t = 0; t < here * parts; t++) {
-        if (!memory.base) continue;
-        const int64_t i = t / parts, part = t % parts, bh = first + i, h = bh % p.heads;
-        float* sum = sums.base + dq_floats * (parts > 1 ? t : omp_get_thread_num());
-        std::memset(sum, 0, sizeof(float) * dq_floats);
-        const int64_t end = part_begin(layout, h, p.causal, part + 1, parts);
-        for (int64_t r = part_begin(layout, h, p.causal, part, parts); r < end; r++)
-          task.block(bh / p.heads, h, r, queries_of(i), above_of(i), shift + bh * p.seq_q, delta + bh * p.seq_q, sum);
-        if (parts == 1)
-          for (int64_t piece = 0; piece < query_tiles; piece++)
-            write_queries<T>(p, dq, bh, piece, sum, dq_floats, 1, width, memory.base);
+      for (int64_t i = 0; i < heads; i++) {
+        task.use_head(packed + thread * words, false);
+        task.run(i / p.heads, i % p.heads, 0, rows);
       }
-      if (parts > 1) {
+    } else {
+      for (int64_t first = 0; first < heads; first += group) {
+        const int64_t here = std::min(group, heads - first);
 #pragma omp for schedule(static) collapse(2)
         for (int64_t i = 0; i < here; i++)
-          for (int64_t piece = 0; piece < query_tiles; piece++)
-            if (memory.base)
-              write_queries<T>(p, dq, first + i, piece, sums.base + dq_floats * i * parts, dq_floats, parts, width,
-                               memory.base);
+          for (int64_t r = 0; r < columns; r++) {
+            const int64_t b = (first + i) / p.heads, h = (first + i) % p.heads, start = r * p.block;
+            const int64_t count = std::min(p.block, p.seq_k - start);
+            task.use_head(packed + i * words, true);
+            all(task.pack_keys(b, h, start, count, 0));
+            all(task.pack_values(b, h, start, count, 0));
+          }
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < here * rows; t++) {
+          const int64_t i = t / rows, row = rows - 1 - t % rows;  // the longest rows of a causal layout first
+          task.use_head(packed + i * words, true);
+          task.run((first + i) / p.heads, (first + i) % p.heads, row, row + 1);
+        }
       }
     }
   }
-  return failed;
+  return 0;
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Block-sparse attention on CPU, forward and backward. Interface: dscompile/codegen/cpu/kernels.py.
-#include "attention_amx.h"
+#include "attention_amx_backward.h"
 #include "attention_vector.h"
 
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 
@@ -88,6 +89,35 @@ struct Memory {  // scratch memory, on large pages where it is large: tiles jump
   Memory(const Memory&) = delete;
 };
 
+// Scratch memory of a call, kept for the next one unless it is large: the system clears fresh pages, which takes as long
+// as a short call. One call at a time has it; others take their own.
+class KeptMemory {
+  static constexpr int64_t MOST = 64 << 20;  // bytes
+  static inline std::mutex mutex;
+  static inline Memory* kept = nullptr;
+  static inline int64_t kept_floats = 0;
+  bool ours;
+  Memory* memory;
+
+ public:
+  explicit KeptMemory(int64_t floats) : ours(floats * 4 <= MOST && mutex.try_lock()), memory(nullptr) {
+    if (!ours) {
+      memory = new Memory(floats);
+    } else {
+      if (kept_floats < floats) delete kept, kept = new Memory(floats), kept_floats = kept->base ? floats : 0;
+      memory = kept;
+    }
+  }
+  ~KeptMemory() {
+    if (ours)
+      mutex.unlock();
+    else
+      delete memory;
+  }
+  KeptMemory(const KeptMemory&) = delete;
+  float* base() const { return memory->base; }
+};
+
 struct Carve {  // hands out parts of a Memory
   float* next;
   float* take(int64_t floats) {
@@ -142,24 +172,36 @@ void finish(const Problem& p, const View& out, float* lse, int64_t b, int64_t h,
         x.total[i] == 0 ? -INF : x.top[i] * LN2 + __builtin_logf(x.total[i]);
 }
 
-// Per query: what its scores are shifted by (lse in powers of 2), and the product of its output and its gradient.
+// Per query: what its scores are shifted by (lse in powers of 2), and the product of its output and its gradient. Of
+// queries [start, start + count) of a head, to shift[0] and delta[0] on.
 template <typename T>
-void prepare(const Problem& p, const View& grad, const View& out, const float* lse, float* shift, float* delta) {
-  const int64_t rows = p.batch * p.heads * p.seq_q;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t b = r / (p.heads * p.seq_q), h = r / p.seq_q % p.heads, i = r % p.seq_q;
-    const T *x = grad.at<T>(b, h, i), *y = out.at<T>(b, h, i);
+void prepare_rows(const Problem& p, const View& grad, const View& out, const float* lse, int64_t b, int64_t h,
+                  int64_t start, int64_t count, float* shift, float* delta) {
+  for (int64_t i = 0; i < count; i++) {
+    const T *x = grad.at<T>(b, h, start + i), *y = out.at<T>(b, h, start + i);
     Vec sum{};
     int64_t c = 0;
     for (; c + L <= p.size; c += L) sum += load(x + c) * load(y + c);
     float total = 0;
     for (int n = 0; n < L; n++) total += sum[n];
     for (; c < p.size; c++) total += widen(x[c]) * widen(y[c]);
-    delta[r] = total;
-    const float log = lse[(b * p.seq_q + i) * p.heads + h];
-    shift[r] = log == -INF ? INF : log * LOG2E;  // a query that sees nothing: all its probabilities are 0
+    delta[i] = total;
+    const float log = lse[(b * p.seq_q + start + i) * p.heads + h];
+    shift[i] = log == -INF ? INF : log * LOG2E;  // a query that sees nothing: all its probabilities are 0
   }
+}
+
+// Of all queries, [batch][heads][seq_q].
+template <typename T>
+void prepare(const Problem& p, const View& grad, const View& out, const float* lse, float* shift, float* delta) {
+  const int64_t heads = p.batch * p.heads, pieces = (p.seq_q + TILE - 1) / TILE;
+#pragma omp parallel for num_threads(p.threads) schedule(static) collapse(2)
+  for (int64_t bh = 0; bh < heads; bh++)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      const int64_t start = piece * TILE, to = bh * p.seq_q + start;
+      prepare_rows<T>(p, grad, out, lse, bh / p.heads, bh % p.heads, start, std::min(TILE, p.seq_q - start), shift + to,
+                      delta + to);
+    }
 }
 
 // Where part `part` of `parts` of a head's key blocks begins: parts have about equally many blocks to compute.

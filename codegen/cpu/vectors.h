@@ -97,11 +97,17 @@ inline void store(fp16* p, Vec v) {  // to nearest, ties to even; past 65504 inf
 }
 #else
 inline Vec load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));  // GCC converts lane by lane below
+#endif
   Fp16s h;
   std::memcpy(&h, p, sizeof h);
   return __builtin_convertvector(h, Vec);
 }
 inline void store(fp16* p, Vec v) {  // to nearest, ties to even; past 65504 infinite
+#if defined(__AVX512F__)
+  return _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
   const Fp16s h = __builtin_convertvector(v, Fp16s);
   std::memcpy(p, &h, sizeof h);
 }

@@ -195,7 +195,7 @@ ATTENTION = [
 ]  # fmt: skip
 ATTENTION_FULL = {
     f"{block}/{seq}/{dim}": [f"random/{{}}/{block}/{seq}/{dim}/{masks}" for masks in ("-", "c", "p", "cp")]
-    for block, seq in ((16, 96), (32, 77), (64, 128), (128, 300)) for dim in (8, 64, 72)
+    for block, seq in ((16, 96), (32, 77), (64, 128), (128, 200)) for dim in (8, 64, 72)
 } | {
     layout: [f"{layout}/{{}}/16/{seq}/16/{masks}{scale}" for seq in (64, 50) for masks in ("h", "ct", "p", "cp")
              for scale in ("", "s")] for layout in LAYOUTS

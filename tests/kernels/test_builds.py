@@ -98,6 +98,7 @@ def test_without_the_promise_of_alignment_the_bars_fail(built: dict[str, Any], c
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("cases", [FULL, ATTENTION, EVOFORMER], ids=["library", "attention", "evoformer"])
 def test_every_kernel_reaches_every_bar(cases: list[str], target: str, tmp_path: Path) -> None:

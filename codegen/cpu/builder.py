@@ -46,7 +46,7 @@ COMPILERS = ("g++", "clang++", "c++")
 """What is tried, in order, if ``CXX`` does not say."""
 
 TIMEOUT = 300
-"""Seconds after which a compiler is given up; it takes about five."""
+"""Seconds after which a compiler is given up; it takes up to ten."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class _Vec(inductor_cpp.CppVecKernel):
 
     A training step's activations are cold when they are needed, and a loop that computes waits for each line: hardware
     does not look far enough past calls (``exp``) and divisions. Values are untouched, and a fetch past a buffer's end
-    does nothing. Stands on ``load``, ``store``, ``loads``, ``stores``, ``tiling_idx`` ``_try_get_const_stride`` and
+    does nothing. Stands on ``load``, ``store``, ``loads``, ``stores``, ``tiling_idx``, ``_try_get_const_stride`` and
     ``try_get_buffer``.
     """
 

@@ -17,9 +17,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from filelock import FileLock
@@ -30,6 +31,8 @@ from dscompile.codegen.cpu.loss_kernel import LossKernel
 from dscompile.torch_compat import kernel_cache_directory
 
 log = logging.getLogger("dscompile")
+
+_Kernels = TypeVar("_Kernels")
 
 SOURCE = "block_sparse_attention.cpp"
 GEMM_SOURCE = "gemm.cpp"
@@ -84,15 +87,10 @@ def build_gemm(folder: Path, environment: Mapping[str, str]) -> GemmBuild:
     """As :func:`build_kernels`. No compiler is called where the processor has no tiles."""
     if "amx_bf16" not in _cpu().split():
         return GemmBuild(None, "this processor has no AMX tiles of bf16")
-    path, reason = _library(folder, environment, GEMM_SOURCE, "gemm")
-    if path is None:
-        return GemmBuild(None, reason)
     try:
-        return GemmBuild(GemmKernel.load(str(path)))
+        return GemmBuild(*_loaded(folder, environment, GEMM_SOURCE, "gemm", GemmKernel.load))
     except NoTiles as error:
         return GemmBuild(None, str(error))
-    except (OSError, AttributeError) as error:
-        return GemmBuild(None, _damaged(path, error))
 
 
 @dataclass(frozen=True)
@@ -114,24 +112,25 @@ def loss_kernel() -> LossBuild:
 
 def build_loss(folder: Path, environment: Mapping[str, str]) -> LossBuild:
     """As :func:`build_kernels`."""
-    path, reason = _library(folder, environment, LOSS_SOURCE, "loss")
-    if path is None:
-        return LossBuild(None, reason)
-    try:
-        return LossBuild(LossKernel.load(str(path)))
-    except (OSError, AttributeError) as error:
-        return LossBuild(None, _damaged(path, error))
+    return LossBuild(*_loaded(folder, environment, LOSS_SOURCE, "loss", LossKernel.load))
 
 
 def build_kernels(folder: Path, environment: Mapping[str, str]) -> Build:
     """Load the library from ``folder``, building it if it is not there. ``environment`` may name the compiler (CXX)."""
-    path, reason = _library(folder, environment, SOURCE, "attention")
+    return Build(*_loaded(folder, environment, SOURCE, "attention", AttentionKernels.load))
+
+
+def _loaded(
+    folder: Path, environment: Mapping[str, str], source: str, name: str, load: Callable[[str], _Kernels]
+) -> tuple[_Kernels | None, str]:
+    """What ``load`` makes of the library built from ``source``; or None and why."""
+    path, reason = _library(folder, environment, source, name)
     if path is None:
-        return Build(None, reason)
+        return None, reason
     try:
-        return Build(AttentionKernels.load(str(path)))
+        return load(str(path)), ""
     except (OSError, AttributeError) as error:
-        return Build(None, _damaged(path, error))
+        return None, _damaged(path, error)
 
 
 def _library(folder: Path, environment: Mapping[str, str], source: str, name: str) -> tuple[Path | None, str]:

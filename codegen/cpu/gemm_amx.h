@@ -185,7 +185,7 @@ inline int gemm_amx(const Gemm& g) {
   const Shares shares(g.m, g.n, g.threads);
   const int64_t part = Worker::slot(shares.height, g.k) + Worker::slot(WIDTH, g.k);
   const int64_t own = shares.height * WIDTH + sum_of(g.n) / DEPTH * part;  // words of a thread
-  Scratch scratch(g.threads * own);
+  KeptMemory scratch(g.threads * own);
   if (!scratch.words()) return 1;
   Extent a_extent, b_extent;
 #pragma omp parallel num_threads(g.threads)

@@ -269,7 +269,7 @@ inline int gemm_int8(Gemm& g) {
   const int64_t a_words = Packed::words(shares.height, depth), b_words = Packed::words(wide, depth);
   const int64_t own = a_words + shares.height * WIDTH, guarded = Guard::words(g);
   const int64_t weights = round_up(g.m, 32) + round_up(g.n, 32);
-  Scratch scratch(b_words + g.threads * (own + guarded) + weights);
+  KeptMemory scratch(b_words + g.threads * (own + guarded) + weights);
   uint32_t* right = scratch.words();
   if (!right) return 1;
   uint32_t* guards = right + b_words + g.threads * own;

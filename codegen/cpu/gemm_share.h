@@ -1,7 +1,6 @@
 // What a matrix product on AMX tiles is asked for, how threads share it, and the memory it keeps.
 #pragma once
 #include <cmath>
-#include <mutex>
 #include <numeric>
 
 #include "amx.h"
@@ -32,33 +31,6 @@ namespace {
 
 constexpr int64_t HEIGHT = 256;  // rows of A that a thread packs for itself, which stay in its L2 while
 constexpr int64_t WIDTH = 128;   // so many columns of B pass, whose sums are gathered there: 128 KiB
-
-// Scratch memory that is kept between calls, for one call at a time; others take their own.
-class Scratch {
-  static inline std::mutex mutex;
-  static inline Memory* kept = nullptr;
-  static inline int64_t kept_words = 0;
-  bool ours;
-  Memory* memory;
-
- public:
-  explicit Scratch(int64_t words) : ours(mutex.try_lock()), memory(nullptr) {
-    if (!ours) {
-      memory = new Memory(words);
-    } else {
-      if (kept_words < words) delete kept, kept = new Memory(words), kept_words = kept->base ? words : 0;
-      memory = kept;
-    }
-  }
-  ~Scratch() {
-    if (ours)
-      mutex.unlock();
-    else
-      delete memory;
-  }
-  Scratch(const Scratch&) = delete;
-  uint32_t* words() const { return reinterpret_cast<uint32_t*>(memory->base); }
-};
 
 // How the threads share C: units of `height` rows and 1 / `across` of its columns (or of a block's). A unit's neighbour
 // in the same rows is the same thread's where it can be.

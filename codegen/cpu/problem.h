@@ -116,6 +116,7 @@ class KeptMemory {
   }
   KeptMemory(const KeptMemory&) = delete;
   float* base() const { return memory->base; }
+  uint32_t* words() const { return reinterpret_cast<uint32_t*>(memory->base); }
 };
 
 struct Carve {  // hands out parts of a Memory
